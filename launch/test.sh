@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs the whole test-suite; the last line is its total.
+#   bash launch/test.sh                        everything; tests that need a GPU are skipped, and counted, without one
+#   bash launch/test.sh tests/pure -k zigzag   one pytest with these arguments
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+# One thread a process: tests are spread over the cores as processes.
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+# More than eight workers gain nothing: the tests that start processes would crowd each other out.
+cores=$(getconf _NPROCESSORS_ONLN)
+spread=()
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    spread=(-n "$((cores < 8 ? cores : 8))" --dist worksteal)
+fi
+
+run_pytest() { "$PYTHON" -m pytest -q "$@" </dev/null; }
+
+if (($# > 0)); then
+    run_pytest "$@"
+    exit
+fi
+if ((GPUS == 0)); then
+    run_pytest "${spread[@]}"
+    exit
+fi
+
+# With GPUs there are two runs, since tests/kernels turns Triton's interpreter on for its whole process; and the
+# GPU tests one after another, since they share the devices.
+failed=0
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+say "tests/gpu on $GPUS GPU(s)"
+run_pytest tests/gpu | tee "$logs/gpu" || failed=1
+say "the other folders on $cores cores"
+run_pytest --ignore=tests/gpu "${spread[@]}" | tee "$logs/cpu" || failed=1
+say "both runs together"
+tail -qn 1 "$logs"/* | grep -oE '[0-9]+ [a-z]+' |
+    awk '{ count[$2] += $1 } END { for (what in count) printf "%s%d %s", (n++ ? ", " : ""), count[what], what; print "" }'
+exit "$failed"

@@ -1,0 +1,3 @@
+from distflash.kernels.triton.kernel import Triton
+
+__all__ = ["Triton"]

@@ -1,0 +1,115 @@
+"""The forward kernel: one owner's keys and values taken into the running softmax of a block of queries.
+
+Online softmax with the loop over keys innermost, after FlashAttention-2 (https://arxiv.org/abs/2307.08691). The state
+of that loop (maximum, total, weighted values) is also what is kept between hops: a later hop goes on where the one
+before it stopped, and a sink is a state with a total and no value. The maximum is kept in base 2.
+
+[Note: shapes] as in `common`.
+"""
+
+import triton
+import triton.language as tl
+
+from distflash.kernels.triton.common import LN2, LOG2E, bias, border, load_rows, pick, span, store_rows, tanh
+
+
+@triton.jit
+def attend(
+    state, q, k, v, batch, kv_head, start, length, k_positions, q_pos, lo, hi, slope, scale, softcap,
+    D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take the tile of keys at ``start`` into the state ``(maximum, sum, accumulator)``."""
+    m, l, acc = state
+    keys = start + tl.arange(0, BLOCK_N)
+    key = load_rows(k, batch, kv_head, start, length, BLOCK_N, D, DP, TMA)
+    s = tl.dot(q, key.T, input_precision="ieee")
+    # The bare scale waits to be part of the exponential's multiply-add.
+    factor = scale * LOG2E
+    if SOFTCAP:
+        s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
+        factor = 1.0
+    if ALIBI:
+        k_pos = tl.load(k_positions + keys, mask=keys < length, other=0)
+        s = s * factor + bias(slope, q_pos[:, None], k_pos[None, :])
+        factor = 1.0
+    if MASKED:
+        s = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * factor)
+    shift = m_new
+    if MASKED:
+        # A row that has seen nothing yet: -inf - -inf would be NaN.
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s * factor - shift[:, None])
+    alpha = tl.exp2(m - shift)
+    value = load_rows(v, batch, kv_head, start, length, BLOCK_N, V, VP, TMA)
+    acc = tl.dot(p.to(value.dtype), value, acc * alpha[:, None], input_precision="ieee")
+    return m_new, l * alpha + tl.sum(p, 1), acc
+
+
+@triton.jit(
+    do_not_specialize=[
+        "q", "k", "v", "final", "weighted",
+        "queries", "keys", "batches", "first_hop", "last_hop", "heads_at_once",
+    ]
+)  # fmt: skip
+def forward_kernel(
+    q, k, v,  # [B, T, H, D], [B, K, G, D], [B, K, G, V], as `load_rows` takes them
+    row_lo, row_hi, q_positions, k_positions,  # int32 [T], [T], [T], [K]
+    slopes, sinks,  # [H], read where ALIBI and SINKS
+    final, lse,  # [B, T, H, V] in q's dtype, float32 [B, H, T]: written by the last hop
+    maximum, total, weighted,  # float32 [B, H, T], [B, H, T], [B, T, H, V]: between hops
+    scale, softcap, queries, keys, heads, batches, first_hop, last_hop, heads_at_once,
+    GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(queries, BLOCK_M)
+    block, plane = pick(tl.program_id(0), blocks, heads * batches, heads_at_once)
+    batch, head = plane // heads, plane % heads
+    first = (blocks - 1 - block) * BLOCK_M  # under causal masks later rows see more: longest first
+    begin, before, full, tiles = span(row_lo, row_hi, first, tl.minimum(first + BLOCK_M, queries) - 1, BLOCK_N, 1)
+    if (tiles == 0) & (first_hop + last_hop == 0):
+        return  # nothing to add, and what there is stays where it is
+
+    rows = first + tl.arange(0, BLOCK_M)
+    exists = rows < queries
+    lo = tl.load(row_lo + rows, mask=exists, other=0)
+    hi = tl.load(row_hi + rows, mask=exists, other=0)
+    q_pos, slope = rows, 0.0
+    if ALIBI:
+        q_pos = tl.load(q_positions + rows, mask=exists, other=0)
+        slope = tl.load(slopes + head).to(tl.float32)
+
+    at_row = plane.to(tl.int64) * queries + rows
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    acc = tl.zeros([BLOCK_M, VP], tl.float32)
+    if first_hop != 0:
+        if SINKS:
+            m = tl.full([BLOCK_M], LOG2E, tl.float32) * tl.load(sinks + head).to(tl.float32)
+        l = tl.where(m == float("-inf"), 0.0, 1.0)
+    else:
+        m = tl.load(maximum + at_row, mask=exists, other=float("-inf"))
+        l = tl.load(total + at_row, mask=exists, other=0.0)
+        acc = load_rows(weighted, batch, head, first, queries, BLOCK_M, V, VP, False)
+
+    query = load_rows(q, batch, head, first, queries, BLOCK_M, D, DP, TMA)
+    for i in range(tiles - full):
+        m, l, acc = attend(
+            (m, l, acc), query, k, v, batch, head // GROUP, begin + border(i, before, full) * BLOCK_N, keys,
+            k_positions, q_pos, lo, hi, slope, scale, softcap, D, V, DP, VP, BLOCK_N, TMA, SOFTCAP, ALIBI, True,
+        )  # fmt: skip
+    for start in range(begin + before * BLOCK_N, begin + (before + full) * BLOCK_N, BLOCK_N):
+        m, l, acc = attend(
+            (m, l, acc), query, k, v, batch, head // GROUP, start, keys,
+            k_positions, q_pos, lo, hi, slope, scale, softcap, D, V, DP, VP, BLOCK_N, TMA, SOFTCAP, ALIBI, False,
+        )  # fmt: skip
+
+    if last_hop != 0:
+        acc = acc * tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]
+        tl.store(lse + at_row, (m + tl.log2(l)) * LN2, mask=exists)
+        store_rows(final, batch, head, first, queries, acc, V)
+    else:
+        tl.store(maximum + at_row, m, mask=exists)
+        tl.store(total + at_row, l, mask=exists)
+        store_rows(weighted, batch, head, first, queries, acc, V)

@@ -1,0 +1,277 @@
+"""From tensors to launches: descriptors, grids and arguments of each kernel, with no decision left to the device.
+
+The functions return launches rather than make them, so that the compile report can compile what a call would run.
+
+[Note: shapes] as in `distflash.kernels.base`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from distflash.intervals import Intervals
+from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Saved, Scores
+from distflash.kernels.triton.backward import dkdv_kernel, dq_kernel, statistics_kernel
+from distflash.kernels.triton.forward import forward_kernel
+from distflash.kernels.triton.tiles import Tile, Tiles, choose
+from distflash.partial import Partial
+
+LOG2E = 1.4426950408889634
+# What blocks that run at the same time share should stay in the L2 cache (40 to 60 MB on the GPUs this is for).
+L2_BYTES = 32 * 2**20
+# Families whose hardware copies whole tiles given a descriptor. The interpreter does, as a test of the same path.
+DESCRIPTORS = ("sm_90", "sm_100", "interpreter")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with its grid and arguments."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](**self.arguments)
+
+    def compile(self) -> Any:
+        """The compiled kernel that `run` would launch."""
+        return self.kernel.run(grid=(self.programs,), warmup=True, **self.arguments)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the launches need to know of a device."""
+
+    tiles: Tiles
+    descriptors: bool
+
+
+def device(family: str, itemsize: int, largest_dim: int, tiles: Tiles | None = None) -> Device:
+    """A device of a family (see `tiles`) with the shipped tiles for elements and head dims of this size, or others."""
+    # float32 products take operands from registers: tiles laid out for tensor cores would only make that harder.
+    descriptors = family in DESCRIPTORS and itemsize == 2
+    return Device(tiles or choose(family, itemsize, _padded(largest_dim)), descriptors)
+
+
+def forward(
+    device: Device, q: Tensor, k: Tensor, v: Tensor, rows: Intervals, scores: Scores, hop: Hop, into: Partial
+) -> Launch:
+    tile = device.tiles.forward
+    scale = scores.scale
+    if scale < 0:  # the kernel takes the maximum before it scales
+        q, scale = -q, -scale
+    sinks, running = scores.sinks, into.running
+    return Launch(
+        kernel=forward_kernel,
+        programs=triton.cdiv(q.shape[1], tile.block_m) * q.shape[0] * q.shape[2],
+        arguments=dict(
+            **_inputs(device, tile, q=q, k=k, v=v),
+            **_scores(rows, scores, scale, into.lse),
+            row_lo=rows.row_lo,
+            row_hi=rows.row_hi,
+            sinks=into.lse if sinks is None else sinks,
+            SINKS=sinks is not None,
+            lse=into.lse,
+            final=_strided(into.final),
+            maximum=into.lse if running is None else running.maximum,
+            total=into.lse if running is None else running.total,
+            weighted=_strided(into.lse if running is None else running.weighted),
+            first_hop=int(hop.first),
+            last_hop=int(hop.last),
+            heads_at_once=_heads_at_once(k, v) * (q.shape[2] // k.shape[2]),
+            **_sizes(tile, q, k, v),
+        ),
+    )
+
+
+def save(q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> tuple[Launch, Saved]:
+    """What the hops of a backward pass share, and the launch that fills in its statistics.
+
+    These are float32 ``[2, B * H, T']``, lse in base 2 and delta. T' is T rounded up to 16 bytes; what lies beyond T is
+    not read.
+    """
+    B, T, H, V = out.shape
+    # Copied here, if at all, and not once more in every hop.
+    q, out, dout, lse = _aligned(q, True), _aligned(out, True), _aligned(dout, True), lse.contiguous()
+    stats = lse.new_empty(2, B * H, triton.cdiv(T, 4) * 4)
+    block = 64
+    strides = (0, 0, 0) if dlse is None else dlse.stride()
+    launch = Launch(
+        kernel=statistics_kernel,
+        programs=triton.cdiv(T, block) * B * H,
+        arguments=dict(
+            out=_strided(out),
+            dout=_strided(dout),
+            lse=lse,
+            dlse=lse if dlse is None else dlse,
+            dlse_batch=strides[0],
+            dlse_head=strides[1],
+            dlse_row=strides[2],
+            stats=stats,
+            queries=T,
+            padded=stats.shape[-1],
+            heads=H,
+            planes=B * H,
+            V=V,
+            VP=_padded(V),
+            BLOCK_M=block,
+            DLSE=dlse is not None,
+        ),
+    )
+    return launch, Saved(q, dout, lse, delta=stats[1, :, :T].unflatten(0, (B, H)), statistics=stats)
+
+
+def backward_keys(
+    device: Device, saved: Saved, k: Tensor, v: Tensor, rows: Intervals, scores: Scores, dkv: KeyGradient
+) -> Launch:
+    tile = device.tiles.dkdv
+    q, dout, stats = saved.q, saved.dout, saved.statistics
+    assert stats is not None
+    group = q.shape[2] // k.shape[2]
+    return Launch(
+        kernel=dkdv_kernel,
+        programs=triton.cdiv(k.shape[1], tile.block_n) * k.shape[0] * k.shape[2],
+        arguments=dict(
+            **_inputs(device, tile, q=q, k=k, v=v, dout=dout),
+            **_scores(rows, scores, scores.scale, stats),
+            stats=_columns(stats, q.shape[1], tile.block_m) if device.descriptors else stats,
+            col_lo=rows.col_lo,
+            col_hi=rows.col_hi,
+            dk=_strided(dkv.dk),
+            dv=_strided(dkv.dv),
+            heads_at_once=max(1, _heads_at_once(q, dout) // group),
+            **_sizes(tile, q, k, v),
+        ),
+    )
+
+
+def backward_queries(
+    device: Device,
+    saved: Saved,
+    k: Tensor,
+    v: Tensor,
+    rows: Intervals,
+    scores: Scores,
+    hop: Hop,
+    dq: QueryGradient,
+) -> Launch:
+    tile = device.tiles.dq
+    q, stats = saved.q, saved.statistics
+    assert stats is not None
+    return Launch(
+        kernel=dq_kernel,
+        programs=triton.cdiv(q.shape[1], tile.block_m) * q.shape[0] * q.shape[2],
+        arguments=dict(
+            **_inputs(device, tile, q=q, k=k, v=v, dout=saved.dout),
+            **_scores(rows, scores, scores.scale, stats),
+            stats=stats,
+            row_lo=rows.row_lo,
+            row_hi=rows.row_hi,
+            sum=_strided(stats if dq.sum is None else dq.sum),
+            final=_strided(dq.final),
+            first_hop=int(hop.first),
+            last_hop=int(hop.last),
+            heads_at_once=_heads_at_once(k, v) * (q.shape[2] // k.shape[2]),
+            **_sizes(tile, q, k, v),
+        ),
+    )
+
+
+def _inputs(device: Device, tile: Tile, **tensors: Tensor) -> dict[str, Any]:
+    """Each ``[B, rows, heads, dim]`` tensor as `load_rows` takes it, ``[B, heads, rows, dim]`` in blocks of rows."""
+    block = {"q": tile.block_m, "dout": tile.block_m, "k": tile.block_n, "v": tile.block_n}
+    inputs: dict[str, Any] = {"TMA": device.descriptors}
+    for name, x in tensors.items():
+        x = _aligned(x, packed=not device.descriptors)
+        inputs[name] = _descriptor(x, block[name]) if device.descriptors else _strided(x)
+    return inputs
+
+
+def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
+    B, T, H, D = x.shape
+    sb, st, sh, sd = x.stride()
+    # The stride of a dimension of size 1 may be anything, and is checked all the same.
+    sb, st, sh = (s if n > 1 else _padded(D) for s, n in ((sb, B), (st, T), (sh, H)))
+    return TensorDescriptor(x, [B, H, T, D], [sb, sh, st, sd], [1, 1, block, _padded(D)])
+
+
+def _columns(stats: Tensor, length: int, block: int) -> TensorDescriptor:
+    """The statistics of ``length`` queries as `load_column` takes them."""
+    two, planes, padded = stats.shape
+    return TensorDescriptor(stats, [two, planes, length], [planes * padded, padded, 1], [1, 1, block])
+
+
+def _strided(x: Tensor) -> tuple[Tensor, int, int]:
+    """``[B, rows, heads, dim]`` as `at_rows` takes it: (pointer, head stride, row stride)."""
+    if x.dim() == 3:  # a stand-in where there is nothing to read or write
+        return (x, 0, 0)
+    if not (_is_aligned(x) and _is_packed(x)):
+        raise ValueError(f"triton: an output {tuple(x.shape)} has strides {x.stride()}; expected a contiguous tensor")
+    return (x, x.stride(2), x.stride(1))
+
+
+def _aligned(x: Tensor, packed: bool) -> Tensor:
+    """``x``, copied if its rows are not contiguous or do not start at multiples of 16 bytes, or batches have gaps."""
+    fine = _is_aligned(x) and (_is_packed(x) or not packed)
+    return x if fine else x.clone(memory_format=torch.contiguous_format)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    steps = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
+    whole = all(s > 0 and s * x.element_size() % 16 == 0 for s in steps)
+    return whole and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+
+
+def _is_packed(x: Tensor) -> bool:
+    return x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+
+
+def _scores(rows: Intervals, scores: Scores, scale: float, nothing: Tensor) -> dict[str, Any]:
+    slopes = scores.alibi_slopes
+    return dict(
+        scale=scale,
+        softcap=scores.softcap,
+        SOFTCAP=scores.softcap > 0,
+        slopes=nothing if slopes is None else slopes,
+        ALIBI=slopes is not None,
+        q_positions=rows.q_positions,
+        k_positions=rows.k_positions,
+    )
+
+
+def _sizes(tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    B, T, H, D = q.shape
+    _, K, G, V = v.shape
+    return dict(
+        queries=T,
+        keys=K,
+        heads=H,
+        batches=B,
+        GROUP=H // G,
+        D=D,
+        V=V,
+        DP=_padded(D),
+        VP=_padded(V),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        enable_fp_fusion=True,  # triton 3.10 turns it off where it is not asked for
+    )
+
+
+def _padded(dim: int) -> int:
+    return triton.next_power_of_2(dim)
+
+
+def _heads_at_once(*shared: Tensor) -> int:
+    """How many heads of the shared tensors ``[B, rows, heads, dim]`` fit into the L2 cache together."""
+    head_bytes = sum(x.shape[1] * x.shape[3] * x.element_size() for x in shared)
+    return max(1, L2_BYTES // head_bytes)

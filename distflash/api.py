@@ -1,0 +1,332 @@
+"""The face: `ContextParallel` and `attention`.
+
+[Note: shapes] B batch, T local tokens, S global tokens, H query heads, G key/value heads, D head dim of q and k, V head
+dim of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from distflash import collectives, ops, validation
+from distflash.agreement import Agreement
+from distflash.engine import Call, Options, Plan
+from distflash.intervals import Sharding
+from distflash.kernels import Kernel, Problem, Reference, Triton
+from distflash.kernels.base import Scores
+from distflash.layouts import Layout, Zigzag
+from distflash.masks import Full, Key, Mask, from_key
+from distflash.schedules import Ring, Schedule
+from distflash.transport import Alone, Distributed, SimulatedTransport, Transport
+
+# Masks and lengths in use at a time: one or two in training, some more in evaluation. Bounds what device memory their
+# intervals hold.
+_PLANS = 16
+
+
+class ContextParallel:
+    """A group of ranks that hold one sequence together.
+
+    Args:
+        group: a ``torch.distributed.ProcessGroup`` that this rank belongs to, a one-dimensional ``DeviceMesh``, or a
+            transport (one rank of a `distflash.transport.Simulator`).
+        layout: which tokens each rank holds.
+        schedule: in which order the other ranks' keys arrive.
+        kernel: None for the best kernel that supports the call; a kernel given is used, or refused with all reasons.
+
+    Raises:
+        ValueError: an argument is of another kind (a string, a class, a mesh of two dimensions).
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | DeviceMesh | Transport,
+        layout: Layout = Zigzag(),
+        schedule: Schedule = Ring(),
+        kernel: Kernel | None = None,
+    ) -> None:
+        validation.require_layout(layout)
+        validation.require_schedule(schedule)
+        validation.require_kernel(kernel)
+        self.layout = layout
+        self.schedule = schedule
+        self.kernel = kernel
+        self.transport = _transport(group)
+        self.agreement = Agreement(self.transport)
+        # A string, since torch.compile guards the value of strings and may turn ints into symbols.
+        self._name = f"context_parallel_{ops.new_number()}"
+        self._plan = lru_cache(_PLANS)(self._build_plan)
+        self._recipe = lru_cache(_PLANS)(self._build_recipe)
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among those that share the sequence."""
+        return self.transport.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks share the sequence."""
+        return self.transport.world_size
+
+    def __repr__(self) -> str:
+        return (
+            f"ContextParallel(rank {self.rank} of {self.world_size}, layout={self.layout!r}, "
+            f"schedule={self.schedule!r}, kernel={self.kernel!r})"
+        )
+
+    def seq_local(self, seq_len: int) -> int:
+        """How many of ``seq_len`` tokens this rank holds."""
+        return self.layout.length(seq_len, self.world_size, self.rank)
+
+    def positions(self, seq_len: int, device: torch.device | str | None = None) -> Tensor:
+        """The ascending global positions of this rank's tokens, int64 ``[seq_local]``: for RoPE and the like.
+
+        Args:
+            seq_len: the global length, at least 0.
+            device: by default the group's: the current GPU under NCCL, else the CPU.
+        """
+        _require_seq_len(seq_len)
+        positions = self.layout.positions(seq_len, self.world_size, self.rank)
+        return positions.to(self.transport.device if device is None else device)
+
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's slice, along ``dim``, of a tensor that every rank holds whole. Differentiable.
+
+        The length of ``dim`` is the global length and need not divide by anything.
+        """
+        return collectives.take(x, dim, self.layout.ranges(x.shape[dim], self.world_size, self.rank))
+
+    def unshard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The whole tensor from every rank's slice along ``dim``: the inverse of `shard`. All ranks must call.
+
+        Differentiable: its backward sums the ranks' gradients of the whole and returns this rank's slice, which is the
+        gradient of the sum of all ranks' losses.
+
+        Raises:
+            ValueError: on every rank, if the slices are not what the layout gives each rank.
+        """
+        return collectives.unshard(x, dim, self.layout, self.transport)
+
+    def mean(self, loss_sum: Tensor, token_count: Tensor | int, reduction: Literal["sum", "mean"] = "sum") -> Tensor:
+        """The mean over all ranks' tokens of a loss that each rank has summed over its own. All ranks must call.
+
+        Args:
+            loss_sum: scalar, the sum of this rank's losses.
+            token_count: how many losses this rank has summed (tokens that are not ignored); may be 0.
+            reduction: how parameter gradients are combined over the group afterwards: "sum" (an all-reduce), or "mean"
+                as DDP, FSDP and ZeRO do. Either way they come out as the gradient of the value returned.
+
+        Returns:
+            Scalar, the same on every rank; 0 if no rank has a token.
+        """
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
+        if not isinstance(loss_sum, Tensor) or loss_sum.dim() != 0:
+            raise ValueError(
+                f"loss_sum: expected a scalar tensor, got {getattr(loss_sum, 'shape', loss_sum)!r}; "
+                "sum the losses of this rank's tokens first"
+            )
+        return collectives.mean(loss_sum, token_count, self.transport, reduction)
+
+    def plan(self, mask: Mask, seq_len: int, device: torch.device | str | None = None) -> Plan:
+        """What this rank does in a call: steps, hops, exact pair counts, intervals. Cached; asks no other rank."""
+        validation.require_mask(mask)
+        _require_seq_len(seq_len)
+        return self._plan(mask, seq_len, torch.device(self.transport.device if device is None else device))
+
+    def _build_plan(self, mask: Mask, seq_len: int, device: torch.device) -> Plan:
+        sharding = Sharding(mask, self.layout, seq_len, self.world_size)
+        return Plan.build(sharding, self.schedule, self.rank, device)
+
+    def _build_recipe(self, mask: Mask, scale: float | None, softcap: float, dropout_p: float) -> Recipe:
+        recipe = Recipe(self, mask, scale, softcap, dropout_p)
+        recipe.number = ops.register(recipe)
+        return recipe
+
+    @torch.compiler.assume_constant_result
+    def _recipe_number(self, name: str, mask: Key, scale: float | None, softcap: float, dropout_p: float) -> int:
+        """The number of a call's recipe: a constant to `torch.compile`, which guards ``name`` and the mask's key."""
+        assert name == self._name
+        return self._recipe(from_key(mask), scale, softcap, dropout_p).number
+
+    def _refuse(self, problem: str) -> None:
+        self.agreement.refuse(len(_FIELDS))
+        raise ValueError(problem)
+
+
+_FIELDS = (
+    "batch",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "value head_dim",
+    "dtype",
+    "seq_len",
+    "mask",
+    "layout",
+    "schedule",
+    "scale",
+    "softcap",
+    "sinks",
+    "alibi_slopes",
+)
+
+
+@dataclass(eq=False)
+class Recipe:
+    """What makes an `engine.Call` once the tensors are known. See `distflash.ops`."""
+
+    cp: ContextParallel
+    mask: Mask
+    scale: float | None
+    softcap: float
+    dropout_p: float
+    number: int = field(default=0, init=False)
+
+    def call(self, q: Tensor, k: Tensor, v: Tensor, options: Options, *, agree: bool) -> Call:
+        problem = Problem(
+            device=q.device,
+            dtype=q.dtype,
+            heads=q.shape[2],
+            kv_heads=k.shape[2],
+            d_qk=q.shape[3],
+            d_v=v.shape[3],
+            softcap=self.softcap,
+            alibi=options.alibi_slopes is not None,
+            sinks=options.sinks is not None,
+            dropout_p=self.dropout_p,
+        )
+        kernel = validation.kernel_for(problem, self.cp.kernel, (Triton(), Reference()))
+        if isinstance(kernel, str):
+            self.cp._refuse(kernel)
+        assert not isinstance(kernel, str)
+        if agree:
+            self.cp.agreement.require(self._signature(q.shape[0], problem, options.seq_len))
+        return Call(
+            plan=self.cp._plan(self.mask, options.seq_len, q.device),
+            schedule=self.cp.schedule,
+            transport=self.cp.transport,
+            kernel=kernel,
+            scores=self._scores(problem, options),
+        )
+
+    def _scores(self, problem: Problem, options: Options) -> Scores:
+        scale = problem.d_qk**-0.5 if self.scale is None else self.scale
+        slopes = None if options.alibi_slopes is None else options.alibi_slopes.float()
+        return Scores(scale, self.softcap, slopes, options.sinks)
+
+    def _signature(self, batch: int, problem: Problem, seq_len: int) -> tuple[tuple[str, object], ...]:
+        values = (
+            batch,
+            problem.heads,
+            problem.kv_heads,
+            problem.d_qk,
+            problem.d_v,
+            problem.dtype,
+            seq_len,
+            self.mask,
+            self.cp.layout,
+            self.cp.schedule,
+            self.scale,
+            self.softcap,
+            problem.sinks,
+            problem.alibi,
+        )
+        return tuple(zip(_FIELDS, values, strict=True))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask = Full(),
+    cp: ContextParallel | None = None,
+    seq_len: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Any:
+    """Exact attention of this rank's queries over the keys of all ranks, softmax(q k^T * scale + mask) v.
+
+    Args:
+        q: ``[batch, seq_local, heads, d_qk]``, this rank's tokens in ascending global position
+            (`ContextParallel.shard`).
+        k: ``[batch, seq_local, kv_heads, d_qk]``; heads is a multiple of kv_heads (GQA, MQA).
+        v: ``[batch, seq_local, kv_heads, d_v]``. q, k and v share dtype and device.
+        mask: which keys a query sees. Combine with ``&``.
+        cp: the group that holds the sequence; None: this device holds all of it.
+        seq_len: the global length. May be left out where all ranks hold equally many tokens or the mask knows it.
+        scale: multiplies ``q k^T``; ``d_qk ** -0.5`` by default.
+        softcap: scores become ``softcap * tanh(score / softcap)``; None or 0 for none.
+        alibi_slopes: ``[heads]``; ``slope * |i - j|`` of global positions is subtracted from the scores
+            (https://arxiv.org/abs/2108.12409). No gradient.
+        sinks: ``[heads]``, one more logit per head in the softmax's denominator, which has no value. Differentiable:
+            each rank's gradient is its own queries' part.
+        dropout_p: must be 0; attention dropout is not supported.
+        return_lse: also return the log-sum-exp of the scores. Differentiable.
+
+    Returns:
+        out ``[batch, seq_local, heads, d_v]`` in q's dtype; with ``return_lse`` also lse
+        ``[batch, heads, seq_local]``, float32, natural log. A query that sees no key has out 0, lse -inf and
+        gradients 0.
+
+    Raises:
+        ValueError: an argument is wrong, no kernel supports the call, or ranks disagree; nothing has been computed or
+            sent then.
+    """
+    cp = _ALONE if cp is None else cp
+    if not isinstance(cp, ContextParallel):
+        raise ValueError(f"cp: expected a ContextParallel or None, got {cp!r}; make one of the process group first")
+    softcap = 0.0 if softcap is None else float(softcap)
+    problem = validation.call_problem(q, k, v, mask, sinks, alibi_slopes, softcap, dropout_p)
+    if problem is None:
+        seq_len = validation.seq_len_of(q, mask, cp.world_size) if seq_len is None else seq_len
+        problem = validation.length_problem(q, mask, seq_len, cp.layout, cp.world_size, cp.rank)
+    if problem is not None:
+        cp._refuse(problem)
+    recipe = cp._recipe_number(cp._name, mask.key, scale, softcap, dropout_p)
+    out, lse = ops.attention(q, k, v, sinks, alibi_slopes, seq_len, recipe)
+    return (out, lse) if return_lse else out
+
+
+def _transport(group: object) -> Transport:
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"group: expected a one-dimensional DeviceMesh, got dimensions {group.mesh_dim_names or group.ndim}; "
+                'pass one of them, such as mesh["context"]'
+            )
+        group = group.get_group()
+    if isinstance(group, dist.ProcessGroup):
+        return Distributed(group)
+    if isinstance(group, Alone | SimulatedTransport):
+        return group
+    remedy = "pass dist.group.WORLD after dist.init_process_group(), dist.new_group(...) or a one-dimensional mesh"
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"group: this rank is not a member of it; {remedy} that this rank belongs to")
+    if all(hasattr(group, name) for name in ("rank", "world_size", "exchange")) and not isinstance(group, type):
+        return group  # type: ignore[return-value]
+    raise ValueError(f"group: expected a ProcessGroup or a one-dimensional DeviceMesh, got {group!r}; {remedy}")
+
+
+def _require_seq_len(seq_len: object) -> None:
+    if not isinstance(seq_len, int) or isinstance(seq_len, bool) or seq_len < 0:
+        raise ValueError(f"seq_len: expected the global length, an int of at least 0, got {seq_len!r}")
+
+
+# What cp=None stands for. One object, so that its plans and compiled graphs are kept from call to call.
+_ALONE = ContextParallel(Alone())
+
+__all__: Sequence[str] = ["ContextParallel", "attention"]

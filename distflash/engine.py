@@ -1,0 +1,155 @@
+"""The heart: forward and backward over a schedule.
+
+[Note: shapes] B batch, T local queries, K local keys, H query heads, G key/value heads, D head dim of q and k, V of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial as bind
+
+import torch
+from torch import Tensor
+
+from distflash.intervals import Intervals, Sharding, build, count_pairs
+from distflash.kernels import Kernel
+from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Saved, Scores
+from distflash.partial import Partial, accumulator_dtype
+from distflash.schedules import Schedule, Step, Trip
+from distflash.transport import Transport
+
+KeyValue = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call carries beside q, k and v.
+
+    Attributes:
+        seq_len: the global length S.
+        sinks: ``[H]`` or None.
+        alibi_slopes: ``[H]`` or None.
+    """
+
+    seq_len: int
+    sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank does in a call, known before any data: built once per mask, layout and length.
+
+    Attributes:
+        steps: of the schedule, with the steps that no rank needs left out.
+        intervals: for each owner that this rank works on.
+        lengths: local tokens of every rank.
+        pairs: int64 ``[W, W]``, allowed (query, key) pairs of each rank with each owner.
+    """
+
+    steps: tuple[Step, ...]
+    intervals: Mapping[int, Intervals]
+    lengths: tuple[int, ...]
+    pairs: Tensor
+
+    @staticmethod
+    def build(sharding: Sharding, schedule: Schedule, rank: int, device: torch.device) -> Plan:
+        pairs = count_pairs(sharding)
+        steps = schedule.steps((pairs > 0).tolist(), rank)
+        owners = [step.owner for step in steps if step.works]
+        return Plan(
+            steps=steps,
+            intervals={owner: build(sharding, rank, owner).to(device) for owner in owners},
+            lengths=tuple(sharding.length(r) for r in range(sharding.world_size)),
+            pairs=pairs,
+        )
+
+    @property
+    def hops(self) -> int:
+        """How many times keys move between ranks: the steps beyond each rank's own keys."""
+        return len(self.steps) - 1
+
+    @property
+    def working(self) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if step.works)
+
+
+@dataclass(frozen=True)
+class Call:
+    """All that one attention call is, but for its tensors."""
+
+    plan: Plan
+    schedule: Schedule
+    transport: Transport
+    kernel: Kernel
+    scores: Scores
+
+    @property
+    def trip(self) -> Trip:
+        return Trip(self.plan.steps, self.plan.lengths, self.transport)
+
+    def visit(self, kv: KeyValue) -> Iterator[tuple[Step, Hop, KeyValue]]:
+        """The steps of the schedule with their keys, and where among the working ones each stands."""
+        working = self.plan.working
+        for step, held in self.schedule.visit(self.trip, kv):
+            yield step, Hop(first=step is working[0], last=step is working[-1]) if step.works else _IDLE, held
+
+
+_IDLE = Hop(first=False, last=False)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Exact attention of this rank's queries over all ranks' keys.
+
+    Args:
+        q: ``[B, T, H, D]``, k: ``[B, K, G, D]``, v: ``[B, K, G, V]``, k and v contiguous.
+
+    Returns:
+        out ``[B, T, H, V]`` in q's dtype, lse ``[B, H, T]`` in the accumulator's dtype.
+    """
+    hops = len(call.plan.working)
+    partial = Partial.empty(q, v.shape[-1], hops)
+    if not hops:
+        partial.fill_identity(call.scores.sinks)
+    for step, hop, (k_held, v_held) in call.visit((k, v)):
+        if step.works:
+            rows = call.plan.intervals[step.owner]
+            call.kernel.forward(q, k_held, v_held, rows, call.scores, hop, into=partial)
+    return partial.final, partial.lse
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients ``(dq, dk, dv, dsinks)`` of `forward`; dsinks is None without sinks.
+
+    The final lse makes hops independent of one another: each recomputes its probabilities from it.
+    """
+    dtype = accumulator_dtype(q.dtype)
+    saved = call.kernel.save(q, out, lse, dout, dlse)
+    home = call.schedule.homecoming(call.trip, (k, v), dtype)
+    hops = len(call.plan.working)
+    dq = QueryGradient(q.new_empty(q.shape), q.new_empty(q.shape, dtype=dtype) if hops > 1 else None)
+    if not hops:
+        dq.final.zero_()
+    for step, hop, (k_held, v_held) in call.visit((k, v)):
+        if step.works:
+            rows = call.plan.intervals[step.owner]
+            dkv = KeyGradient(*home.room(step))
+            keys_done = bind(home.send, step)
+            call.kernel.backward(saved, k_held, v_held, rows, call.scores, hop, dq, dkv, keys_done)
+        else:
+            home.send(step)
+    dk, dv = home.finish()
+    return dq.final, dk, dv, _sinks_gradient(saved, call.scores.sinks)
+
+
+def _sinks_gradient(saved: Saved, sinks: Tensor | None) -> Tensor | None:
+    """A sink has probability ``exp(sink - lse)`` and value 0, so its gradient is ``-sum(probability * delta)``."""
+    if sinks is None:
+        return None
+    # Where nothing was seen and the sink is -inf, lse is too: a probability of 0, not of exp(-inf + inf).
+    lse = saved.lse.masked_fill(saved.lse == -torch.inf, 0.0)
+    probability = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
+    return -(probability * saved.delta).sum((0, 2)).to(sinks.dtype)

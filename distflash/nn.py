@@ -1,0 +1,111 @@
+"""Modules: self-attention as decoders use it, over a sequence that a group of ranks holds together.
+
+[Note: shapes] B batch, T local tokens, S global tokens, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from distflash.api import ContextParallel, attention
+from distflash.masks import Causal, Mask
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding (https://arxiv.org/abs/2104.09864), halves rotated as in Llama.
+
+    Angles are of global positions, so that a rank's tokens are rotated as they would be in the whole sequence.
+
+    Args:
+        head_dim: even.
+        theta: the base of the wave lengths.
+    """
+
+    def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"head_dim: rotary embedding needs an even head_dim, got {head_dim}")
+        self.head_dim = head_dim
+        self.theta = theta
+
+    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate ``q [B, T, H, D]`` and ``k [B, T, G, D]`` by ``positions``, int64 ``[T]`` or ``[B, T]``."""
+        # float64: at position 2^20 float32 resolves angles of the shortest wave to a sixteenth of a radian.
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=q.device) / self.head_dim
+        angles = positions.to(torch.float64)[..., None] * self.theta**-exponents
+        cos, sin = (f(angles).to(torch.float32)[..., None, :] for f in (torch.cos, torch.sin))
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention with grouped query heads and RoPE from global positions.
+
+    Args:
+        dim: width of the model.
+        heads: query heads.
+        kv_heads: key/value heads, a divisor of ``heads``; by default as many.
+        head_dim: by default ``dim // heads``.
+        rope_theta: base of the rotary embedding; None for none.
+        mask: which keys a query sees, unless `forward` is told otherwise.
+        cp: the group that holds the sequence; None: this device holds all of it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int | None = None,
+        *,
+        head_dim: int | None = None,
+        rope_theta: float | None = 10000.0,
+        mask: Mask = Causal(),
+        cp: ContextParallel | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if head_dim is None and dim % heads:
+            raise ValueError(f"heads: {heads} does not divide dim={dim}; choose another or give head_dim")
+        if heads % kv_heads:
+            raise ValueError(f"kv_heads: {kv_heads} does not divide heads={heads}")
+        self.heads, self.kv_heads = heads, kv_heads
+        self.head_dim = dim // heads if head_dim is None else head_dim
+        self.mask, self.cp = mask, cp
+        self.q_proj = nn.Linear(dim, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, dim, bias=False)
+        self.rope = None if rope_theta is None else RotaryEmbedding(self.head_dim, rope_theta)
+
+    def forward(self, x: Tensor, *, mask: Mask | None = None, seq_len: int | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: ``[B, T, dim]``, this rank's tokens in ascending global position.
+            mask: instead of the module's own.
+            seq_len: the global length; may be left out where all ranks hold equally many tokens or the mask knows it.
+
+        Returns:
+            ``[B, T, dim]``.
+        """
+        mask = self.mask if mask is None else mask
+        split = "batch tokens (heads dim) -> batch tokens heads dim"
+        q, k, v = (rearrange(p(x), split, dim=self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rope is not None:
+            positions = self._positions(x, mask, seq_len)
+            q, k = self.rope(q, k, positions)
+        out = attention(q, k, v, mask=mask, cp=self.cp, seq_len=seq_len)
+        return self.o_proj(rearrange(out, "batch tokens heads dim -> batch tokens (heads dim)"))
+
+    def _positions(self, x: Tensor, mask: Mask, seq_len: int | None) -> Tensor:
+        if self.cp is None:
+            return torch.arange(x.shape[1], device=x.device)
+        if seq_len is None:
+            seq_len = x.shape[1] * self.cp.world_size if mask.seq_len is None else mask.seq_len
+        return self.cp.positions(seq_len, x.device)

@@ -1,0 +1,18 @@
+"""Transports: how the ranks of a ring reach one another."""
+
+from distflash.transport.alone import Alone
+from distflash.transport.base import Message, Pending, Transport
+from distflash.transport.distributed import Distributed
+from distflash.transport.simulated import SimulatedTransport, SimulationError, Simulator, Traffic
+
+__all__ = [
+    "Alone",
+    "Distributed",
+    "Message",
+    "Pending",
+    "SimulatedTransport",
+    "SimulationError",
+    "Simulator",
+    "Traffic",
+    "Transport",
+]

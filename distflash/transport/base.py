@@ -1,0 +1,65 @@
+"""Moving tensors between the ranks of one ring. A transport knows nothing of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Message:
+    """One contiguous tensor to, or from, one other rank."""
+
+    tensor: Tensor
+    peer: int
+
+
+class Pending(Protocol):
+    """Messages in flight."""
+
+    def wait(self) -> None:
+        """Make what is computed next see the received tensors, and be free to overwrite the sent ones."""
+        ...
+
+
+class Transport(Protocol):
+    """How the ranks of a ring reach one another. Peers are ranks of the ring, from 0 to ``world_size - 1``.
+
+    Messages between two ranks arrive in the order in which they were sent.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors must be to be sent."""
+        ...
+
+    @property
+    def checks_every_call(self) -> bool:
+        """Whether `gather_ints` is cheap enough to compare notes at every call, not only at a new signature."""
+        ...
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        """Start sending and receiving; returns at once. The tensors must stay as they are until `Pending.wait`."""
+        ...
+
+    def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
+        """Every rank's values (int64, equally many on each rank), by rank. All ranks must call."""
+        ...
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """Every rank's tensor, by rank; shapes may differ in any dimension. All ranks must call."""
+        ...
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over ranks, as a new tensor. All ranks must call."""
+        ...

@@ -1,0 +1,190 @@
+"""All ranks of a ring in one process: a simulator that counts messages and bytes.
+
+Every rank is a thread, but only one of them runs at a time: a thread hands over only where it waits for a message.
+So what runs under it needs to be no more thread-safe than usual, a run is repeatable, and a ring in which everybody
+waits is reported as such instead of hanging.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distflash.transport.base import Message
+
+
+class SimulationError(RuntimeError):
+    """A rank of a simulated ring failed, or all of them wait for messages that nobody sends."""
+
+
+@dataclass
+class Traffic:
+    """What `Transport.exchange` moved, over all ranks. Collectives are not counted."""
+
+    messages: int = 0
+    bytes: int = 0
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+
+    def count(self, source: int, destination: int, tensor: Tensor) -> None:
+        self.messages += 1
+        self.bytes += tensor.numel() * tensor.element_size()
+        self.pairs.append((source, destination))
+
+
+class Simulator:
+    """A ring of ``world_size`` simulated ranks on the CPU.
+
+    Example:
+        >>> simulator = Simulator(8)
+        >>> outs = simulator.run(lambda transport: work(ContextParallel(transport)))   # one result a rank
+        >>> simulator.traffic.messages
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.traffic = Traffic()
+        # One lock, so that one rank runs at a time, and a condition for each rank, so that a message wakes nobody else.
+        self._turn = threading.RLock()
+        self._wake = [threading.Condition(self._turn) for _ in range(world_size)]
+        self._mail: dict[tuple[int, int, bool], deque[Tensor]] = {}
+        self._running = 0
+        self._waiting: dict[int, deque[Tensor]] = {}
+        self._failure: BaseException | None = None
+
+    def run(self, work: Callable[[SimulatedTransport], Any]) -> list[Any]:
+        """Call ``work(transport)`` as each rank and return the results by rank.
+
+        Raises:
+            The first exception that a rank raised, with a note that names the rank.
+        """
+        self._mail.clear()
+        self._waiting.clear()
+        self._failure, self._running = None, self.world_size
+        results: list[Any] = [None] * self.world_size
+        threads = [
+            threading.Thread(target=self._run_rank, args=(rank, work, results), name=f"rank {rank}", daemon=True)
+            for rank in range(self.world_size)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return results
+
+    def _run_rank(self, rank: int, work: Callable[[SimulatedTransport], Any], results: list[Any]) -> None:
+        with self._turn:
+            try:
+                results[rank] = work(SimulatedTransport(self, rank))
+            except BaseException as error:
+                if self._failure is None:
+                    error.add_note(f"raised by simulated rank {rank} of {self.world_size}")
+                    self._failure = error
+            finally:
+                self._running -= 1
+                self._wake_all()
+
+    def _put(self, source: int, destination: int, tensor: Tensor, collective: bool) -> Tensor:
+        if not collective:
+            self.traffic.count(source, destination, tensor)
+        copy = tensor.detach().clone()
+        self._box(source, destination, collective).append(copy)
+        self._wake[destination].notify()
+        return copy
+
+    def _take(self, source: int, destination: int, collective: bool) -> Tensor:
+        box = self._box(source, destination, collective)
+        self._waiting[destination] = box
+        try:
+            while not box:
+                if self._failure is None and self._stuck():
+                    self._failure = SimulationError(
+                        f"deadlock: every running rank waits, rank {destination} for a message from rank {source}"
+                    )
+                    self._wake_all()
+                    raise self._failure
+                if self._failure is not None:
+                    raise SimulationError("another simulated rank failed") from self._failure
+                self._wake[destination].wait()
+        finally:
+            del self._waiting[destination]
+        return box.popleft()
+
+    def _wake_all(self) -> None:
+        for rank in self._wake:
+            rank.notify()
+
+    def _box(self, source: int, destination: int, collective: bool) -> deque[Tensor]:
+        return self._mail.setdefault((source, destination, collective), deque())
+
+    def _stuck(self) -> bool:
+        return len(self._waiting) == self._running and not any(self._waiting.values())
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    transport: SimulatedTransport
+    sent: Sequence[tuple[Tensor, Tensor]]
+    receives: Sequence[Message]
+
+    def wait(self) -> None:
+        for tensor, copy in self.sent:
+            if not torch.equal(tensor.flatten().view(torch.uint8), copy.flatten().view(torch.uint8)):
+                raise SimulationError(f"rank {self.transport.rank} changed a tensor while it was being sent")
+        for message in self.receives:
+            got = self.transport.receive(message.peer)
+            if got.shape != message.tensor.shape or got.dtype != message.tensor.dtype:
+                raise SimulationError(
+                    f"rank {self.transport.rank} expected {message.tensor.dtype} {tuple(message.tensor.shape)} from "
+                    f"rank {message.peer} and got {got.dtype} {tuple(got.shape)}"
+                )
+            message.tensor.copy_(got)
+
+
+@dataclass(frozen=True)
+class SimulatedTransport:
+    """One rank's end of a `Simulator`."""
+
+    simulator: Simulator
+    rank: int
+    device: torch.device = torch.device("cpu")
+    checks_every_call: bool = True
+
+    @property
+    def world_size(self) -> int:
+        return self.simulator.world_size
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> _InFlight:
+        for message in (*sends, *receives):
+            assert message.peer != self.rank, "a rank does not send to itself"
+            assert message.tensor.is_contiguous(), "only contiguous tensors travel"
+        put = self.simulator._put
+        sent = [(m.tensor, put(self.rank, m.peer, m.tensor, collective=False)) for m in sends]
+        # What has not arrived must not be read: whoever forgets to wait finds NaN.
+        for message in receives:
+            if message.tensor.is_floating_point():
+                message.tensor.fill_(torch.nan)
+        return _InFlight(self, sent, receives)
+
+    def receive(self, source: int) -> Tensor:
+        return self.simulator._take(source, self.rank, collective=False)
+
+    def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
+        return [theirs.tolist() for theirs in self.all_gather(torch.tensor(values, dtype=torch.int64))]
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        for rank in others:
+            self.simulator._put(self.rank, rank, x, collective=True)
+        theirs = {rank: self.simulator._take(rank, self.rank, collective=True) for rank in others}
+        return [x if rank == self.rank else theirs[rank] for rank in range(self.world_size)]
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return torch.stack(self.all_gather(x)).sum(0)

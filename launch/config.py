@@ -1,0 +1,167 @@
+"""Every option of the main job, with its help. Command lines turn names into objects here, and nowhere else.
+
+The defaults are the quickstart: a model small enough for two CPU cores, whose loss falls from 5.5 to below 2.5 in two
+minutes. From the root of the repository, without further options:
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 launch/train.py --verify
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import distflash as df
+
+
+def require(condition: bool, argument: str, came: object, expected: str) -> None:
+    """Raise a ValueError for `argument` in the words of the command line unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{argument}: got {came}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder."""
+
+    layers: int = 4
+    """Number of decoder blocks."""
+    dim: int = 128
+    """Width of the residual stream."""
+    heads: int = 4
+    """Query heads. The head dimension is dim / heads."""
+    kv_heads: int = 2
+    """Key and value heads, each shared by heads / kv_heads query heads."""
+    ffn: int | None = None
+    """Hidden width of the SwiGLU feed-forward. Left out: 8/3 of dim, rounded up to a multiple of 32."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding. Raise it for long sequences (500000 at 128K tokens)."""
+    checkpoint_activations: bool = False
+    """Keep only the input of each block and recompute the rest in backward: less memory, about a third more work."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "dim", "heads", "kv_heads"):
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')}", getattr(self, name), "at least 1")
+        require(
+            self.dim % self.heads == 0 and self.dim // self.heads % 2 == 0,
+            "--dim",
+            f"{self.dim} for {self.heads} heads",
+            "an even number of channels per head (dim / heads), which rotary positions need; change --dim or --heads",
+        )
+        require(
+            self.heads % self.kv_heads == 0,
+            "--kv-heads",
+            f"{self.kv_heads} for {self.heads} query heads",
+            "a divisor of --heads",
+        )
+        require(self.ffn is None or self.ffn >= 1, "--ffn", self.ffn, "at least 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def ffn_dim(self) -> int:
+        return self.ffn if self.ffn is not None else -(-8 * self.dim // 3 // 32) * 32
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its learning rate and gradient clipping."""
+
+    lr: float = 2e-3
+    """Highest learning rate, reached after the warm-up."""
+    min_lr_ratio: float = 0.1
+    """Where the cosine ends, as a share of lr."""
+    warmup: int = 10
+    """Steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices. Gains of the norms are not decayed."""
+    beta1: float = 0.9
+    """Decay of the running mean of the gradient."""
+    beta2: float = 0.95
+    """Decay of the running mean of the squared gradient."""
+    grad_clip: float = 1.0
+    """Largest norm of the global gradient. 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "--lr", self.lr, "a positive number")
+        require(0 <= self.min_lr_ratio <= 1, "--min-lr-ratio", self.min_lr_ratio, "a share between 0 and 1")
+        require(self.warmup >= 0, "--warmup", self.warmup, "0 or more steps")
+        require(self.weight_decay >= 0, "--weight-decay", self.weight_decay, "0 or more")
+        require(0 <= self.beta1 < 1, "--beta1", self.beta1, "0 <= beta1 < 1")
+        require(0 <= self.beta2 < 1, "--beta2", self.beta2, "0 <= beta2 < 1")
+        require(self.grad_clip >= 0, "--grad-clip", self.grad_clip, "0 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a byte-level decoder with every sequence sharded over all ranks."""
+
+    data: Path | None = None
+    """A text file, or a folder whose text files are read in the order of their paths. Left out: the source of the
+    running Python's standard library."""
+    seq_len: int = 1024
+    """Tokens (bytes) of one sequence, over all ranks together. It need not be divisible by anything."""
+    batch_size: int = 2
+    """Sequences of one step. Every rank holds its shard of each of them."""
+    steps: int = 250
+    """Optimizer steps of the whole run, those before a resume included."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data. It does not depend on the number of ranks."""
+    layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
+    """Which positions a rank holds. zigzag and striped balance the work of a causal mask."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. auto: the GPUs if there are any."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type. Weights, gradients and optimizer state are float32 in any case. auto: bfloat16 on GPUs, float32 on
+    CPUs."""
+    threads: int = 0
+    """CPU threads of each rank. 0 keeps the choice of torch and the launcher."""
+    out: Path = Path("runs/default")
+    """Folder of the run: metrics.jsonl, loss.png and checkpoints."""
+    resume: bool = False
+    """Continue from the newest checkpoint in --out, on any number of ranks and in any layout."""
+    overwrite: bool = False
+    """Delete a previous run in --out and start anew."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints. The last step and SIGTERM or SIGINT always write one. 0: only those."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on disk."""
+    log_every: int = 10
+    """Steps between printed lines where the output is no terminal. metrics.jsonl has every step."""
+    verify: bool = False
+    """Replay the first batch unsharded on one rank, print how far its loss and every gradient are from those of the
+    sharded run, and stop with an error where that is more than rounding explains. Sharpest with --dtype float32."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch_size", "steps", "keep_checkpoints", "log_every"):
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')}", getattr(self, name), "at least 1")
+        for name in ("seed", "threads", "checkpoint_every"):
+            require(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
+        require(not (self.resume and self.overwrite), "--resume", "--overwrite beside it", "one of the two")
+        cuda = torch.cuda.is_available()
+        require(self.device != "cuda" or cuda, "--device", "cuda", "cpu or auto: torch sees no GPU on this machine")
+
+    @property
+    def device_type(self) -> str:
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        if self.dtype == "auto":
+            return torch.bfloat16 if self.device_type == "cuda" else torch.float32
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+    def make_layout(self) -> df.Layout:
+        layouts: dict[str, df.Layout] = {
+            "zigzag": df.Zigzag(),
+            "contiguous": df.Contiguous(),
+            "striped": df.Striped(),
+        }
+        return layouts[self.layout]

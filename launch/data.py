@@ -1,0 +1,98 @@
+"""Text as bytes, and which bytes make the batch of a step. A batch depends on seed and step, not on the ranks."""
+
+import hashlib
+import sysconfig
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SEPARATOR = 0  # a byte that no text holds: one follows every document
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents one after the other, each followed by a separator. Only the bytes of a window are ever read.
+
+    files: the documents. ends [len(files)]: the offset behind each one's separator.
+    """
+
+    files: tuple[Path, ...]
+    ends: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all documents and separators."""
+        return self.ends[-1]
+
+    def fingerprint(self) -> str:
+        """Equal where ranks, or two runs, see the same file names and sizes in the same order."""
+        text = "\n".join(f"{file.name} {end}" for file, end in zip(self.files, self.ends, strict=True))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """The bytes [start, start + length) as uint8."""
+        window = np.full(length, SEPARATOR, dtype=np.uint8)
+        index, stop = bisect_right(self.ends, start), start + length
+        while index < len(self.files) and (begin := self.ends[index - 1] if index else 0) < stop:
+            first, last = max(start, begin), min(stop, self.ends[index] - 1)
+            if first < last:
+                # A file that shrank since its size was taken reads as separators, not as an error in mid-run.
+                text = np.fromfile(self.files[index], np.uint8, count=last - first, offset=first - begin)
+                window[first - start : first - start + len(text)] = text
+            index += 1
+        return window
+
+    def batch(self, *, seed: int, step: int, batch_size: int, seq_len: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens and labels, int64 [batch_size, len(positions)], of one step at `positions` of each sequence.
+
+        Labels are shifted in the global sequence, before it is sharded: the label of a shard's last token is there too.
+        """
+        offsets = np.random.default_rng((seed, step)).integers(0, self.size - seq_len, size=batch_size)
+        windows = np.stack([self.read(int(offset), seq_len + 1) for offset in offsets])
+        local = positions.cpu().numpy()
+        tokens, labels = windows[:, local], windows[:, local + 1]
+        return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(labels.astype(np.int64))
+
+
+def open_corpus(data: Path | None, seq_len: int) -> Corpus:
+    """The corpus of `--data`; a ValueError where there is none, or where it is shorter than a sequence."""
+    files = standard_library() if data is None else text_files(data)
+    if not files:
+        raise ValueError(f"--data: {data} holds no text file; give a text file or a folder of text files")
+    ends = tuple(accumulate(file.stat().st_size + 1 for file in files))
+    if ends[-1] < seq_len + 1:
+        raise ValueError(
+            f"--seq-len: {seq_len} tokens need {seq_len + 1} bytes of text (the last token has a label too), "
+            f"but --data has {ends[-1]}, separators included; give more text or set --seq-len to at most {ends[-1] - 1}"
+        )
+    return Corpus(files, ends)
+
+
+def standard_library() -> tuple[Path, ...]:
+    """The source of the running Python's standard library without its tests: real text that is on every machine."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    return tuple(sorted(file for file in root.rglob("*.py") if not skipped & set(file.relative_to(root).parts)))
+
+
+def text_files(data: Path) -> tuple[Path, ...]:
+    """`data` itself if it is a file, else the text files below it in the order of their paths, hidden ones left out."""
+    if data.is_file():
+        return (data,)
+    if not data.is_dir():
+        raise ValueError(f"--data: {data} does not exist; give a text file or a folder of text files")
+    visible = (
+        file for file in data.rglob("*") if not any(part.startswith(".") for part in file.relative_to(data).parts)
+    )
+    return tuple(sorted(file for file in visible if file.is_file() and is_text(file)))
+
+
+def is_text(file: Path) -> bool:
+    """Whether the beginning of the file holds no byte 0, the rule by which git tells text from binary."""
+    with file.open("rb") as stream:
+        return b"\0" not in stream.read(8192)

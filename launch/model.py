@@ -1,0 +1,103 @@
+"""A byte-level decoder in the style of Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Nothing here knows of ranks: `cp` is handed to the attention, and everything else acts on each token by itself.
+Shapes: B sequences, T tokens on this rank, V entries of the vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import distflash as df
+from launch.config import ModelConfig
+
+VOCABULARY = 256  # bytes; text has no byte 0, so that one separates documents
+
+
+class RMSNorm(nn.Module):
+    """Normalises in float32 and hands on the compute type, so that the linear layers behind it share one copy."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=1e-5).to(dtype)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, cp: df.ContextParallel | None) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim)
+        self.attention = df.nn.SelfAttention(
+            config.dim, config.heads, config.kv_heads, rope_theta=config.rope_theta, mask=df.Causal(), cp=cp
+        )
+        self.ffn_norm = RMSNorm(config.dim)
+        self.ffn = SwiGLU(config.dim, config.ffn_dim)
+
+    def forward(self, x: Tensor, seq_len: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), seq_len=seq_len)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Decoder(nn.Module):
+    """Tokens [B, T] to logits [B, T, V]. `cp=None` is the same model with the whole sequence on one device."""
+
+    def __init__(self, config: ModelConfig, cp: df.ContextParallel | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(VOCABULARY, config.dim)
+        self.blocks = nn.ModuleList(Block(config, cp) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim)
+        self.head = nn.Linear(config.dim, VOCABULARY, bias=False)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Normal weights of 0.02, smaller where a block writes to the residual stream: it would grow with depth."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith(("o_proj.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / (2 * self.config.layers) ** 0.5 if residual else 0.02)
+
+    def forward(self, tokens: Tensor, seq_len: int) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            if self.config.checkpoint_activations:
+                x = checkpoint(block, x, seq_len, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, seq_len)
+        return self.head(self.norm(x))
+
+
+def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over tokens of the cross-entropy in nats, in float32: logits [B, T, V], labels [B, T] -> scalar."""
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """FLOPs that training needs for one token, averaged over a causal sequence of `seq_len` tokens.
+
+    Forward costs 2 for every weight of a matrix (the embedding is a look-up) and 4 * head_dim for every head and every
+    pair of query and key that the mask allows, S (S + 1) / 2 of them. Backward costs twice as much. Work that is done
+    again in backward is not counted: it is a price of the implementation, not a need of the model.
+    """
+    q_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    attention = config.dim * (2 * q_dim + 2 * kv_dim)
+    weights = config.layers * (attention + 3 * config.dim * config.ffn_dim) + config.dim * VOCABULARY
+    pairs_per_token = (seq_len + 1) / 2
+    forward = 2 * weights + config.layers * 4 * q_dim * pairs_per_token
+    return 3 * forward

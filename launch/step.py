@@ -1,0 +1,36 @@
+"""Forward and backward of one step, the same for the sharded model and for the unsharded one that verifies it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import distflash as df
+from launch.config import TrainConfig
+from launch.data import Corpus
+from launch.model import Decoder, loss_sum
+
+
+@dataclass(frozen=True)
+class Step:
+    """What turns a step's number into a loss and gradients. `cp=None`: this rank holds the whole sequence."""
+
+    config: TrainConfig
+    corpus: Corpus
+    device: torch.device
+    cp: df.ContextParallel | None
+
+    def __call__(self, model: Decoder, step: int) -> Tensor:
+        """Add this rank's share to the gradients; the mean loss over all tokens of all ranks."""
+        config = self.config
+        positions = torch.arange(config.seq_len) if self.cp is None else self.cp.positions(config.seq_len)
+        tokens, labels = self.corpus.batch(
+            seed=config.seed, step=step, batch_size=config.batch_size, seq_len=config.seq_len, positions=positions
+        )
+        reduced = config.compute_dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=config.compute_dtype, enabled=reduced):
+            logits = model(tokens.to(self.device), config.seq_len)
+        total = loss_sum(logits, labels.to(self.device))
+        loss = total / labels.numel() if self.cp is None else self.cp.mean(total, labels.numel(), reduction="sum")
+        loss.backward()
+        return loss.detach()

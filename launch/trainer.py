@@ -1,0 +1,213 @@
+"""The run in the order of its execution: options, process group, model, steps, end."""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+import tyro
+
+import distflash as df
+from launch.checkpoint import Checkpoints, check_shape
+from launch.config import TrainConfig
+from launch.data import Corpus, open_corpus
+from launch.model import Decoder, flops_per_token
+from launch.optimizer import Gradients, adamw, learning_rate
+from launch.reporting import Metrics, Reporter, peak_memory_gib, plot_loss
+from launch.step import Step
+from launch.verify import verify
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job and return the exit code: 0 done or stopped by a signal, 1 not verified, 2 refused."""
+    config = parse(arguments)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = join_group(config)
+    corpus = agree(config)
+    code = 2 if corpus is None else train(config, corpus, device)
+    # Only here, at an orderly end: after an error on one rank there is nobody to say goodbye to, and trying hangs.
+    dist.barrier()
+    dist.destroy_process_group()
+    return code
+
+
+def parse(arguments: list[str] | None) -> TrainConfig:
+    first = int(os.environ.get("RANK", 0)) == 0
+    try:
+        return tyro.cli(TrainConfig, args=arguments, config=(tyro.conf.OmitArgPrefixes,), console_outputs=first)
+    except SystemExit as refusal:
+        if refusal.code and not first:
+            time.sleep(10)  # the launcher ends all ranks with the first one that leaves: let it be the one that speaks
+        raise
+
+
+def join_group(config: TrainConfig) -> torch.device:
+    """Join the default process group, one of its own for a process without a launcher; the device of this rank."""
+    device = torch.device(config.device_type)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, device_id=bound)
+    else:
+        dist.init_process_group(backend, device_id=bound, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def agree(config: TrainConfig) -> Corpus | None:
+    """Open the corpus and the output folder; None on all ranks where any rank refuses or reads other data."""
+    corpus, mine = None, ""
+    try:
+        corpus = open_corpus(config.data, config.seq_len)
+        check_out(config)
+    except ValueError as error:
+        mine = str(error)
+    found: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+    dist.all_gather_object(found, (mine, corpus.fingerprint() if corpus else ""))
+    refusals = {refusal: rank for rank, (refusal, _) in reversed(list(enumerate(found))) if refusal}
+    others = [rank for rank, (_, data) in enumerate(found) if data != found[0][1]]
+    if others and not refusals:
+        refusals["--data: file names or sizes differ from those on rank 0; give every rank the same text"] = others[0]
+    if dist.get_rank() == 0:
+        for refusal, rank in refusals.items():
+            print(f"error (rank {rank}): {refusal}", file=sys.stderr)
+    return None if refusals else corpus
+
+
+def check_out(config: TrainConfig) -> None:
+    """A ValueError where --out, as it is, would lose an earlier run or has nothing to resume from."""
+    newest = checkpoints_of(config).newest()
+    if config.resume:
+        if newest is None:
+            raise ValueError(f"--resume: {config.out} holds no checkpoint; leave --resume out, or name another --out")
+        check_shape(newest, config.model)
+    elif newest is not None and not config.overwrite:
+        raise ValueError(
+            f"--out: {config.out} holds a run with the checkpoint {newest.name}; pass --resume to continue it, "
+            "--overwrite to delete it, or name another --out"
+        )
+
+
+def checkpoints_of(config: TrainConfig) -> Checkpoints:
+    return Checkpoints(config.out / "checkpoints", config.keep_checkpoints)
+
+
+class StopSignals:
+    """SIGTERM and SIGINT as a wish that all ranks learn of between two steps, whichever of them it reached."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.asked, self.device = False, device
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.remember)
+
+    def remember(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def agreed(self) -> bool:
+        asked = torch.tensor(int(self.asked), device=self.device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked.item())
+
+
+def train(config: TrainConfig, corpus: Corpus, device: torch.device) -> int:
+    stop, checkpoints = StopSignals(device), checkpoints_of(config)
+    lead = dist.get_rank() == 0
+    if lead:
+        prepare_out(config)
+    dist.barrier()
+
+    assert dist.group.WORLD is not None
+    cp = df.ContextParallel(dist.group.WORLD, layout=config.make_layout(), schedule=df.Ring())
+    torch.manual_seed(config.seed)  # drawn on the CPU: the same weights on every rank and every device
+    model = Decoder(config.model, cp).to(device)
+    optimizer = adamw(model, config.optimizer)
+    source = checkpoints.newest() if config.resume else None
+    first = checkpoints.load(source, model, optimizer) if source else 0
+    gradients = Gradients(model)
+    forward_backward = Step(config, corpus, device, cp)
+
+    with Reporter(config, first_step=first, active=lead) as report:
+        report.print(describe(config, corpus, model, cp, first))
+        verdict = verify(forward_backward, model, gradients, first) if config.verify else None
+        if verdict is not None:
+            report.print(verdict.table())
+            report.print(verdict.summary())
+            if not verdict.passed:
+                return 1
+        for step in range(first, config.steps):
+            report.step(optimizer_step(forward_backward, model, gradients, optimizer, step))
+            stopped, done = stop.agreed(), step + 1
+            due = config.checkpoint_every and done % config.checkpoint_every == 0
+            if stopped or due or done == config.steps:
+                saved = checkpoints.save(model, optimizer, done, config.model)
+                report.print(f"checkpoint: {saved}")
+            if stopped:
+                report.print(f"stopped by a signal after step {done}; --resume continues")
+                break
+    if lead:
+        print(f"loss plot: {plot_loss(config.out, title(config, cp))}")
+        if verdict is not None:
+            print(verdict.summary(), flush=True)
+    return 0
+
+
+def optimizer_step(
+    forward_backward: Step, model: Decoder, gradients: Gradients, optimizer: torch.optim.Optimizer, step: int
+) -> Metrics:
+    config, world = forward_backward.config, dist.get_world_size()
+    begin = time.perf_counter()
+    gradients.zero()
+    loss = forward_backward(model, step)
+    gradients.sum_over_ranks()
+    norm = gradients.clip(config.optimizer.grad_clip)
+    rate = learning_rate(config.optimizer, step, config.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    numbers = loss.item(), norm.item()  # waits for the device, so the clock below sees the whole step
+    seconds = time.perf_counter() - begin
+    tokens = config.batch_size * config.seq_len
+    return Metrics(
+        step=step + 1,
+        loss=numbers[0],
+        grad_norm=numbers[1],
+        lr=rate,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        tflops_per_rank=tokens * flops_per_token(config.model, config.seq_len) / seconds / world / 1e12,
+        peak_memory_gib=peak_memory_gib(forward_backward.device),
+    )
+
+
+def prepare_out(config: TrainConfig) -> None:
+    if config.overwrite:  # only what a run writes: the folder may hold more
+        shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
+    if not config.resume:
+        (config.out / "metrics.jsonl").unlink(missing_ok=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+
+
+def describe(config: TrainConfig, corpus: Corpus, model: Decoder, cp: df.ContextParallel, first: int) -> str:
+    parameters = sum(p.numel() for p in model.parameters())
+    flops = flops_per_token(config.model, config.seq_len)
+    lines = [
+        f"data: {len(corpus.files)} documents, {corpus.size / 1e6:.1f} MB",
+        f"model: {parameters / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOP a token",
+        f"ranks: {cp.world_size}, {config.layout} layout, {config.batch_size} x {config.seq_len} tokens a step, "
+        f"{config.compute_dtype} on {config.device_type}",
+    ]
+    if first:
+        lines.append(f"resumed after step {first}")
+    return "\n".join(lines)
+
+
+def title(config: TrainConfig, cp: df.ContextParallel) -> str:
+    shape = f"{config.model.layers} layers, dim {config.model.dim}, {config.batch_size} x {config.seq_len} tokens"
+    return f"Byte-level decoder, {shape}, {config.layout} over {cp.world_size} rank{'s' * (cp.world_size > 1)}"

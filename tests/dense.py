@@ -1,0 +1,211 @@
+"""Whole attention problems: dense in float64 by autograd, the oracle, and spread over ranks, as users call it.
+
+[Note: shapes] B batch, T local tokens, S global tokens, H query heads, G key/value heads, D head dim of q and k, V head
+dim of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+import distflash as df
+
+Results = dict[str, Tensor]
+
+# Which dimension of a result counts tokens; results without one are sums over tokens.
+TOKENS = {"out": 1, "lse": 2, "dq": 1, "dk": 1, "dv": 1, "dsinks": None}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention call on a whole sequence, forward and backward; its tensors follow from ``seed``."""
+
+    mask: df.Mask = field(default_factory=df.Causal)
+    seq_len: int = 64
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 1
+    d_qk: int = 8
+    d_v: int = 8
+    dtype: torch.dtype = torch.float64
+    scale: float | None = None
+    softcap: float = 0.0
+    alibi: bool = False
+    sinks: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a problem: ``q, k, v, dout`` have tokens in dimension 1, ``dlse`` in dimension 2."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    dlse: Tensor
+    sinks: Tensor | None
+    slopes: Tensor | None
+
+
+def make_inputs(p: Problem) -> Inputs:
+    generator = torch.Generator().manual_seed(p.seed)
+    wide = torch.promote_types(p.dtype, torch.float32)
+
+    def normal(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return Inputs(
+        q=normal(p.batch, p.seq_len, p.heads, p.d_qk),
+        k=normal(p.batch, p.seq_len, p.kv_heads, p.d_qk),
+        v=normal(p.batch, p.seq_len, p.kv_heads, p.d_v),
+        dout=normal(p.batch, p.seq_len, p.heads, p.d_v),
+        dlse=normal(p.batch, p.heads, p.seq_len, dtype=wide),
+        sinks=normal(p.heads, dtype=wide) if p.sinks else None,
+        slopes=2.0 ** -torch.arange(1, p.heads + 1) if p.alibi else None,
+    )
+
+
+def dense(p: Problem, x: Inputs) -> Results:
+    """The definition, in float64, with the whole score matrix; gradients by autograd."""
+    q, k, v = (t.double().requires_grad_() for t in (x.q.clone(), x.k.clone(), x.v.clone()))
+    sinks = None if x.sinks is None else x.sinks.clone().double().requires_grad_()
+    s = _scores(p, q, k, x.slopes)
+    sink_column = s.new_full((*s.shape[:-1], 1), -torch.inf)
+    if sinks is not None:
+        sink_column = sinks[None, :, None, None].expand_as(sink_column)
+    s = torch.cat([s, sink_column], dim=-1)
+    # A query that sees nothing: any finite scores, then 0 and -inf by decree, with no gradient.
+    blind = (s == -torch.inf).all(-1)
+    s = s.masked_fill(blind[..., None], 0.0)
+    probability = s.softmax(-1)[..., :-1].masked_fill(blind[..., None], 0.0)
+    out = torch.einsum("bhij,bjhd->bihd", probability, _per_query_head(p, v))
+    lse = s.logsumexp(-1).masked_fill(blind, -torch.inf)
+    torch.autograd.backward((out, lse), (x.dout.double(), x.dlse.double()))
+    return _results(out, lse, q, k, v, sinks)
+
+
+def _scores(p: Problem, q: Tensor, k: Tensor, slopes: Tensor | None) -> Tensor:
+    """``[B, H, S, S]``, -inf where the mask forbids."""
+    s = torch.einsum("bihd,bjhd->bhij", q, _per_query_head(p, k)) * (p.d_qk**-0.5 if p.scale is None else p.scale)
+    if p.softcap:
+        s = p.softcap * torch.tanh(s / p.softcap)
+    positions = torch.arange(p.seq_len)
+    if slopes is not None:
+        s = s - slopes.double()[:, None, None] * (positions[:, None] - positions).abs()
+    return s.masked_fill(~p.mask.materialize(positions, positions, p.seq_len), -torch.inf)
+
+
+def _per_query_head(p: Problem, x: Tensor) -> Tensor:
+    return x.repeat_interleave(p.heads // p.kv_heads, dim=2)
+
+
+def on_rank(p: Problem, x: Inputs, cp: df.ContextParallel | None) -> Results:
+    """This rank's part of the results, from tensors that every rank holds whole."""
+    shard = (lambda t, dim=1: t.clone()) if cp is None else cp.shard
+    q, k, v = (shard(t).requires_grad_() for t in (x.q, x.k, x.v))
+    sinks = None if x.sinks is None else x.sinks.clone().requires_grad_()
+    out, lse = df.attention(
+        q,
+        k,
+        v,
+        mask=p.mask,
+        cp=cp,
+        seq_len=p.seq_len,
+        scale=p.scale,
+        softcap=p.softcap,
+        alibi_slopes=x.slopes,
+        sinks=sinks,
+        return_lse=True,
+    )
+    torch.autograd.backward((out, lse), (shard(x.dout), shard(x.dlse, dim=2)))
+    return _results(out, lse, q, k, v, sinks)
+
+
+def join(parts: Sequence[Results], layout: df.Layout, seq_len: int) -> Results:
+    """Whole results from every rank's."""
+    W = len(parts)
+    order = torch.cat([layout.positions(seq_len, W, rank) for rank in range(W)]).argsort()
+
+    def whole(name: str) -> Tensor:
+        tensors, dim = [part[name] for part in parts], TOKENS[name]
+        return torch.stack(tensors).sum(0) if dim is None else torch.cat(tensors, dim).index_select(dim, order)
+
+    return {name: whole(name) for name in parts[0]}
+
+
+def on_ranks(
+    p: Problem, x: Inputs, world_size: int, layout: df.Layout, kernel: df.kernels.Kernel | None = None
+) -> Results:
+    """The problem over simulated ranks, put together."""
+    kernel = df.kernels.Reference() if kernel is None else kernel
+    parts = df.transport.Simulator(world_size).run(
+        lambda transport: on_rank(p, x, df.ContextParallel(transport, layout, kernel=kernel))
+    )
+    return join(parts, layout, p.seq_len)
+
+
+def assert_exact(p: Problem, x: Inputs, got: Results) -> None:
+    """In float64: equal to the definition up to the rounding of float64."""
+    truth = dense(p, x)
+    assert got.keys() == truth.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(
+            value.double(), truth[name], rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def assert_no_less_exact(p: Problem, x: Inputs, got: Results, one_rank: Results) -> None:
+    """Error against float64 at most 1.1 times that of the same kernel on one rank.
+
+    Plus a floor, since one rank that sums few numbers may be exact by luck: one rounding unit of float32, the dtype of
+    all sums, relative to the result (for gradients to the largest of them: a small one is a difference of large terms),
+    times the largest score, because probabilities are as inexact relatively as their scores are absolutely. That is a
+    thousandth of what storing the result in bfloat16 costs.
+    """
+    truth = dense(p, x)
+    unit = torch.finfo(torch.float32).eps * max(1.0, _largest_score(p, x))
+    gradients = [name for name in truth if name not in ("out", "lse")]
+    for name in truth:
+        size = max(_norm(truth[n]) for n in (gradients if name in gradients else [name]))
+        error, bar = (_error(result[name], truth[name]) for result in (got, one_rank))
+        limit = 1.1 * bar + unit * size
+        assert got[name].dtype == one_rank[name].dtype
+        assert torch.equal(got[name] == -torch.inf, truth[name] == -torch.inf), f"{name}: which rows see nothing"
+        assert error <= limit, f"{name}: error {error:.3e}, on one rank {bar:.3e}, limit {limit:.3e}"
+
+
+def relative_errors(p: Problem, x: Inputs, got: Results) -> dict[str, float]:
+    truth = dense(p, x)
+    return {name: _error(got[name], truth[name]) / _norm(truth[name]) for name in truth}
+
+
+def in_dtype(p: Problem, dtype: torch.dtype) -> Problem:
+    return replace(p, dtype=dtype)
+
+
+def _largest_score(p: Problem, x: Inputs) -> float:
+    s = _scores(p, x.q.double(), x.k.double(), x.slopes)
+    seen = s[s > -torch.inf].abs()
+    return float(seen.max()) if len(seen) else 0.0
+
+
+def _error(got: Tensor, truth: Tensor) -> float:
+    return _norm(torch.where(truth == -torch.inf, 0.0, got.double() - truth))
+
+
+def _norm(t: Tensor) -> float:
+    """The 2-norm without the -inf of rows that see nothing; NaN counts."""
+    return float(torch.where(t == -torch.inf, 0.0, t).norm())
+
+
+def _results(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Results:
+    results = {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    if sinks is not None:
+        results["dsinks"] = sinks.grad
+    assert all(t is not None for t in results.values())
+    return {name: t.detach() for name, t in results.items()}

@@ -1,0 +1,146 @@
+"""The ring over NCCL, one rank a GPU, against one rank and dense float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import distflash as df
+from tests import dense
+from tests.dense import Problem, Results
+from tests.gpu import problems
+from tests.ranks import RankError, Ranks
+
+LAYOUTS = [df.Zigzag(), df.Contiguous(), df.Striped()]
+
+
+def device() -> torch.device:
+    on_gpu = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def ring_part(p: Problem, layout: df.Layout) -> Results:
+    """Runs as a rank: its part of a problem."""
+    cp = df.ContextParallel(dist.group.WORLD, layout=layout)
+    return problems.to_cpu(dense.on_rank(p, problems.on(dense.make_inputs(p), device()), cp))
+
+
+def alone(p: Problem) -> Results:
+    """Runs as a rank: the same kernel without a ring."""
+    return problems.to_cpu(dense.on_rank(p, problems.on(dense.make_inputs(p), device()), None))
+
+
+def assert_no_less_exact(p: Problem, got: Results, single: Results) -> None:
+    """Error against float64 at most 1.1 times that of one rank, and a few units of float32 for luck."""
+    x = dense.make_inputs(p)
+    errors, bars = dense.relative_errors(p, x, got), dense.relative_errors(p, x, single)
+    for name, error in errors.items():
+        # A sink's gradient is one number a head: too few to compare errors by their size.
+        luck = problems.BARS[p.dtype] if name == "dsinks" else 16 * torch.finfo(torch.float32).eps
+        assert error <= 1.1 * bars[name] + luck, f"{name}: error {error:.3e}, on one rank {bars[name]:.3e}"
+
+
+# bfloat16 with all layouts and masks; the rest of the dtypes where they differ: in what is sent.
+CASES = [(name, layout, torch.bfloat16) for name in problems.PROBLEMS for layout in LAYOUTS]
+CASES += [(name, df.Zigzag(), torch.float32) for name in ("causal", "everything")]
+CASES += [("causal", df.Zigzag(), torch.float16)]
+
+
+@pytest.mark.parametrize(("name", "layout", "dtype"), CASES, ids=problems.name_of)
+def test_no_less_exact_than_one_rank(name: str, layout: df.Layout, dtype: torch.dtype, ranks: Ranks) -> None:
+    p = dense.in_dtype(problems.PROBLEMS[name], dtype)
+    parts = ranks.run(ring_part, p, layout)
+    single = ranks.run(alone, p)[0]
+    assert_no_less_exact(p, dense.join(parts, layout, p.seq_len), single)
+
+
+def test_one_device_mesh_dimension_is_a_group(ranks: Ranks) -> None:
+    assert set(ranks.run(mesh_world_size)) == {ranks.count}
+
+
+def mesh_world_size() -> int:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),), mesh_dim_names=("context",))
+    return df.ContextParallel(mesh["context"]).world_size
+
+
+def disagree() -> str:
+    """Runs as a rank: rank 0 has another mask. Returns what it is told."""
+    cp = df.ContextParallel(dist.group.WORLD)
+    mask = df.Full() if cp.rank == 0 else df.Causal()
+    q = torch.randn(1, 64, 2, 64, device=device(), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="disagree") as caught:
+        df.attention(q, q, q, mask=mask, cp=cp)
+    return str(caught.value)
+
+
+def test_disagreement_is_told_to_every_rank(ranks: Ranks) -> None:
+    for message in ranks.run(disagree):
+        assert "mask" in message and "rank" in message
+
+
+def refuse() -> str:
+    """Runs as a rank: rank 0's own arguments are wrong before anything has been agreed on."""
+    cp = df.ContextParallel(dist.group.WORLD)
+    q = torch.randn(1, 64, 3 if cp.rank == 0 else 2, 64, device=device(), dtype=torch.bfloat16)
+    k = torch.randn(1, 64, 2, 64, device=device(), dtype=torch.bfloat16)
+    with pytest.raises(ValueError) as caught:
+        df.attention(q, k, k, mask=df.Causal(), cp=cp)
+    return str(caught.value)
+
+
+def test_a_refusal_reaches_every_rank(ranks: Ranks) -> None:
+    first, *others = ranks.run(refuse)
+    assert "3 query heads" in first
+    assert all("rank 0" in message for message in others)
+
+
+def hops(mask: df.Mask, seq_len: int) -> int:
+    return df.ContextParallel(dist.group.WORLD, layout=df.Contiguous()).plan(mask, seq_len).hops
+
+
+def test_only_hops_that_are_needed_are_made(ranks: Ranks) -> None:
+    n = ranks.count
+    assert ranks.run(hops, df.Full(), 64 * n) == [n - 1] * n
+    assert ranks.run(hops, df.Window(15, 0), 64 * n) == [1] * n
+    assert ranks.run(hops, df.Documents(range(0, 64 * n + 1, 64)), 64 * n) == [0] * n
+
+
+def test_a_rank_that_raises_is_named(ranks: Ranks) -> None:
+    with pytest.raises(RankError, match=r"rank 1: (.|\n)*one over nothing"):
+        ranks.run(fail_on_rank_1)
+    assert ranks.run(dist.get_rank) == list(range(ranks.count))
+
+
+def fail_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        raise ZeroDivisionError("one over nothing")
+
+
+def sync_free() -> None:
+    """Runs as a rank: a call of a known signature does not make the host wait."""
+    cp = df.ContextParallel(dist.group.WORLD)
+    q = torch.randn(1, 256, 2, 64, device=device(), dtype=torch.bfloat16, requires_grad=True)
+    for warm in (False, True):
+        torch.cuda.set_sync_debug_mode("error" if warm else "default")
+        try:
+            out = df.attention(q, q, q, mask=df.Causal(), cp=cp)
+            out.backward(torch.ones_like(out))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_warm_hop_waits_for_nothing(ranks: Ranks) -> None:
+    ranks.run(sync_free)
+
+
+def test_shards_of_unequal_length(ranks: Ranks) -> None:
+    """Uneven shards: one token more than divides."""
+    p = replace(problems.PROBLEMS["causal"], seq_len=64 * ranks.count + 1, dtype=torch.bfloat16)
+    parts = ranks.run(ring_part, p, df.Zigzag())
+    lengths = {part["out"].shape[1] for part in parts}
+    assert len(lengths) > 1
+    single = ranks.run(alone, p)[0]
+    assert_no_less_exact(p, dense.join(parts, df.Zigzag(), p.seq_len), single)

@@ -1,0 +1,106 @@
+"""The Triton kernel in Triton's interpreter, against dense float64."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from distflash import masks
+from distflash.kernels import Triton
+from distflash.kernels.base import Problem
+from distflash.kernels.triton import launches
+from distflash.kernels.triton.tiles import Tile, Tiles
+from distflash.layouts import Zigzag
+from tests import oracle
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+SMALL = oracle.Case("small", seq_len=100, batch=2, heads=4, kv_heads=2, d_qk=40, d_v=24, dtype=torch.bfloat16)
+FINE = Problem(torch.device("cpu"), torch.bfloat16, heads=4, kv_heads=2, d_qk=128, d_v=128)
+
+
+@pytest.mark.parametrize("case", oracle.cases(), ids=lambda case: case.name)
+def test_as_exact_as_dense(case):
+    oracle.check(Triton(), case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        SMALL,
+        replace(SMALL, dtype=torch.float32, softcap=5.0, alibi=True, sinks=True),
+        replace(SMALL, mask=masks.Window(30, 4), layout=Zigzag(), world_size=2, seq_len=150),
+    ],
+    ids=["plain", "features", "two hops"],
+)
+def test_without_descriptors(monkeypatch, case):
+    """As on hardware that has none, where tiles are loaded by pointers."""
+    monkeypatch.setattr(launches, "DESCRIPTORS", ())
+    oracle.check(Triton(), case)
+
+
+@pytest.mark.parametrize("block_m, block_n", [(16, 64), (64, 16), (128, 32)])
+def test_other_tiles(block_m, block_n):
+    tile = Tile(block_m, block_n, num_warps=4, num_stages=1)
+    oracle.check(Triton(tiles=Tiles(tile, tile, tile)), replace(SMALL, mask=masks.Window(40, 3)))
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same numbers at an address that is no multiple of 16 bytes."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("descriptors", [True, False])
+@pytest.mark.parametrize(
+    "laid_out",
+    [
+        shifted,
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+        lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
+        lambda x: torch.cat([x, x[..., :4]], 3)[..., : x.shape[3]],
+        lambda x: x[:1].expand_as(x),
+    ],
+    ids=["unaligned", "heads first", "dims not last", "part of a sequence", "part of heads", "odd rows", "expanded"],
+)
+def test_any_strides(monkeypatch, laid_out, descriptors):
+    if not descriptors:
+        monkeypatch.setattr(launches, "DESCRIPTORS", ())
+    x = oracle.make_inputs(SMALL)
+    given = replace(x, q=laid_out(x.q), k=laid_out(x.k), v=laid_out(x.v), dout=laid_out(x.dout))
+    plain = replace(x, **{name: getattr(given, name).contiguous() for name in ("q", "k", "v", "dout")})
+    got, want = oracle.run(Triton(), SMALL, given), oracle.run(Triton(), SMALL, plain)
+    assert [name for name in want if not torch.equal(got[name], want[name])] == []
+
+
+def test_a_gradient_of_lse_that_is_nan_where_nothing_was_seen():
+    case = replace(SMALL, mask=oracle.Blind(20, 50), dlse=True)
+    x = oracle.make_inputs(case)
+    x.dlse[:, :, ~x.visible.any(1)] = torch.nan
+    assert all(not value.isnan().any() for value in oracle.run(Triton(), case, x).values())
+
+
+def test_refuses_what_it_cannot_do():
+    assert Triton(interpret=True).not_supported_reasons(FINE) == []
+    # The interpreter is on in this process, and for all that nobody gets it who did not ask for it.
+    assert "cpu" in Triton().not_supported_reasons(FINE)[0]
+    odd = replace(FINE, dtype=torch.float64, d_qk=20, d_v=264, dropout_p=0.1)
+    assert len(Triton().not_supported_reasons(odd)) == 5
+
+
+def test_needs_no_triton_to_be_imported():
+    script = """if True:
+        import sys
+        sys.modules["triton"] = None
+        import torch, distflash.kernels as kernels
+        problem = kernels.Problem(torch.device("cpu"), torch.float32, 1, 1, 64, 64)
+        reasons = kernels.Triton().not_supported_reasons(problem)
+        assert "not installed" in reasons[0], reasons
+    """
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

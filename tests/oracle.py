@@ -1,0 +1,300 @@
+"""What attention kernels are checked against: dense attention in plain torch, and the cases to check.
+
+[Note: shapes] T queries of the rank under test, S global tokens, W ranks; otherwise as in `distflash.kernels.base`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from distflash import masks
+from distflash.intervals import Sharding, build
+from distflash.kernels.base import Hop, Kernel, KeyGradient, QueryGradient, Scores
+from distflash.layouts import Contiguous, Layout, Striped, Zigzag
+from distflash.masks import Mask
+from distflash.partial import Partial, accumulator_dtype
+
+
+@dataclass(frozen=True)
+class Case:
+    """One rank's attention over the keys of all ranks, one hop an owner."""
+
+    name: str
+    mask: Mask = field(default_factory=masks.Causal)
+    seq_len: int = 150
+    layout: Layout = field(default_factory=Contiguous)
+    world_size: int = 1
+    rank: int = 0
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    d_qk: int = 32
+    d_v: int = 32
+    dtype: torch.dtype = torch.float32
+    scale: float | None = None
+    softcap: float = 0.0
+    alibi: bool = False
+    sinks: bool = False
+    dlse: bool = False
+
+    @property
+    def sharding(self) -> Sharding:
+        return Sharding(self.mask, self.layout, self.seq_len, self.world_size)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of a case: q and dout of the rank, k and v of all ranks in global order."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    dlse: Tensor | None
+    scores: Scores
+    visible: Tensor
+    q_positions: Tensor
+
+
+def cases() -> list[Case]:
+    """Every feature at a size that an interpreter can manage."""
+    d = masks.Documents
+    shapes = [
+        Case(f"head dims {qk}/{v} {_short(dtype)}", d_qk=qk, d_v=v, dtype=dtype, seq_len=100, heads=1, kv_heads=1)
+        for qk, v in ((16, 16), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ]
+    lengths = [Case(f"length {n}", seq_len=n, dtype=torch.bfloat16) for n in (1, 2, 63, 64, 65, 128, 191)]
+    kinds = [
+        Case("full", masks.Full()),
+        Case("causal, two of a batch", batch=2, dlse=True),
+        Case("window", masks.Window(20, 0), 300),
+        Case("window to both sides", masks.Window(40, 17), 300),
+        Case("wide window", masks.Window(150, 150), 300, dtype=torch.bfloat16),
+        Case("documents", d((0, 3, 70, 71, 134, 150)), 150),
+        Case("causal documents", masks.Causal() & d((0, 100, 101, 300)), 300, dtype=torch.bfloat16),
+        Case("prefix", masks.PrefixLM(70), 200),
+        Case("chunked", masks.Chunked(48), 200),
+        Case("window within documents", masks.Window(30, 5) & d((0, 90, 200)), 200),
+    ]
+    groups = [
+        Case(f"{h} heads for {g}, {_short(dtype)}", heads=h, kv_heads=g, dtype=dtype, batch=2, seq_len=130)
+        for h, g in ((4, 2), (3, 1))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    features = [
+        Case(f"{name}, {_short(dtype)}", dtype=dtype, heads=4, kv_heads=2, seq_len=130, **options)
+        for name, options in {
+            "softcap": dict(softcap=5.0, scale=1.0),
+            "alibi": dict(alibi=True),
+            "sinks": dict(sinks=True),
+            "negative scale": dict(scale=-0.2),
+            "all at once": dict(softcap=5.0, alibi=True, sinks=True, dlse=True, mask=masks.Window(50, 10)),
+        }.items()
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    hops = [
+        Case("two hops, full", masks.Full(), 260, world_size=2, rank=0, dtype=torch.bfloat16, dlse=True),
+        Case("two hops, causal", seq_len=260, world_size=2, rank=1, dtype=torch.bfloat16),
+        # The first rank sees nothing of the second's keys, and some rows see nothing at all.
+        Case("a hop without work", seq_len=260, world_size=2, rank=0, sinks=True),
+        Case("zigzag", seq_len=400, layout=Zigzag(), world_size=2, rank=0, dtype=torch.bfloat16),
+        Case("zigzag of three", seq_len=401, layout=Zigzag(), world_size=3, rank=1),
+        Case("striped", seq_len=401, layout=Striped(), world_size=3, rank=1, dtype=torch.bfloat16),
+        Case("window in zigzag", masks.Window(64, 0), 401, Zigzag(), 3, 2, sinks=True, heads=4),
+        Case("documents, striped", d((0, 5, 120, 121, 400)), 400, Striped(), 2, 1, alibi=True),
+        Case("all in two hops", masks.Causal() & d((0, 90, 300)), 300, Zigzag(), 2, 1, heads=4, softcap=5.0,
+             alibi=True, sinks=True),
+        Case("rows that see nothing", Blind(40, 90), 200, dtype=torch.bfloat16, dlse=True),
+        Case("rows that see nothing, two hops", Blind(40, 90), 200, Striped(), 2, 0, sinks=True),
+    ]  # fmt: skip
+    return shapes + lengths + kinds + groups + features + hops
+
+
+@dataclass(frozen=True)
+class Blind(Mask):
+    """Causal, but queries of ``[start, stop)`` see nothing, and nobody sees their keys or earlier ones after them."""
+
+    start: int
+    stop: int
+
+    def ends(self, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+        after = positions >= self.stop
+        lo = torch.where(after, self.stop, 0)
+        hi = torch.where(after, positions + 1, (positions + 1).clamp_max(self.start))
+        blind = (positions >= self.start) & ~after
+        return torch.where(blind, self.start, lo), torch.where(blind, self.start, hi)
+
+
+def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    B, H, G = case.batch, case.heads, case.kv_heads
+    positions = case.sharding.positions(case.rank)
+    T = len(positions)
+    visible = case.mask.materialize(positions, torch.arange(case.seq_len), case.seq_len)
+    return Inputs(
+        q=normal(B, T, H, case.d_qk),
+        k=normal(B, case.seq_len, G, case.d_qk),
+        v=normal(B, case.seq_len, G, case.d_v),
+        dout=normal(B, T, H, case.d_v),
+        dlse=normal(B, H, T, dtype=torch.float32) if case.dlse else None,
+        scores=Scores(
+            scale=case.d_qk**-0.5 if case.scale is None else case.scale,
+            softcap=case.softcap,
+            alibi_slopes=0.5 ** torch.arange(1, H + 1, device=device, dtype=torch.float32) if case.alibi else None,
+            sinks=normal(H, dtype=torch.float32) if case.sinks else None,
+        ),
+        visible=visible.to(device),
+        q_positions=positions.to(device),
+    )
+
+
+def dense(x: Inputs, compute: torch.dtype, stored: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Attention and its gradients by the definition, the whole matrix at once.
+
+    Args:
+        compute: float64 for the truth.
+        stored: the dtype to which out, P and dS are rounded where a kernel must round them (before the second products
+            and at the end); None rounds nothing. With ``compute`` float32 this is what a kernel may be compared to.
+    """
+
+    def rounded(t: Tensor) -> Tensor:
+        return t if stored is None else t.to(stored).to(compute)
+
+    group = x.q.shape[2] // x.k.shape[2]
+    q, dout = (t.to(compute).transpose(1, 2) for t in (x.q, x.dout))
+    k, v = (t.to(compute).transpose(1, 2).repeat_interleave(group, 1) for t in (x.k, x.v))
+    s = q @ k.mT * x.scores.scale
+    slope_of_cap = torch.ones_like(s)
+    if x.scores.softcap:
+        t = torch.tanh(s / x.scores.softcap)
+        s, slope_of_cap = x.scores.softcap * t, 1 - t * t
+    if x.scores.alibi_slopes is not None:
+        keys = torch.arange(k.shape[2], device=q.device)
+        distance = (x.q_positions[:, None] - keys[None, :]).abs()
+        s = s - x.scores.alibi_slopes.to(compute)[:, None, None] * distance
+    s = s.masked_fill(~x.visible, -torch.inf)
+    lse = torch.logsumexp(s, -1)
+    if x.scores.sinks is not None:
+        lse = torch.logaddexp(lse, x.scores.sinks.to(compute)[None, :, None])
+    p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    out = rounded(rounded(p) @ v)
+    delta = (out * dout).sum(-1)
+    if x.dlse is not None:
+        delta = delta - x.dlse.to(compute)
+    ds = p * (dout @ v.mT - delta[..., None]) * slope_of_cap
+    dq = rounded(ds) @ k * x.scores.scale
+    dk = (rounded(ds).mT @ q * x.scores.scale).unflatten(1, (-1, group)).sum(2)
+    dv = (rounded(p).mT @ dout).unflatten(1, (-1, group)).sum(2)
+    gradients = {"dq": rounded(dq), "dk": rounded(dk), "dv": rounded(dv)}
+    return {"out": out.transpose(1, 2), "lse": lse} | {n: t.transpose(1, 2) for n, t in gradients.items()}
+
+
+def run(kernel: Kernel, case: Case, x: Inputs) -> dict[str, Tensor]:
+    """The case by a kernel: one hop an owner, forward and backward, every output poisoned beforehand.
+
+    Returns:
+        out, lse, dq, dk, dv as `dense` does; dk and dv put together from the owners'.
+    """
+    device, W = x.q.device, case.world_size
+    # Owners as a ring visits them, from the rank itself backwards. All hops are made, even those without work.
+    owners = [(case.rank - n) % W for n in range(W)]
+    hops = [Hop(first=n == 0, last=n == W - 1) for n in range(W)]
+    parts = []
+    for owner in owners:
+        positions = case.sharding.positions(owner).to(device)
+        rows = build(case.sharding, case.rank, owner).to(device)
+        parts.append((positions, rows, x.k[:, positions], x.v[:, positions]))
+
+    into = Partial.empty(x.q, case.d_v, hops=W)
+    between = () if into.running is None else (into.running.maximum, into.running.total, into.running.weighted)
+    for buffer in (into.final, into.lse, *between):
+        buffer.fill_(torch.nan)
+    for hop, (_, rows, k, v) in zip(hops, parts, strict=True):
+        kernel.forward(x.q, k, v, rows, x.scores, hop, into)
+
+    saved = kernel.save(x.q, into.final, into.lse, x.dout, x.dlse)
+    wide = accumulator_dtype(case.dtype)
+    dq = QueryGradient(_poison(x.q), _poison(x.q, wide) if W > 1 else None)
+    dk, dv = (torch.full(t.shape, torch.nan, device=device, dtype=case.dtype) for t in (x.k, x.v))
+    for hop, (positions, rows, k, v) in zip(hops, parts, strict=True):
+        # A hop's share is handed over in float32 where shares are still to be added, else rounded by the kernel.
+        share = KeyGradient(_poison(k, wide), _poison(v, wide)) if W > 1 else KeyGradient(_poison(k), _poison(v))
+        done: list[bool] = []
+        kernel.backward(saved, k, v, rows, x.scores, hop, dq, share, lambda: done.append(True))  # noqa: B023
+        assert done == [True]
+        dk[:, positions], dv[:, positions] = share.dk.to(case.dtype), share.dv.to(case.dtype)
+    return {"out": into.final, "lse": into.lse, "dq": dq.final, "dk": dk, "dv": dv}
+
+
+def check(kernel: Kernel, case: Case, device: torch.device | str = "cpu") -> None:
+    """Assert that the kernel is as exact as float32 arithmetic with the inputs' rounding can be."""
+    x = make_inputs(case, device)
+    got = run(kernel, case, x)
+    truth = dense(x, torch.float64)
+    plain = dense(x, torch.float32, stored=case.dtype)
+    unseen = truth["lse"] == -torch.inf
+    assert torch.equal(got["lse"] == -torch.inf, unseen)
+    blind = ~x.visible.any(1)
+    for name in ("out", "dq"):
+        assert (got[name][:, blind] == 0).all(), f"{name} of a query that sees nothing"
+    for name in ("dk", "dv"):
+        assert (got[name][:, ~x.visible.any(0)] == 0).all(), f"{name} of a key that nobody sees"
+    for name in got:
+        keep = ~unseen if name == "lse" else slice(None)
+        dtype = torch.float32 if name == "lse" else case.dtype
+        assert_as_exact(name, got[name][keep], plain[name][keep], truth[name][keep], dtype)
+
+
+def assert_as_exact(name: str, got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """Error against float64 at most twice that of dense float32 arithmetic with the same roundings.
+
+    Twice, because a kernel rounds at the same places but other numbers: P before its division by the sum, partial sums
+    in another order. The unit roundoff is granted besides, where both errors are no more than how the result is stored.
+    """
+    assert got.dtype == dtype, f"{name}: {got.dtype}"
+    unit = torch.finfo(dtype).eps / 2
+    error, bar = (got.double() - truth).norm(), (plain.double() - truth).norm()
+    limit = 2 * bar + unit * truth.norm()
+    assert error <= limit, f"{name}: error {error:.3e}, dense float32 {bar:.3e}, limit {limit:.3e}"
+    # One wrong element hides in a norm: the largest error, whose spread is wider.
+    error, bar = (got.double() - truth).abs().amax(), (plain.double() - truth).abs().amax()
+    limit = 3 * bar + unit * truth.abs().amax()
+    assert error <= limit, f"{name}: largest error {error:.3e}, dense float32 {bar:.3e}, limit {limit:.3e}"
+
+
+def scaled(case: Case, factor: int) -> Case:
+    """The case at a size fit for a GPU: sequences and the masks' lengths times ``factor``."""
+    return replace(case, seq_len=case.seq_len * factor, mask=_scaled_mask(case.mask, factor))
+
+
+def _scaled_mask(mask: Mask, n: int) -> Mask:
+    match mask:
+        case masks.And(a, b):
+            return masks.And(_scaled_mask(a, n), _scaled_mask(b, n))
+        case masks.Window(left, right):
+            return masks.Window(left * n, right * n)
+        case masks.Documents(cu_seqlens=ends):
+            return masks.Documents([end * n for end in ends])
+        case masks.PrefixLM(length):
+            return masks.PrefixLM(length * n)
+        case masks.Chunked(size):
+            return masks.Chunked(size * n)
+        case Blind(start, stop):
+            return Blind(start * n, stop * n)
+    return mask
+
+
+def _poison(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.full(like.shape, torch.nan, dtype=dtype or like.dtype, device=like.device)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

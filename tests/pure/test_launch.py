@@ -1,0 +1,148 @@
+"""The parts of the main job that need no ranks: text, batches, FLOPs, the learning rate, the verdict."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import distflash as df
+from launch.config import ModelConfig, OptimizerConfig, TrainConfig
+from launch.data import Corpus, open_corpus
+from launch.model import Decoder, flops_per_token
+from launch.optimizer import Gradients, learning_rate
+from launch.trainer import check_out
+from launch.verify import judge, nudge
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    """abc, an empty file, defgh; a binary and a hidden file that must not be read."""
+    for name, text in [
+        ("a.txt", b"abc"),
+        ("b.txt", b""),
+        ("sub/c.txt", b"defgh"),
+        ("d.bin", b"\0x"),
+        (".git/x", b"no"),
+    ]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text)
+    return open_corpus(tmp_path, seq_len=4)
+
+
+def test_documents_are_separated_and_windows_cross_them(corpus: Corpus) -> None:
+    whole = b"abc\0\0defgh\0"
+    assert corpus.size == len(whole)
+    for start in range(len(whole)):
+        for stop in range(start, len(whole) + 1):
+            assert corpus.read(start, stop - start).tobytes() == whole[start:stop]
+
+
+@pytest.mark.parametrize("layout", [df.Zigzag(), df.Contiguous(), df.Striped()])
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_shards_of_a_batch_are_the_batch(layout: df.Layout, world: int) -> None:
+    corpus, seq_len = open_corpus(None, 193), 193
+    whole, following = corpus.batch(seed=1, step=7, batch_size=2, seq_len=seq_len, positions=torch.arange(seq_len))
+    assert torch.equal(whole[:, 1:], following[:, :-1])
+    for rank in range(world):
+        positions = layout.positions(seq_len, world, rank)
+        tokens, labels = corpus.batch(seed=1, step=7, batch_size=2, seq_len=seq_len, positions=positions)
+        assert torch.equal(tokens, whole[:, positions]) and torch.equal(labels, following[:, positions])
+
+
+def test_batches_depend_on_seed_and_step() -> None:
+    corpus, positions = open_corpus(None, 64), torch.arange(64)
+    first, again, later, other = (
+        corpus.batch(seed=seed, step=step, batch_size=1, seq_len=64, positions=positions)[0]
+        for seed, step in [(0, 0), (0, 0), (0, 1), (1, 0)]
+    )
+    assert torch.equal(first, again) and not torch.equal(first, later) and not torch.equal(first, other)
+
+
+def test_text_that_fits_exactly_is_taken_and_one_token_more_is_refused(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(b"x" * 9)
+    only = open_corpus(text, seq_len=9).batch(seed=0, step=0, batch_size=1, seq_len=9, positions=torch.arange(9))
+    assert bytes(only[0][0].tolist()) == b"x" * 9 and bytes(only[1][0].tolist()) == b"x" * 8 + b"\0"
+    with pytest.raises(ValueError, match=r"--seq-len: 10 tokens need 11 bytes .* at most 9"):
+        open_corpus(text, seq_len=10)
+
+
+def test_missing_and_empty_data_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--data: .* does not exist"):
+        open_corpus(tmp_path / "nowhere", 8)
+    with pytest.raises(ValueError, match=r"--data: .* holds no text file"):
+        open_corpus(tmp_path, 8)
+
+
+def test_flops_are_those_of_the_matrices_and_the_allowed_pairs() -> None:
+    config, seq_len = ModelConfig(layers=3, dim=32, heads=4, kv_heads=2, ffn=48), 10
+    model = Decoder(config)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name != "embedding.weight")
+    pairs = sum(query + 1 for query in range(seq_len))
+    forward = 2 * matrices * seq_len + 3 * 4 * config.heads * config.head_dim * pairs
+    assert flops_per_token(config, seq_len) * seq_len == 3 * forward
+
+
+def test_learning_rate_rises_then_falls() -> None:
+    config = OptimizerConfig(lr=1.0, warmup=4, min_lr_ratio=0.1)
+    rates = [learning_rate(config, step, 20) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] == pytest.approx(0.1)
+
+
+def test_gradients_are_views_that_clip_together() -> None:
+    model = Decoder(ModelConfig(layers=1, dim=16, heads=2, kv_heads=1))
+    gradients = Gradients(model)
+    model(torch.arange(8)[None], 8).sum().backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert torch.equal(gradients.flat, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients.clip(norm.item() / 2), norm, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients.flat.norm(), norm / 2, rtol=1e-5, atol=0)
+
+
+def test_verdict_tells_rounding_from_a_mistake() -> None:
+    exact = {"weight": torch.randn(1000, generator=torch.Generator().manual_seed(0)), "loss": torch.tensor(5.0)}
+    nudged = {"weight": exact["weight"] * (1 + 1e-6), "loss": exact["loss"]}
+    for relative, passed in [(0.0, True), (2e-6, True), (1e-5, False), (float("nan"), False)]:
+        sharded = {**exact, "weight": exact["weight"] * (1 + relative)}
+        assert judge(sharded, exact, nudged).passed is passed
+
+
+def test_a_nudge_moves_every_weight_by_one_unit() -> None:
+    model = Decoder(ModelConfig(layers=1, dim=16, heads=2, kv_heads=1))
+    before = [p.detach().clone() for p in model.parameters()]
+    nudge(model, 2**-10)
+    for old, new in zip(before, model.parameters(), strict=True):
+        torch.testing.assert_close((new / old - 1).abs(), torch.full_like(old, 2**-10), rtol=1e-3, atol=0)
+
+
+def test_an_earlier_run_is_neither_lost_nor_invented(tmp_path: Path) -> None:
+    config = TrainConfig(out=tmp_path)
+    check_out(config)
+    with pytest.raises(ValueError, match=r"--resume: .* holds no checkpoint"):
+        check_out(replace(config, resume=True))
+    checkpoint = tmp_path / "checkpoints" / "step-00000005"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.json").write_text('{"layers": 4, "dim": 64}')
+    with pytest.raises(ValueError, match=r"--out: .* --resume .* --overwrite"):
+        check_out(config)
+    with pytest.raises(ValueError, match=r"--dim: got 128, but .* trained with 64"):
+        check_out(replace(config, resume=True))
+    check_out(replace(config, overwrite=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ModelConfig(heads=4, kv_heads=3), "--kv-heads: got 3"),
+        (lambda: ModelConfig(dim=30, heads=4), "--dim: got 30 for 4 heads"),
+        (lambda: OptimizerConfig(lr=0.0), "--lr: got 0.0"),
+        (lambda: TrainConfig(seq_len=0), "--seq-len: got 0"),
+        (lambda: TrainConfig(resume=True, overwrite=True), "--resume"),
+    ],
+)
+def test_options_are_refused_by_name(make: object, words: str) -> None:
+    assert callable(make)
+    with pytest.raises(ValueError, match=words):
+        make()

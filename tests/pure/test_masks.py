@@ -1,0 +1,138 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import distflash as df
+from distflash.masks import from_key
+from tests.oracle import Blind
+from tests.strategies import masks
+
+
+def sees(mask, i, j, seq_len):
+    """Whether query ``i`` sees key ``j``, pair by pair, as one would say it in words."""
+    match mask:
+        case df.Full():
+            return True
+        case df.Causal():
+            return j <= i
+        case df.Window(left, right):
+            return i - left <= j <= i + right
+        case df.Documents(cu_seqlens=ends):
+            return not any(min(i, j) < end <= max(i, j) for end in ends)
+        case df.PrefixLM(length):
+            return j < length or j <= i
+        case df.Chunked(size):
+            return i // size == j // size
+        case Blind(start, stop):
+            before = i < start and j <= i
+            after = i >= stop and stop <= j <= i
+            return before or after
+        case _:
+            return sees(mask.first, i, j, seq_len) and sees(mask.second, i, j, seq_len)
+
+
+lengths_and_masks = st.integers(1, 24).flatmap(lambda n: st.tuples(st.just(n), masks(n)))
+
+
+@given(lengths_and_masks)
+def test_materialize_is_the_definition_pair_by_pair(drawn):
+    seq_len, mask = drawn
+    positions = torch.arange(seq_len)
+    expected = [[sees(mask, i, j, seq_len) for j in range(seq_len)] for i in range(seq_len)]
+    assert mask.materialize(positions, positions).tolist() == expected
+
+
+@given(lengths_and_masks, st.randoms(use_true_random=False))
+def test_materialize_takes_positions_in_any_order(drawn, random):
+    seq_len, mask = drawn
+    q, k = (torch.tensor(random.choices(range(seq_len), k=5)) for _ in range(2))
+    whole = mask.materialize(torch.arange(seq_len), torch.arange(seq_len))
+    assert torch.equal(mask.materialize(q, k, seq_len), whole[q][:, k])
+
+
+@given(lengths_and_masks)
+def test_ends_never_move_backwards(drawn):
+    seq_len, mask = drawn
+    for end in mask.ends(torch.arange(seq_len), seq_len):
+        assert end.dtype == torch.int64 and end.shape == (seq_len,)
+        assert (end.diff() >= 0).all()
+
+
+@given(lengths_and_masks)
+def test_key_makes_an_equal_mask(drawn):
+    _, mask = drawn
+    again = from_key(mask.key)
+    assert again == mask and hash(again) == hash(mask) and repr(again) == repr(mask)
+    assert again.key == mask.key
+
+
+def test_different_masks_differ():
+    different = [
+        df.Full(),
+        df.Causal(),
+        df.Window(3, 0),
+        df.Window(3, 1),
+        df.Documents([0, 3, 8]),
+        df.Documents([0, 4, 8]),
+        df.PrefixLM(3),
+        df.Chunked(3),
+        df.Causal() & df.Window(3),
+        df.Window(3) & df.Causal(),
+    ]
+    assert len({mask.key for mask in different}) == len(set(different)) == len(different)
+
+
+@pytest.mark.parametrize("cu_seqlens", [(0, 3, 8), [0, 3, 8], range(0, 9, 4), torch.tensor([0, 3, 8]),
+                                        torch.tensor([0, 3, 8], dtype=torch.int32), [0, 3.0, 8]])  # fmt: skip
+def test_documents_take_ints_in_any_form(cu_seqlens):
+    mask = df.Documents(cu_seqlens)
+    assert mask.cu_seqlens == tuple(int(v) for v in cu_seqlens) and all(type(v) is int for v in mask.cu_seqlens)
+    assert mask.seq_len == (df.Causal() & mask).seq_len == 8
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "words"),
+    [
+        ([1, 3], "starting at 0"),
+        ([-1, 3], "starting at 0"),
+        ([0], r"at least \[0, S\]"),
+        ([], r"at least \[0, S\]"),
+        ([0, 3, 3, 8], "ris"),
+        ([0, 5, 3], "ris"),
+        ([0, 2.5, 4], "whole numbers"),
+        ("0, 3, 8", "string"),
+        (torch.tensor([[0, 3]]), "one-dimensional integer"),
+        (torch.tensor([0.0, 3.0]), "one-dimensional integer"),
+        (torch.tensor([False, True]), "one-dimensional integer"),
+    ],
+    ids=str,
+)
+def test_documents_refuse(cu_seqlens, words):
+    with pytest.raises(ValueError, match=rf"Documents\(cu_seqlens\): .*{words}"):
+        df.Documents(cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: df.Window(-1), r"Window\(left\)"),
+        (lambda: df.Window(3, -1), r"Window\(right\)"),
+        (lambda: df.Window(2.0), r"Window\(left\)"),
+        (lambda: df.Window("3"), r"Window\(left\)"),
+        (lambda: df.PrefixLM(-1), r"PrefixLM\(length\)"),
+        (lambda: df.PrefixLM(True), r"PrefixLM\(length\)"),
+        (lambda: df.Chunked(0), r"Chunked\(size\)"),
+    ],
+)
+def test_numbers_are_checked(make, name):
+    with pytest.raises(ValueError, match=f"{name}: expected an int of at least"):
+        make()
+
+
+def test_and_takes_masks_only_and_one_length():
+    with pytest.raises(TypeError):
+        df.Causal() & "window"
+    both = df.Documents([0, 8]) & df.Documents([0, 9])
+    with pytest.raises(ValueError, match=r"different lengths, \[8, 9\]"):
+        both.seq_len  # noqa: B018

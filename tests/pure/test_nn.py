@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+import distflash as df
+from distflash.transport import Simulator
+from tests.dense import join
+
+CLOSE = dict(rtol=1e-12, atol=1e-12)
+S, DIM = 21, 16
+
+
+def module(cp=None, **options):
+    torch.manual_seed(0)
+    return df.nn.SelfAttention(DIM, heads=4, kv_heads=2, cp=cp, **options).double()
+
+
+def forward_and_backward(attention, x, dout, **options):
+    x = x.clone().requires_grad_()
+    out = attention(x, **options)
+    out.backward(dout)
+    return {"out": out.detach(), "dq": x.grad}, [p.grad for p in attention.parameters()]
+
+
+@pytest.mark.parametrize("layout", [df.Contiguous(), df.Zigzag(), df.Striped()], ids=repr)
+@pytest.mark.parametrize("mask", [df.Causal(), df.Causal() & df.Documents([0, 4, S])], ids=["causal", "documents"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ranks_together_are_one_rank(world_size, mask, layout):
+    x, dout = torch.randn(2, 2, S, DIM, dtype=torch.float64)
+    expected, expected_parameters = forward_and_backward(module(), x, dout, mask=mask)
+
+    def work(transport):
+        cp = df.ContextParallel(transport, layout)
+        return forward_and_backward(module(cp), cp.shard(x), cp.shard(dout), mask=mask, seq_len=S)
+
+    parts, parameters = zip(*Simulator(world_size).run(work), strict=True)
+    got = join(parts, layout, S)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, **CLOSE)
+    for total, value in zip(map(sum, zip(*parameters, strict=True)), expected_parameters, strict=True):
+        torch.testing.assert_close(total, value, **CLOSE)
+
+
+def test_the_mask_of_the_call_goes_before_the_modules():
+    x = torch.randn(1, S, DIM, dtype=torch.float64)
+    assert torch.equal(module(mask=df.Full())(x, mask=df.Causal()), module()(x))
+    assert not torch.equal(module(mask=df.Full())(x), module()(x))
+
+
+def rotate(x, *positions, theta=10000.0):
+    """``x [B, T, heads, D]`` as queries; as keys it must be turned alike."""
+    q, k = df.nn.RotaryEmbedding(x.shape[-1], theta)(x, x, torch.tensor(positions))
+    assert torch.equal(q, k)
+    return q
+
+
+def test_rope_makes_scores_depend_on_distance_only():
+    q, k = torch.randn(2, 1, 1, 1, 8)
+
+    def score(i, j):
+        return (rotate(q, i) * rotate(k, j)).sum()
+
+    # Far out in the sequence as near its start: float32 holds each sine to 2^-24, and a score has 8 x 4 of them.
+    unit = 2.0**-24 * float(q.norm() * k.norm())
+    torch.testing.assert_close(score(2**20 + 7, 2**20 + 2), score(7, 2), rtol=0, atol=32 * unit)
+    assert torch.equal(rotate(q, 0), q)
+
+
+def test_rope_is_the_rotation_of_pairs():
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+    pairs = torch.complex(x[..., :2].double(), x[..., 2:].double())
+    turned = pairs * torch.exp(1j * 5 * torch.tensor([1.0, 0.1], dtype=torch.float64))
+    expected = torch.cat([turned.real, turned.imag], -1).float()
+    torch.testing.assert_close(rotate(x, 5, theta=100.0), expected)
+
+
+def test_rope_takes_positions_of_each_sequence():
+    x, positions = torch.randn(2, 3, 1, 4), ([0, 1, 2], [5, 6, 9])
+    expected = torch.cat([rotate(x[b : b + 1], *positions[b]) for b in range(2)])
+    assert torch.equal(rotate(x, *positions), expected)
+    assert rotate(x.bfloat16(), *positions).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: df.nn.SelfAttention(10, 4), "heads: 4 does not divide dim=10"),
+        (lambda: df.nn.SelfAttention(16, 4, 3), "kv_heads: 3 does not divide heads=4"),
+        (lambda: df.nn.SelfAttention(12, 4), "head_dim: rotary embedding needs an even head_dim, got 3"),
+    ],
+)
+def test_refuses(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_without_rope_and_with_another_head_dim():
+    attention = module(rope_theta=None, head_dim=5)
+    assert attention(torch.randn(1, 3, DIM, dtype=torch.float64)).shape == (1, 3, DIM)
+    assert attention.k_proj.weight.shape == (10, DIM)

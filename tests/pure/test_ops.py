@@ -1,0 +1,133 @@
+"""What torch's tools see of attention: registration, compilation, checkpointing."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import distflash as df
+from distflash.transport import Alone
+
+CLOSE = dict(rtol=1e-12, atol=1e-12)
+S, DIM = 12, 16
+
+
+class Counting(df.kernels.Reference):
+    """Counts its calls; equal to no other kernel."""
+
+    def __init__(self):
+        super().__init__()
+        object.__setattr__(self, "forwards", 0)
+
+    def forward(self, *args, **kwargs):
+        object.__setattr__(self, "forwards", self.forwards + 1)
+        super().forward(*args, **kwargs)
+
+
+def recipe_of(cp):
+    return cp._recipe_number(cp._name, df.Causal().key, None, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "sinks and slopes"])
+def test_opcheck(extras):
+    q, k, v = (torch.randn(2, S, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    sinks = torch.randn(4, requires_grad=True) if extras else None
+    slopes = torch.rand(4) if extras else None
+    cp = df.ContextParallel(Alone())
+    arguments = (q, k, v, sinks, slopes, S, recipe_of(cp))
+    torch.library.opcheck(torch.ops.distflash.attention.default, arguments)
+    out, lse = torch.ops.distflash.attention(*arguments)
+    plain = [t if t is None else t.detach() for t in (torch.ones_like(out), None, *arguments[:3], out, lse)]
+    torch.library.opcheck(
+        torch.ops.distflash.attention_backward.default,
+        (*plain, None if sinks is None else sinks.detach(), *arguments[4:]),
+    )
+
+
+def module(cp=None):
+    torch.manual_seed(0)
+    return df.nn.SelfAttention(DIM, heads=4, kv_heads=2, cp=cp).double()
+
+
+def gradients(function, attention, x):
+    attention.zero_grad()
+    x = x.clone().requires_grad_()
+    out = function(x)
+    out.square().sum().backward()
+    return [out.detach(), x.grad, *(p.grad for p in attention.parameters())]
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("cp", [None, df.ContextParallel(Alone())], ids=["alone", "group"])
+def test_a_compiled_module_is_the_eager_one(cp):
+    attention = module(cp)
+    fast = compiled(attention)
+    for seq_len in (S, S + 5, S + 6):  # the second length makes it dynamic
+        x = torch.randn(2, seq_len, DIM, dtype=torch.float64)
+        for got, expected in zip(gradients(fast, attention, x), gradients(attention, attention, x), strict=True):
+            torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_masks_made_inside_the_compiled_function():
+    attention = module()
+
+    def function(x, window):
+        return attention(x, mask=df.Causal() & df.Window(window) & df.Documents([0, 5, S]))
+
+    fast, x = compiled(function), torch.randn(1, S, DIM, dtype=torch.float64)
+    for window in (1, 2, 3, 1):
+        mask = df.Causal() & df.Window(window) & df.Documents([0, 5, S])
+        torch.testing.assert_close(fast(x, window), attention(x, mask=mask), **CLOSE)
+
+
+def test_masks_given_to_the_compiled_function():
+    attention = module()
+    fast, x = compiled(lambda x, mask: attention(x, mask=mask)), torch.randn(1, S, DIM, dtype=torch.float64)
+    for mask in (df.Causal(), df.Window(2), df.Documents([0, 5, S]), df.Documents([0, 7, S]), df.Causal()):
+        torch.testing.assert_close(fast(x, mask), attention(x, mask=mask), **CLOSE)
+
+
+def test_two_groups_on_the_same_code_are_not_mixed_up():
+    kernels = Counting(), Counting()
+    groups = [df.ContextParallel(Alone(), kernel=kernel) for kernel in kernels]
+    fast = compiled(lambda q, k, v, cp: df.attention(q, k, v, cp=cp))
+    q, k, v = torch.randn(3, 1, S, 2, 8)
+    for n in (0, 1, 1, 0, 1):
+        fast(q, k, v, groups[n])
+    assert [kernel.forwards for kernel in kernels] == [2, 3]
+
+
+def save_attention(ctx, op, *args, **kwargs):
+    kept = op == torch.ops.distflash.attention.default
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize(
+    ("context_fn", "forwards"),
+    [(lambda: create_selective_checkpoint_contexts(save_attention), 1), (None, 2)],
+    ids=["attention kept", "all recomputed"],
+)
+def test_checkpointing_that_keeps_attention_runs_it_once(context_fn, forwards):
+    kernel = Counting()
+    attention = module(df.ContextParallel(Alone(), kernel=kernel))
+    x = torch.randn(2, S, DIM, dtype=torch.float64)
+    expected = gradients(attention, attention, x)
+    object.__setattr__(kernel, "forwards", 0)
+    options = {} if context_fn is None else {"context_fn": context_fn}
+    got = gradients(lambda x: checkpoint(attention, x, use_reentrant=False, **options), attention, x)
+    assert kernel.forwards == forwards
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_gradcheck():
+    q, k, v = (torch.randn(1, 5, heads, 3, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1))
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def function(q, k, v, sinks):
+        return df.attention(q, k, v, mask=df.Causal(), sinks=sinks, softcap=3.0, return_lse=True)
+
+    torch.autograd.gradcheck(function, (q, k, v, sinks))

@@ -1,0 +1,43 @@
+"""The plain kernel by itself, on the cases that every kernel is checked with."""
+
+import pytest
+import torch
+
+from distflash.kernels import Reference
+from distflash.kernels.base import Problem
+from tests import oracle
+
+
+@pytest.mark.parametrize("case", oracle.cases(), ids=lambda case: case.name)
+def test_as_exact_as_dense(case):
+    oracle.check(Reference(block_q=48, block_k=40), case)
+
+
+def problem(**options):
+    return Problem(torch.device("cpu"), **dict(dtype=torch.float32, heads=2, kv_heads=1, d_qk=8, d_v=8) | options)
+
+
+def test_it_takes_all_but_dropout_and_ints():
+    kernel = Reference()
+    assert kernel.not_supported_reasons(problem(softcap=1.0, alibi=True, sinks=True, dtype=torch.float64)) == []
+    reasons = kernel.not_supported_reasons(problem(dtype=torch.int64, dropout_p=0.1))
+    assert len(reasons) == 2 and "int64" in reasons[0] and "0.1" in reasons[1]
+
+
+def test_the_whole_score_matrix_is_never_made():
+    """Peak memory of one dense matrix here would be 64 MiB; tiles of 64 x 64 are 16 KiB."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **kwargs or {})
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.untyped_storage().nbytes())
+            return result
+
+    case = oracle.Case("long", seq_len=2048, heads=1, kv_heads=1, d_qk=16, d_v=16)
+    x = oracle.make_inputs(case)
+    with Watch():
+        oracle.run(Reference(block_q=64, block_k=64), case, x)
+    assert largest <= 2048 * 16 * 4  # of q, k and v themselves

@@ -1,0 +1,163 @@
+import threading
+
+import pytest
+import torch
+
+from distflash.transport import Message, SimulationError, Simulator
+
+
+def neighbours(transport):
+    return (transport.rank + 1) % transport.world_size, (transport.rank - 1) % transport.world_size
+
+
+@pytest.mark.parametrize("W", [2, 3, 64])
+def test_a_ring_moves_tensors_and_counts_them(W):
+    simulator = Simulator(W)
+
+    def work(transport):
+        to, source = neighbours(transport)
+        arriving = torch.zeros(3)
+        transport.exchange([Message(torch.full((3,), float(transport.rank)), to)], [Message(arriving, source)]).wait()
+        return arriving
+
+    results = simulator.run(work)
+    assert [int(t[0]) for t in results] == [(rank - 1) % W for rank in range(W)]
+    assert (simulator.traffic.messages, simulator.traffic.bytes) == (W, W * 12)
+    assert sorted(simulator.traffic.pairs) == sorted((rank, (rank + 1) % W) for rank in range(W))
+
+
+def test_messages_arrive_in_the_order_they_were_sent():
+    def work(transport):
+        if transport.rank == 0:
+            for n in range(3):
+                transport.exchange([Message(torch.tensor([n]), 1)], []).wait()
+            return None
+        rooms = [torch.empty(1, dtype=torch.int64) for _ in range(3)]
+        transport.exchange([], [Message(room, 0) for room in rooms]).wait()
+        return torch.cat(rooms).tolist()
+
+    assert Simulator(2).run(work)[1] == [0, 1, 2]
+
+
+def test_collectives_are_not_counted():
+    simulator = Simulator(3)
+
+    def work(transport):
+        x = torch.full((transport.rank,), transport.rank)
+        return transport.gather_ints([transport.rank]), transport.all_gather(x), transport.all_reduce(x.sum())
+
+    for ints, gathered, total in simulator.run(work):
+        assert ints == [[0], [1], [2]]
+        assert [t.tolist() for t in gathered] == [[], [1], [2, 2]]
+        assert total == 5
+    assert simulator.traffic.messages == 0
+
+
+def test_only_one_rank_runs_at_a_time():
+    running, most = set(), []
+
+    def work(transport):
+        for _ in range(20):
+            running.add(transport.rank)
+            most.append(len(running))
+            running.remove(transport.rank)
+            transport.gather_ints([])
+
+    Simulator(8).run(work)
+    assert max(most) == 1
+
+
+@pytest.mark.timeout(10)
+def test_a_deadlock_is_reported():
+    def work(transport):
+        _, source = neighbours(transport)
+        transport.exchange([], [Message(torch.empty(1), source)]).wait()
+
+    with pytest.raises(
+        SimulationError, match=r"deadlock: every running rank waits, rank \d for a message from rank \d"
+    ):
+        Simulator(3).run(work)
+
+
+@pytest.mark.timeout(10)
+def test_waiting_for_a_rank_that_has_ended_is_a_deadlock():
+    def work(transport):
+        if transport.rank == 0:
+            transport.exchange([], [Message(torch.empty(1), 1)]).wait()
+
+    with pytest.raises(SimulationError, match="rank 0 for a message from rank 1"):
+        Simulator(2).run(work)
+
+
+@pytest.mark.timeout(10)
+def test_a_rank_that_fails_fails_the_run_by_name():
+    def work(transport):
+        if transport.rank == 2:
+            raise KeyError("lost")
+        transport.all_gather(torch.zeros(1))
+
+    before = threading.active_count()
+    with pytest.raises(KeyError, match="lost") as caught:
+        Simulator(4).run(work)
+    assert caught.value.__notes__ == ["raised by simulated rank 2 of 4"]
+    assert threading.active_count() == before
+
+
+def test_a_simulator_serves_again_after_a_failure():
+    simulator = Simulator(2)
+
+    def fail(transport):
+        transport.exchange([Message(torch.zeros(1), 1 - transport.rank)], [])
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        simulator.run(fail)
+    assert simulator.run(lambda transport: transport.gather_ints([transport.rank])) == [[[0], [1]]] * 2
+
+
+@pytest.mark.timeout(10)
+def test_changing_a_tensor_in_flight_is_detected():
+    def work(transport):
+        to, source = neighbours(transport)
+        sent = torch.zeros(2)
+        pending = transport.exchange([Message(sent, to)], [Message(torch.empty(2), source)])
+        sent += 1
+        pending.wait()
+
+    with pytest.raises(SimulationError, match=r"rank \d changed a tensor while it was being sent"):
+        Simulator(2).run(work)
+
+
+def test_a_tensor_in_flight_may_hold_nan():
+    def work(transport):
+        peer, arriving = 1 - transport.rank, torch.empty(1)
+        transport.exchange([Message(torch.tensor([torch.nan]), peer)], [Message(arriving, peer)]).wait()
+        return arriving.isnan().item()
+
+    assert Simulator(2).run(work) == [True, True]
+
+
+def test_reading_before_wait_sees_nan():
+    def work(transport):
+        to, source = neighbours(transport)
+        arriving = torch.zeros(2)
+        pending = transport.exchange([Message(torch.ones(2), to)], [Message(arriving, source)])
+        transport.gather_ints([])  # by now it has been sent, but nobody has waited
+        early = arriving.clone()
+        pending.wait()
+        return early.isnan().all().item(), (arriving == 1).all().item()
+
+    assert Simulator(2).run(work) == [(True, True)] * 2
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("room", [torch.empty(3), torch.empty(2, dtype=torch.float64)], ids=["shape", "dtype"])
+def test_another_shape_or_dtype_than_expected_is_detected(room):
+    def work(transport):
+        if transport.rank == 0:
+            transport.exchange([Message(torch.ones(2), 1)], []).wait()
+        else:
+            transport.exchange([], [Message(room, 0)]).wait()
+
+    with pytest.raises(SimulationError, match=r"rank 1 expected .* from rank 0 and got torch.float32 \(2,\)"):
+        Simulator(2).run(work)

@@ -1,0 +1,62 @@
+"""What hypothesis draws: masks, layouts and whole attention problems."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+import distflash as df
+from tests.dense import Problem
+from tests.oracle import Blind
+
+layouts = st.sampled_from([df.Contiguous(), df.Zigzag(), df.Striped()])
+
+
+@st.composite
+def documents(draw, seq_len: int) -> df.Documents:
+    cuts = draw(st.sets(st.integers(1, seq_len - 1), max_size=6)) if seq_len > 1 else set()
+    return df.Documents([0, *sorted(cuts), seq_len])
+
+
+@st.composite
+def blinds(draw, seq_len: int) -> Blind:
+    start, stop = sorted(draw(st.tuples(*[st.integers(0, seq_len + 1)] * 2)))
+    return Blind(start, stop)
+
+
+def simple_masks(seq_len: int) -> st.SearchStrategy[df.Mask]:
+    """Every kind of mask, and one that leaves rows empty. Numbers reach past the sequence."""
+    numbers = st.integers(0, seq_len + 2)
+    kinds = [
+        st.just(df.Full()),
+        st.just(df.Causal()),
+        st.builds(df.Window, numbers, numbers),
+        st.builds(df.PrefixLM, numbers),
+        st.builds(df.Chunked, st.integers(1, seq_len + 2)),
+        blinds(seq_len),
+    ]
+    return st.one_of(*kinds, *([documents(seq_len)] if seq_len else []))
+
+
+def masks(seq_len: int) -> st.SearchStrategy[df.Mask]:
+    one = simple_masks(seq_len)
+    return st.one_of(one, st.builds(lambda a, b: a & b, one, one))
+
+
+@st.composite
+def problems(draw, max_seq_len: int = 40) -> Problem:
+    seq_len = draw(st.integers(0, max_seq_len))
+    kv_heads = draw(st.integers(1, 2))
+    return Problem(
+        mask=draw(masks(seq_len)),
+        seq_len=seq_len,
+        batch=draw(st.integers(1, 2)),
+        heads=kv_heads * draw(st.integers(1, 3)),
+        kv_heads=kv_heads,
+        d_qk=draw(st.sampled_from([1, 8, 12])),
+        d_v=draw(st.sampled_from([1, 8, 5])),
+        scale=draw(st.sampled_from([None, 1.0, -0.3])),
+        softcap=draw(st.sampled_from([0.0, 2.0])),
+        alibi=draw(st.booleans()),
+        sinks=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)),
+    )

@@ -1,0 +1,299 @@
+"""What every benchmark here shares: timing, counting, and a record of what was run on what.
+
+Every figure is a median. Every record says which hardware, versions, commit and command it comes from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import distflash as df
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# A call that takes longer than this is timed once: clocks have settled, and launch noise is nothing to it.
+_LONG_SECONDS = 2.0
+_ROUNDS = 3
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and the PNG")
+    parser.add_argument("--seconds", type=float, default=0.5, help="measuring time a call, about")
+    return parser
+
+
+def start(device: str) -> torch.device:
+    """Join the ranks that torchrun started, if any. Returns this rank's device."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    here = torch.device("cuda", local) if device == "cuda" else torch.device("cpu")
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if here.type == "cuda" else "gloo", device_id=here if is_gpu(here) else None)
+    return here
+
+
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def finish() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def ring() -> df.transport.Transport:
+    """All ranks of the job, or this process alone."""
+    return df.transport.Distributed(dist.group.WORLD) if dist.is_initialized() else df.transport.Alone()
+
+
+# ---------------------------------------------------------------------------------------------------------- timing
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call on the device; host is what enqueueing it costs the CPU."""
+
+    seconds: float
+    fastest: float
+    slowest: float
+    host: float
+    repeats: int
+
+
+class Clock:
+    """Times calls in turns, so that a warming GPU favours none of them.
+
+    Args:
+        device: where the calls run.
+        seconds: how long to measure each call, about.
+        agreed: makes one number of what all ranks bring, so that all of them repeat equally often.
+    """
+
+    def __init__(self, device: torch.device, seconds: float, agreed: Callable[[float], float] = lambda x: x) -> None:
+        self.device, self.seconds, self.agreed = device, seconds, agreed
+        # Larger than any L2 cache: what a call reads comes from memory, as in a model.
+        self._flush = torch.empty(2**28 if is_gpu(device) else 0, dtype=torch.int8, device=device)
+
+    def medians(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
+        """Time each call; all have run before (compiled, connected, checked)."""
+        samples = {name: self._samples(call, 1) for name, call in calls.items()}
+        guess = {name: self.agreed(taken[0][0]) for name, taken in samples.items()}
+        repeats = {n: min(20, max(1, round(self.seconds / _ROUNDS / max(s, 1e-6)))) for n, s in guess.items()}
+        for turn in range(_ROUNDS):
+            for name, call in calls.items():
+                if guess[name] < _LONG_SECONDS:
+                    taken = self._samples(call, repeats[name])
+                    samples[name] = taken if turn == 0 else samples[name] + taken  # the guess is not a sample
+        return {name: _timing(taken) for name, taken in samples.items()}
+
+    def _samples(self, call: Callable[[], object], repeats: int) -> list[tuple[float, float]]:
+        return (self._on_gpu if is_gpu(self.device) else _on_cpu)(call, repeats)
+
+    def _on_gpu(self, call: Callable[[], object], repeats: int) -> list[tuple[float, float]]:
+        events, hosts = [], []
+        torch.cuda.synchronize()
+        for _ in range(repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._flush.zero_()
+            torch.cuda._sleep(2_000_000)  # about 1 ms, in which the host gets ahead: the device's time is measured
+            begin.record()
+            before = time.perf_counter()
+            call()
+            hosts.append(time.perf_counter() - before)
+            end.record()
+            events.append((begin, end))
+        torch.cuda.synchronize()
+        return [(b.elapsed_time(e) / 1e3, h) for (b, e), h in zip(events, hosts, strict=True)]
+
+
+def _on_cpu(call: Callable[[], object], repeats: int) -> list[tuple[float, float]]:
+    samples = []
+    for _ in range(repeats):
+        before = time.perf_counter()
+        call()
+        samples.append((time.perf_counter() - before,) * 2)
+    return samples
+
+
+def _timing(samples: Sequence[tuple[float, float]]) -> Timing:
+    seconds = [s for s, _ in samples]
+    return Timing(median(seconds), min(seconds), max(seconds), median(h for _, h in samples), len(samples))
+
+
+def over_ranks(value: float, device: torch.device) -> list[float]:
+    """Every rank's value."""
+    if not dist.is_initialized():
+        return [value]
+    mine = torch.tensor([value], dtype=torch.float64, device=device)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    return [x.item() for x in every]
+
+
+# -------------------------------------------------------------------------------------------------------- counting
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B batch, S global tokens, H query heads, G key/value heads, D head dim of q and k, V head dim of v."""
+
+    B: int
+    S: int
+    H: int
+    G: int
+    D: int
+    V: int
+
+    def __str__(self) -> str:
+        heads = f"H{self.H}" if self.H == self.G else f"H{self.H}/{self.G}"
+        return f"B{self.B} S{self.S} {heads} D{self.D}" + ("" if self.D == self.V else f"/{self.V}")
+
+
+def flops(shape: Shape, pairs: int) -> dict[str, float]:
+    """Floating-point operations of ``pairs`` allowed (query, key) pairs, as is usual: what masks forbid is not counted.
+
+    Forward: q.k and p.v. Backward: q.k again, dout.v, and the products for dV, dQ and dK: 2.5 times forward if D = V.
+    """
+    each = 2 * shape.B * shape.H * pairs
+    return {"forward": each * (shape.D + shape.V), "backward": each * (3 * shape.D + 2 * shape.V)}
+
+
+def pairs_of(mask: df.Mask, seq_len: int) -> int:
+    """How many (query, key) pairs the mask allows, exactly."""
+    return int(df.ContextParallel(df.transport.Alone()).plan(mask, seq_len).pairs.sum())
+
+
+def random_inputs(shape: Shape, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Normal ``q, k, v`` that want gradients, and ``dout``, of ``length`` local tokens, seeded by rank."""
+    generator = torch.Generator(device).manual_seed(dist.get_rank() if dist.is_initialized() else 0)
+    dims = ((shape.H, shape.D), (shape.G, shape.D), (shape.G, shape.V), (shape.H, shape.V))
+    q, k, v, dout = (
+        torch.randn(shape.B, length, *dim, generator=generator, device=device, dtype=dtype) for dim in dims
+    )
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
+
+
+# --------------------------------------------------------------------------------------------------------- records
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions, commit and command."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    gpus = [torch.cuda.get_device_name(n) for n in range(min(ranks, torch.cuda.device_count()))]
+    return {
+        "gpus": gpus,
+        "cpu": _cpu_name(),
+        "ranks": ranks,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if gpus else None,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpus else None,
+        "distflash": df.__version__,
+        "commit": _commit(),
+        "command": _command(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def save(name: str, out: Path, record: dict[str, Any], draw: Callable[[Any], None]) -> None:
+    """Write ``<name>.json`` and ``<name>.png``; ``draw`` gets a matplotlib figure. Only the first rank writes."""
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    env = environment()
+    (out / f"{name}.json").write_text(json.dumps({"environment": env, **record}, indent=1) + "\n")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(layout="constrained")
+    draw(figure)
+    hardware = f"{len(env['gpus'])} x {env['gpus'][0]}" if env["gpus"] else env["cpu"]
+    note = f"{hardware}, torch {env['torch']}, triton {env['triton']}, commit {env['commit'] or 'none'}"
+    figure.supxlabel(note, fontsize=7, color="#666666")
+    figure.savefig(out / f"{name}.png", dpi=150)
+    plt.close(figure)
+    say(f"wrote {out / name}.json and .png")
+
+
+def plain_axes(axes: Any, title: str, y: str, x: str = "") -> None:
+    """The look of all plots."""
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_ylabel(y)
+    axes.set_xlabel(x)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, _ = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def say(message: str) -> None:
+    """Print on the first rank."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(message, flush=True)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit, with ``+`` behind it where the working tree differs; None outside git."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    # Results themselves do not make a difference.
+    changed = git("status", "--porcelain", "--", "distflash", "benchmarks/*.py")
+    return commit and commit + ("+" if changed else "")
+
+
+def _command() -> str:
+    module = f"benchmarks.{Path(sys.argv[0]).stem}"
+    ranks = dist.get_world_size() if dist.is_initialized() else 0
+    launcher = f"torchrun --standalone --nproc-per-node {ranks}" if ranks else "python"
+    return shlex.join([*launcher.split(), "-m", module, *sys.argv[1:]])

@@ -1,0 +1,247 @@
+"""Compile every shipped tile configuration of the Triton kernels without a GPU, and report what became of it.
+
+    python benchmarks/compile_report.py --target sm_90 [--quick] [--json PATH]
+
+Registers, spills and local memory traffic, shared memory, tensor-core instructions, and whether the assembler gave up
+on overlapping them. Exits with 1 where float16 or bfloat16 at head dims 64 and 128 on sm_90 is not clean. Compilation
+takes the code of a real launch: tensors without data, and a driver that only names the target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime import driver
+
+from distflash.intervals import Intervals
+from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Saved, Scores
+from distflash.kernels.triton import launches
+from distflash.kernels.triton.launches import Launch
+from distflash.partial import Partial, Softmax
+
+
+@dataclass(frozen=True)
+class Target:
+    """A compiler target, its rows in the table of tiles, and the shared memory a block of threads may have there."""
+
+    gpu: GPUTarget
+    family: str
+    shared_limit: int
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), "sm_80", 163 * 1024),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), "sm_86", 99 * 1024),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), "sm_90", 227 * 1024),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), "sm_100", 227 * 1024),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), "gfx942", 64 * 1024),
+}
+
+
+class TargetOnly:
+    """A driver without a device: all that compilation asks of one is the target."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One row of the report: a pass and what is special about the call."""
+
+    kernel: str
+    d_qk: int
+    d_v: int
+    dtype: torch.dtype
+    group: int = 1
+    features: bool = False
+
+    @property
+    def must_be_clean(self) -> bool:
+        return self.d_qk == self.d_v and self.d_qk in (64, 128) and self.dtype.itemsize == 2 and not self.features
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one shape.
+
+    ``spills`` in bytes; ``local`` counts loads and stores of spilled registers; ``serialised`` says that the assembler
+    waits after every tensor-core instruction; ``over`` that it asks for more shared memory than there is.
+    """
+
+    kernel: str
+    dims: str
+    dtype: str
+    tile: str
+    special: str
+    registers: int
+    spills: int
+    local: int
+    shared: int
+    mma: int
+    serialised: bool
+    over: bool
+    instructions: int
+
+
+def shapes(quick: bool) -> Iterator[Shape]:
+    half = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16)
+    for kernel in ("forward", "dkdv", "dq"):
+        for dtype in half:
+            for d in (64, 128):
+                yield Shape(kernel, d, d, dtype)
+                yield Shape(kernel, d, d, dtype, group=4)
+        if quick:
+            continue
+        for d_qk, d_v in ((32, 32), (80, 80), (192, 128), (256, 256)):
+            yield Shape(kernel, d_qk, d_v, torch.bfloat16)
+        yield Shape(kernel, 128, 128, torch.bfloat16, group=4, features=True)
+        for d in (64, 128, 256):
+            yield Shape(kernel, d, d, torch.float32)
+
+
+def make_launch(shape: Shape, family: str) -> Launch:
+    """The launch that a call of this shape makes, on tensors without data."""
+
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    B, T, K, G = 1, 4096, 4096, 4
+    H, D, V, wide = G * shape.group, shape.d_qk, shape.d_v, torch.float32
+    q, k, v, dout = empty(B, T, H, D), empty(B, K, G, D), empty(B, K, G, V), empty(B, T, H, V)
+    rows, keys = empty(T, dtype=torch.int32), empty(K, dtype=torch.int32)
+    intervals = Intervals(rows, rows, keys, keys, rows, keys, pairs=0)
+    per_head = empty(H, dtype=wide) if shape.features else None
+    scores = Scores(0.1, 30.0 if shape.features else 0.0, alibi_slopes=per_head, sinks=per_head)
+    lse = empty(B, H, T, dtype=wide)
+    stats = empty(2, B * H, T, dtype=wide)
+    device, hop = launches.device(family, shape.dtype.itemsize, max(D, V)), Hop(first=True, last=True)
+    saved = Saved(q, dout, lse, lse, stats)
+    if shape.kernel == "forward":
+        into = Partial(empty(B, T, H, V), lse, Softmax(lse, lse, empty(B, T, H, V, dtype=wide)))
+        return launches.forward(device, q, k, v, intervals, scores, hop, into)
+    if shape.kernel == "dkdv":
+        share = KeyGradient(torch.empty_like(k), torch.empty_like(v))
+        return launches.backward_keys(device, saved, k, v, intervals, scores, share)
+    gradient = QueryGradient(torch.empty_like(q), empty(B, T, H, D, dtype=wide))
+    return launches.backward_queries(device, saved, k, v, intervals, scores, hop, gradient)
+
+
+def compile_shape(shape: Shape, target: Target) -> Compiled:
+    launch = make_launch(shape, target.family)
+    made = launch.compile()
+    read = _read_amd if target.gpu.backend == "hip" else _read_nvidia
+    a = launch.arguments
+    shared = int(made.metadata.shared)
+    return Compiled(
+        kernel=shape.kernel,
+        dims=f"{shape.d_qk}/{shape.d_v}",
+        dtype=str(shape.dtype).removeprefix("torch."),
+        tile=f"{a['BLOCK_M']}x{a['BLOCK_N']} w{a['num_warps']} s{a['num_stages']}",
+        special=" ".join(["group"] * (shape.group > 1) + ["softcap", "alibi", "sinks"] * shape.features),
+        shared=shared,
+        over=shared > target.shared_limit,
+        **read(made.asm),
+    )
+
+
+def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
+    """The assembler once more on the same PTX, for its remarks, and the instructions that it made."""
+    arch = re.search(r"\.target (\w+)", asm["ptx"])[1]
+    assembler = get_ptxas(int(re.search(r"\d+", arch)[0])).path
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(asm["ptx"])
+        command = [assembler, "-v", f"--gpu-name={arch}", source, "-o", binary]
+        remarks = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [knobs.nvidia.cuobjdump.path, "-sass", binary]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    return dict(
+        registers=int(re.search(r"Used (\d+) registers", remarks)[1]),
+        spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill", remarks)),
+        local=sum(name.startswith(("LDL", "STL")) for name in names),
+        mma=sum(name.startswith(("HGMMA", "HMMA", "UTCHMMA")) for name in names),
+        serialised="serialized" in remarks,
+        instructions=len(names),
+    )
+
+
+def _read_amd(asm: dict[str, Any]) -> dict[str, Any]:
+    text = asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+    names = re.findall(r"^\t([a-z]+_\w+)", text, re.MULTILINE)
+    return dict(
+        registers=number("vgpr_count"),
+        spills=4 * number("vgpr_spill_count"),
+        local=sum(name.startswith("scratch_") for name in names),
+        mma=sum("mfma" in name for name in names),
+        serialised=False,
+        instructions=len(names),
+    )
+
+
+def table(rows: list[Compiled]) -> str:
+    head = list(asdict(rows[0]))
+    cells = [head] + [[_cell(value) for value in asdict(row).values()] for row in rows]
+    widths = [max(len(line[n]) for line in cells) for n in range(len(head))]
+    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def _cell(value: object) -> str:
+    return {True: "yes", False: ""}[value] if isinstance(value, bool) else str(value)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=TARGETS, default="sm_90")
+    parser.add_argument("--quick", action="store_true", help="bfloat16 at head dims 64 and 128 only")
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    options = parser.parse_args()
+    target = TARGETS[options.target]
+    driver.set_active(TargetOnly(target.gpu))
+
+    rows, faults = [], []
+    for shape in shapes(options.quick):
+        row = compile_shape(shape, target)
+        rows.append(row)
+        clean = not (row.spills or row.local or row.over or row.serialised)
+        if options.target == "sm_90" and shape.must_be_clean and not clean:
+            faults.append(f"{row.kernel} {row.dims} {row.dtype} {row.special}")
+    print(f"triton {triton.__version__}, {options.target}, {target.shared_limit} bytes of shared memory")
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    for fault in faults:
+        print(f"not clean: {fault}", file=sys.stderr)
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

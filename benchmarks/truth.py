@@ -1,0 +1,146 @@
+"""Whether a result is right: sampled rows and columns of attention and its gradients, recomputed densely in float64.
+
+A sampled query needs all keys and nothing else; a sampled key needs all queries, each with the log-sum-exp of its whole
+row. So the rows are checked first, from scratch, and the columns by means of the lse that has been checked.
+
+[Note: shapes] B batch, T local tokens, S global tokens, H query heads, G key/value heads, D and V head dims, n samples
+of a rank, N of all ranks together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import distflash as df
+
+# Relative (Frobenius) error against float64 that rounding of inputs' size explains, with room: a wrong mask, a lost hop
+# or a swapped head is off by 0.1 and more.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The float64 values at this rank's sampled tokens: out and dq as queries, dk and dv as keys."""
+
+    tokens: Tensor
+    values: dict[str, Tensor]
+    cp: df.ContextParallel
+
+    def errors(self, **results: Tensor) -> dict[str, float]:
+        """Relative errors over the samples of all ranks of ``out, dq, dk, dv [B, T, ...]``, as many as are given."""
+        names = sorted(results)
+        squares = []
+        for name in names:
+            difference = results[name].detach()[:, self.tokens].double() - self.values[name]
+            squares += [difference.square().sum(), self.values[name].square().sum()]
+        total = self.cp.transport.all_reduce(torch.stack(squares)).view(-1, 2)
+        return {name: float((wrong / right) ** 0.5) for name, (wrong, right) in zip(names, total.tolist(), strict=True)}
+
+
+def wrong(errors: dict[str, float], dtype: torch.dtype) -> bool:
+    """Whether any error is beyond what rounding explains; NaN is."""
+    return not all(error <= TOLERANCE[dtype] for error in errors.values())
+
+
+@torch.no_grad()
+def sample(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    mask: df.Mask,
+    cp: df.ContextParallel,
+    seq_len: int,
+    count: int = 48,
+) -> Truth:
+    """Compute the truth at ``count`` tokens of each rank. All ranks must call.
+
+    Args:
+        q, k, v, dout: this rank's inputs.
+        out, lse: a result for them, ``[B, T, H, V]`` and ``[B, H, T]``, of which lse is checked here.
+
+    Raises:
+        AssertionError: lse is wrong.
+    """
+    tokens = _tokens(q.shape[1], count).to(q.device)
+    positions = cp.positions(seq_len, q.device)
+    out_rows, dq, lse_rows = _rows(q, cp.unshard(k), cp.unshard(v), dout, tokens, mask, positions, seq_len)
+    seen = lse_rows > -torch.inf
+    difference = (lse[:, :, tokens].double() - lse_rows)[seen].abs().max().item() if seen.any() else 0.0
+    assert difference < 1e-2 and torch.equal(lse[:, :, tokens] > -torch.inf, seen), f"lse is off by {difference}"
+    dk, dv = _columns(q, k, v, dout, out, lse, tokens, mask, positions, seq_len, cp)
+    return Truth(tokens, {"out": out_rows, "dq": dq, "dk": dk, "dv": dv}, cp)
+
+
+def _tokens(length: int, count: int) -> Tensor:
+    """Sampled local indices: both ends and the middle, where layouts have their seams, and a random rest."""
+    seams = [start + n for start in (0, length // 2 - 4, length - 4) for n in range(4)]
+    rest = torch.randint(length, (max(count - len(seams), 0),), generator=torch.Generator().manual_seed(length))
+    return torch.cat([torch.tensor(seams).clamp(0, length - 1), rest])
+
+
+def _heads(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
+    """Each query head with the key head that it reads."""
+    group = q.shape[2] // k.shape[2]
+    return ((h, h // group) for h in range(q.shape[2]))
+
+
+def _rows(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, tokens: Tensor, mask: df.Mask, positions: Tensor, seq_len: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``out [B, n, H, V], dq [B, n, H, D], lse [B, H, n]`` of the sampled queries, over ``k, v [B, S, ...]``."""
+    scale = q.shape[-1] ** -0.5
+    visible = mask.materialize(positions[tokens], torch.arange(seq_len, device=q.device), seq_len)
+    outs, dqs, lses = [], [], []
+    for h, g in _heads(q, k):
+        q_h, dout_h = q[:, tokens, h].double(), dout[:, tokens, h].double()
+        k_g, v_g = k[:, :, g].double(), v[:, :, g].double()
+        s = (q_h @ k_g.mT * scale).masked_fill_(~visible, -torch.inf)
+        lse = torch.logsumexp(s, -1)
+        p = s.sub_(lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp_()
+        out = p @ v_g
+        ds = p * (dout_h @ v_g.mT - (dout_h * out).sum(-1, keepdim=True))
+        outs.append(out)
+        dqs.append(ds @ k_g * scale)
+        lses.append(lse)
+    return torch.stack(outs, 2), torch.stack(dqs, 2), torch.stack(lses, 1)
+
+
+def _columns(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tokens: Tensor,
+    mask: df.Mask,
+    positions: Tensor,
+    seq_len: int,
+    cp: df.ContextParallel,
+) -> tuple[Tensor, Tensor]:
+    """``dk [B, n, G, D], dv [B, n, G, V]`` of the sampled keys: the sum of what all ranks' queries give."""
+    scale = q.shape[-1] ** -0.5
+    gather = cp.transport.all_gather
+    k_cols, v_cols = (torch.cat(gather(x[:, tokens].contiguous()), 1).double() for x in (k, v))
+    visible = mask.materialize(positions, torch.cat(gather(positions[tokens])), seq_len)
+    dk, dv = torch.zeros_like(k_cols), torch.zeros_like(v_cols)
+    for h, g in _heads(q, k):
+        q_h, dout_h = q[:, :, h].double(), dout[:, :, h].double()
+        delta = (dout_h * out[:, :, h].double()).sum(-1, keepdim=True)
+        lse_h = lse[:, h, :, None].double()
+        s = (q_h @ k_cols[:, :, g].mT * scale).masked_fill_(~visible, -torch.inf)
+        p = s.sub_(lse_h.masked_fill(lse_h == -torch.inf, 0.0)).exp_()
+        ds = p * (dout_h @ v_cols[:, :, g].mT - delta)
+        dk[:, :, g] += ds.mT @ q_h * scale
+        dv[:, :, g] += p.mT @ dout_h
+    n = len(tokens)
+    mine = slice(cp.rank * n, (cp.rank + 1) * n)
+    return cp.transport.all_reduce(dk)[:, mine], cp.transport.all_reduce(dv)[:, mine]

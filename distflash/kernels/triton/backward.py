@@ -227,7 +227,7 @@ def dq_kernel(
         store_rows(sum, batch, head, first, queries, dq, D)
 
 
-@triton.jit(do_not_specialize=["out", "dout", "queries", "padded", "dlse_batch", "dlse_head", "dlse_row"])
+@triton.jit(do_not_specialize=["out", "dout", "queries", "padded", "planes", "dlse_batch", "dlse_head", "dlse_row"])
 def statistics_kernel(
     out, dout,  # [B, T, H, V], as `at_rows` takes them
     lse,  # float32 [B, H, T]

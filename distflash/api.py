@@ -292,6 +292,8 @@ def attention(
     softcap = 0.0 if softcap is None else float(softcap)
     problem = validation.call_problem(q, k, v, mask, sinks, alibi_slopes, softcap, dropout_p)
     if problem is None:
+        problem = validation.device_problem(q, cp.transport)
+    if problem is None:
         seq_len = validation.seq_len_of(q, mask, cp.world_size) if seq_len is None else seq_len
         problem = validation.length_problem(q, mask, seq_len, cp.layout, cp.world_size, cp.rank)
     if problem is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from distflash.kernels import Kernel, Problem
 from distflash.layouts import Layout
 from distflash.masks import Mask
+from distflash.transport import Transport
 
 
 def tensors_problem(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -94,6 +95,16 @@ def per_head_problem(name: str, x: Tensor | None, q: Tensor, grad: bool) -> str 
     if x.requires_grad and not grad:
         return f"{name}: requires a gradient, but none is computed for it; pass {name}.detach()"
     return None
+
+
+def device_problem(q: Tensor, transport: Transport) -> str | None:
+    """Whether the group can send what is on q's device."""
+    if transport.world_size == 1 or transport.carries(q.device):
+        return None
+    return (
+        f"q: is on {q.device}, whose tensors this process group cannot send; move q, k and v to "
+        f"{transport.device.type}, or make the group with a backend for both (init_process_group without a backend)"
+    )
 
 
 def seq_len_of(q: Tensor, mask: Mask, world_size: int) -> int:

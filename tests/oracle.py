@@ -254,19 +254,22 @@ def check(kernel: Kernel, case: Case, device: torch.device | str = "cpu") -> Non
 
 
 def assert_as_exact(name: str, got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
-    """Error against float64 at most twice that of dense float32 arithmetic with the same roundings.
+    """Error against float64 at most a few times that of dense float32 arithmetic with the same roundings.
 
-    Twice, because a kernel rounds at the same places but other numbers: P before its division by the sum, partial sums
-    in another order. The unit roundoff is granted besides, where both errors are no more than how the result is stored.
+    A kernel rounds at the same places but other numbers: P before its division by the sum, partial sums in another order.
+    With short inputs the roundings of P and dS weigh most: twice. With float32 inputs the order of the sums is all there
+    is, and a matrix library splits a long sum into parts where the kernel adds one tile after another: three times. The
+    unit roundoff is granted besides, where both errors are no more than how the result is stored.
     """
+    times = 3 if dtype == torch.float32 else 2
     assert got.dtype == dtype, f"{name}: {got.dtype}"
     unit = torch.finfo(dtype).eps / 2
     error, bar = (got.double() - truth).norm(), (plain.double() - truth).norm()
-    limit = 2 * bar + unit * truth.norm()
+    limit = times * bar + unit * truth.norm()
     assert error <= limit, f"{name}: error {error:.3e}, dense float32 {bar:.3e}, limit {limit:.3e}"
-    # One wrong element hides in a norm: the largest error, whose spread is wider.
+    # One wrong element hides in a norm: the largest error, whose spread is half as wide again.
     error, bar = (got.double() - truth).abs().amax(), (plain.double() - truth).abs().amax()
-    limit = 3 * bar + unit * truth.abs().amax()
+    limit = 1.5 * times * bar + unit * truth.abs().amax()
     assert error <= limit, f"{name}: largest error {error:.3e}, dense float32 {bar:.3e}, limit {limit:.3e}"
 
 

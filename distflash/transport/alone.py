@@ -25,6 +25,9 @@ class Alone:
     device: torch.device = torch.device("cpu")
     checks_every_call: bool = False
 
+    def carries(self, device: torch.device) -> bool:
+        return True
+
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Nothing:
         assert not sends and not receives, "a single rank has no peers"
         return _Nothing()

@@ -40,7 +40,11 @@ class Transport(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where tensors must be to be sent."""
+        """Where this rank's tensors are expected to be, and what `gather_ints` goes through."""
+        ...
+
+    def carries(self, device: torch.device) -> bool:
+        """Whether tensors on ``device`` can be sent."""
         ...
 
     @property

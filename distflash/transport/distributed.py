@@ -30,8 +30,13 @@ class Distributed:
         self.group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
-        self.device = _device_of(group)
+        # "nccl", "gloo", or one for each kind of device such as "cpu:gloo,cuda:nccl".
+        self._backends = dist.get_backend_config(group)
+        self.device = _gpu() if "nccl" in self._backends else torch.device("cpu")
         self.checks_every_call = self.device.type == "cpu"
+
+    def carries(self, device: torch.device) -> bool:
+        return ("nccl" if device.type == "cuda" else "gloo") in self._backends
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Works:
         """Point to point, one batch: NCCL then runs all of it as one kernel on its own stream."""
@@ -66,7 +71,5 @@ class Distributed:
         return parts
 
 
-def _device_of(group: dist.ProcessGroup) -> torch.device:
-    if "nccl" in dist.get_backend_config(group):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def _gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())

@@ -161,6 +161,9 @@ class SimulatedTransport:
     def world_size(self) -> int:
         return self.simulator.world_size
 
+    def carries(self, device: torch.device) -> bool:
+        return True
+
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> _InFlight:
         for message in (*sends, *receives):
             assert message.peer != self.rank, "a rank does not send to itself"

@@ -6,6 +6,7 @@ Every figure is a median. Every record says which hardware, versions, commit and
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -198,7 +199,7 @@ def random_inputs(shape: Shape, length: int, dtype: torch.dtype, device: torch.d
 
 
 def environment() -> dict[str, Any]:
-    """Hardware, versions, commit and command."""
+    """Hardware, versions, code and command."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     gpus = [torch.cuda.get_device_name(n) for n in range(min(ranks, torch.cuda.device_count()))]
     return {
@@ -213,6 +214,7 @@ def environment() -> dict[str, Any]:
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpus else None,
         "distflash": df.__version__,
         "commit": _commit(),
+        "sources": _sources(),
         "command": _command(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -233,7 +235,7 @@ def save(name: str, out: Path, record: dict[str, Any], draw: Callable[[Any], Non
     figure = plt.figure(layout="constrained")
     draw(figure)
     hardware = f"{len(env['gpus'])} x {env['gpus'][0]}" if env["gpus"] else env["cpu"]
-    note = f"{hardware}, torch {env['torch']}, triton {env['triton']}, commit {env['commit'] or 'none'}"
+    note = f"{hardware}, torch {env['torch']}, triton {env['triton']}, sources {env['sources']}"
     figure.supxlabel(note, fontsize=7, color="#666666")
     figure.savefig(out / f"{name}.png", dpi=150)
     plt.close(figure)
@@ -290,6 +292,14 @@ def _commit() -> str | None:
     # Results themselves do not make a difference.
     changed = git("status", "--porcelain", "--", "distflash", "benchmarks/*.py")
     return commit and commit + ("+" if changed else "")
+
+
+def _sources() -> str:
+    """A digest of the package's files: which code was measured, also where git is not there to ask."""
+    digest = hashlib.sha256()
+    for file in sorted((ROOT / "distflash").rglob("*.py")):
+        digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _command() -> str:

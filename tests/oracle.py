@@ -256,10 +256,10 @@ def check(kernel: Kernel, case: Case, device: torch.device | str = "cpu") -> Non
 def assert_as_exact(name: str, got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
     """Error against float64 at most a few times that of dense float32 arithmetic with the same roundings.
 
-    A kernel rounds at the same places but other numbers: P before its division by the sum, partial sums in another order.
-    With short inputs the roundings of P and dS weigh most: twice. With float32 inputs the order of the sums is all there
-    is, and a matrix library splits a long sum into parts where the kernel adds one tile after another: three times. The
-    unit roundoff is granted besides, where both errors are no more than how the result is stored.
+    A kernel rounds at the same places but other numbers: P before its division by the sum, partial sums in another
+    order. With short inputs the roundings of P and dS weigh most: twice. With float32 inputs the order of the sums is
+    all there is, and a matrix library splits a long sum into parts where the kernel adds one tile after another: three
+    times. The unit roundoff is granted besides, where both errors are no more than how the result is stored.
     """
     times = 3 if dtype == torch.float32 else 2
     assert got.dtype == dtype, f"{name}: {got.dtype}"

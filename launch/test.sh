@@ -34,7 +34,7 @@ trap 'rm -rf "$logs"' EXIT
 say "tests/gpu on $GPUS GPU(s)"
 run_pytest tests/gpu | tee "$logs/gpu" || failed=1
 say "the other folders on $cores cores"
-run_pytest --ignore=tests/gpu "${spread[@]}" | tee "$logs/cpu" || failed=1
+TRITON_INTERPRET=1 run_pytest --ignore=tests/gpu "${spread[@]}" | tee "$logs/cpu" || failed=1
 say "both runs together"
 tail -qn 1 "$logs"/* | grep -oE '[0-9]+ [a-z]+' |
     awk '{ count[$2] += $1 } END { for (what in count) printf "%s%d %s", (n++ ? ", " : ""), count[what], what; print "" }'

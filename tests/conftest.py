@@ -1,11 +1,18 @@
 """For all tests: a folder's name is its tests' mark, and hypothesis draws the same examples in every run."""
 
+import os
 from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 ROOT = Path(__file__).parent
+
+# Triton reads this when it is first imported, and torch imports triton here and there: so for all folders, and early.
+# Where there is a GPU its tests must not see it: `tests/kernels` then runs in a process without them.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Examples are few, since a ring of eight ranks is hundreds of small kernels; the exactness tests ask for more.
 hypothesis.settings.register_profile(

@@ -17,24 +17,29 @@ Signature = tuple[tuple[str, object], ...]
 _REFUSED = "arguments"
 
 
+# Enough for the lengths and masks in use at a time, and a bound where every step brings new documents.
+_REMEMBERED = 1024
+
+
 @dataclass
 class Agreement:
     """What the ranks of a transport have agreed on so far."""
 
     transport: Transport
-    _known: set[Signature] = field(default_factory=set)
+    _known: set[int] = field(default_factory=set)
 
     def require(self, signature: Signature) -> None:
         """Compare signatures over all ranks.
 
         Args:
-            signature: ``(field, value)`` pairs, the same fields in the same order on every rank. A value is an int or
-                anything whose repr says all of it.
+            signature: ``(field, value)`` pairs, the same fields in the same order on every rank. A value is hashable,
+                and an int or anything whose repr says all of it.
 
         Raises:
             ValueError: on every rank, if any two ranks differ. It names the ranks, the field and the values.
         """
-        if self.transport.world_size == 1 or (signature in self._known and not self.transport.checks_every_call):
+        known = hash(signature) in self._known
+        if self.transport.world_size == 1 or (known and not self.transport.checks_every_call):
             return
         rows = self.transport.gather_ints([0, *(_code(value) for _, value in signature)])
         refused = [rank for rank, row in enumerate(rows) if row[0]]
@@ -51,7 +56,9 @@ class Agreement:
                 + f". This is rank {self.transport.rank}. Call attention on every rank with the same batch size, "
                 "heads, head dims, dtype, mask, layout and seq_len"
             )
-        self._known.add(signature)
+        if len(self._known) >= _REMEMBERED:
+            self._known.clear()  # on every rank at the same call, since all have agreed on the same ones
+        self._known.add(hash(signature))
 
     def refuse(self, fields: int) -> None:
         """Tell the other ranks, who may be comparing a signature of ``fields`` fields, that this one will raise.
@@ -65,7 +72,10 @@ class Agreement:
 def _code(value: object) -> int:
     if isinstance(value, int):
         return int(value)
-    digest = hashlib.blake2b(repr(value).encode(), digest_size=7).digest()
+    kind = type(value)
+    # The plain repr of an object is its address, which is another on every rank.
+    text = f"{kind.__module__}.{kind.__qualname__}" if kind.__repr__ is object.__repr__ else repr(value)
+    digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big")
 
 

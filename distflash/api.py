@@ -65,6 +65,7 @@ class ContextParallel:
         self._name = f"context_parallel_{ops.new_number()}"
         self._plan = lru_cache(_PLANS)(self._build_plan)
         self._recipe = lru_cache(_PLANS)(self._build_recipe)
+        self._compiled: list[Recipe] = []
 
     @property
     def rank(self) -> int:
@@ -152,10 +153,15 @@ class ContextParallel:
         return recipe
 
     @torch.compiler.assume_constant_result
-    def _recipe_number(self, name: str, mask: Key, scale: float | None, softcap: float, dropout_p: float) -> int:
-        """The number of a call's recipe: a constant to `torch.compile`, which guards ``name`` and the mask's key."""
+    def _compiled_recipe(self, name: str, mask: Key, scale: float | None, softcap: float, dropout_p: float) -> int:
+        """The number of a recipe, a constant to `torch.compile`, which guards ``name`` and the mask's key.
+
+        A compiled graph holds the number alone, so the recipe is kept for as long as this object.
+        """
         assert name == self._name
-        return self._recipe(from_key(mask), scale, softcap, dropout_p).number
+        recipe = self._recipe(from_key(mask), scale, softcap, dropout_p)
+        self._compiled.append(recipe)
+        return recipe.number
 
     def _refuse(self, problem: str) -> None:
         self.agreement.refuse(len(_FIELDS))
@@ -298,8 +304,12 @@ def attention(
         problem = validation.length_problem(q, mask, seq_len, cp.layout, cp.world_size, cp.rank)
     if problem is not None:
         cp._refuse(problem)
-    recipe = cp._recipe_number(cp._name, mask.key, scale, softcap, dropout_p)
-    out, lse = ops.attention(q, k, v, sinks, alibi_slopes, seq_len, recipe)
+    if torch.compiler.is_compiling():
+        number = cp._compiled_recipe(cp._name, mask.key, scale, softcap, dropout_p)
+        out, lse = ops.attention(q, k, v, sinks, alibi_slopes, seq_len, number)
+    else:
+        recipe = cp._recipe(mask, scale, softcap, dropout_p)
+        out, lse = ops.attention(q, k, v, sinks, alibi_slopes, seq_len, recipe.number)
     return (out, lse) if return_lse else out
 
 

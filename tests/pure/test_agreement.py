@@ -135,3 +135,39 @@ def test_one_rank_asks_nobody():
     Agreement(transport).require((("n", 1),))
     Agreement(transport).refuse(1)
     assert transport.asked == 0
+
+
+class Counted:
+    """A transport on which all ranks say the same, and which counts how often they are asked."""
+
+    rank, world_size, checks_every_call = 0, 2, False
+
+    def __init__(self):
+        self.asked = 0
+
+    def gather_ints(self, values):
+        self.asked += 1
+        return [list(values)] * 2
+
+
+def test_what_is_remembered_is_bounded():
+    transport = Counted()
+    agreement = Agreement(transport)
+    for n in range(3000):  # documents that are new in every step
+        agreement.require((("seq_len", n),))
+        agreement.require((("seq_len", n),))
+    assert transport.asked == 3000
+    assert len(agreement._known) <= 1024
+
+
+class Plain:
+    """Neither a dataclass nor with a repr of its own: that would be its address."""
+
+
+def test_objects_without_a_repr_agree_by_their_class():
+    codes = []
+    for value in (Plain(), Plain(), Counted()):
+        transport = Counted()
+        transport.gather_ints = lambda values: codes.append(values[1]) or [list(values)] * 2
+        Agreement(transport).require((("schedule", value),))
+    assert codes[0] == codes[1] != codes[2]

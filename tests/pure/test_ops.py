@@ -1,5 +1,7 @@
 """What torch's tools see of attention: registration, compilation, checkpointing."""
 
+import gc
+
 import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -24,7 +26,7 @@ class Counting(df.kernels.Reference):
 
 
 def recipe_of(cp):
-    return cp._recipe_number(cp._name, df.Causal().key, None, 0.0, 0.0)
+    return cp._compiled_recipe(cp._name, df.Causal().key, None, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "sinks and slopes"])
@@ -98,6 +100,17 @@ def test_two_groups_on_the_same_code_are_not_mixed_up():
     for n in (0, 1, 1, 0, 1):
         fast(q, k, v, groups[n])
     assert [kernel.forwards for kernel in kernels] == [2, 3]
+
+
+def test_a_compiled_graph_outlives_other_masks():
+    cp = df.ContextParallel(Alone())
+    fast = compiled(lambda q, k, v: df.attention(q, k, v, mask=df.Window(3), cp=cp))
+    q, k, v = torch.randn(3, 1, S, 2, 8)
+    first = fast(q, k, v)
+    for left in range(4, 60):  # more than are kept for eager calls
+        df.attention(q, k, v, mask=df.Window(left), cp=cp)
+    gc.collect()
+    torch.testing.assert_close(fast(q, k, v), first, rtol=0, atol=0)
 
 
 def save_attention(ctx, op, *args, **kwargs):

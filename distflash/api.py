@@ -6,7 +6,6 @@ dim of v.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -139,7 +138,8 @@ class ContextParallel:
 
     def plan(self, mask: Mask, seq_len: int, device: torch.device | str | None = None) -> Plan:
         """What this rank does in a call: steps, hops, exact pair counts, intervals. Cached; asks no other rank."""
-        validation.require_mask(mask)
+        if (problem := validation.mask_problem(mask)) is not None:
+            raise ValueError(problem)
         _require_seq_len(seq_len)
         return self._plan(mask, seq_len, torch.device(self.transport.device if device is None else device))
 
@@ -296,7 +296,7 @@ def attention(
     if not isinstance(cp, ContextParallel):
         raise ValueError(f"cp: expected a ContextParallel or None, got {cp!r}; make one of the process group first")
     softcap = 0.0 if softcap is None else float(softcap)
-    problem = validation.call_problem(q, k, v, mask, sinks, alibi_slopes, softcap, dropout_p)
+    problem = validation.call_problem(q, k, v, mask, sinks, alibi_slopes, scale, softcap, dropout_p)
     if problem is None:
         problem = validation.device_problem(q, cp.transport)
     if problem is None:
@@ -340,5 +340,3 @@ def _require_seq_len(seq_len: object) -> None:
 
 # What cp=None stands for. One object, so that its plans and compiled graphs are kept from call to call.
 _ALONE = ContextParallel(Alone())
-
-__all__: Sequence[str] = ["ContextParallel", "attention"]

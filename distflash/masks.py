@@ -196,20 +196,26 @@ class Chunked(Mask):
 
 @dataclass(frozen=True)
 class And(Mask):
-    """Both masks at once: the larger ``lo`` and the smaller ``hi``. Written ``a & b``."""
+    """Both masks at once: the larger ``lo`` and the smaller ``hi``. Written ``a & b``.
+
+    Raises:
+        ValueError: the two sides are for different lengths.
+    """
 
     first: Mask
     second: Mask
 
-    @property
-    def seq_len(self) -> int | None:
-        known = {s for s in (self.first.seq_len, self.second.seq_len) if s is not None}
-        if len(known) > 1:
+    def __post_init__(self) -> None:
+        a, b = self.first.seq_len, self.second.seq_len
+        if a is not None and b is not None and a != b:
             raise ValueError(
-                f"mask: the two sides of & are for different lengths, {sorted(known)}; "
+                f"mask: the two sides of & are for different lengths, {a} and {b}; "
                 "both cu_seqlens must end at the same S"
             )
-        return known.pop() if known else None
+
+    @property
+    def seq_len(self) -> int | None:
+        return self.second.seq_len if self.first.seq_len is None else self.first.seq_len
 
     def ends(self, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
         lo_a, hi_a = self.first.ends(positions, seq_len)

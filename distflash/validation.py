@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 from torch import Tensor
 
@@ -62,20 +63,25 @@ def call_problem(
     mask: Mask,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    scale: float | None,
     softcap: float,
     dropout_p: float,
 ) -> str | None:
     """What is wrong with a call's arguments, but for their length; None if nothing is."""
-    if not isinstance(mask, Mask):
-        return f"mask: expected a Mask such as df.Causal(), got {mask!r}{_hint(mask)}"
-    problem = tensors_problem(q, k, v)
+    problem = mask_problem(mask) or tensors_problem(q, k, v)
     if problem is not None:
         return problem
     problem = per_head_problem("sinks", sinks, q, grad=True)
     problem = problem or per_head_problem("alibi_slopes", alibi_slopes, q, grad=False)
-    if problem is not None:
-        return problem
-    if softcap < 0:
+    return problem or numbers_problem(scale, softcap, dropout_p)
+
+
+def numbers_problem(scale: float | None, softcap: float, dropout_p: float) -> str | None:
+    """What is wrong with the numbers that form scores."""
+    # At 0 a masked score would be -inf * 0.
+    if scale is not None and not 0 < abs(scale) < inf:
+        return f"scale: expected a finite number other than 0, or None for d_qk ** -0.5, got {scale}"
+    if not 0 <= softcap < inf:
         return f"softcap: expected a positive number, or None for none, got {softcap}"
     if not 0 <= dropout_p < 1:
         return f"dropout_p: expected a probability of at least 0 and below 1, got {dropout_p}"
@@ -166,10 +172,11 @@ def require_kernel(kernel: object) -> None:
         )
 
 
-def require_mask(mask: object) -> None:
-    """Refuse what is no mask."""
-    if not isinstance(mask, Mask):
-        raise ValueError(f"mask: expected a Mask such as df.Causal(), got {mask!r}{_hint(mask)}")
+def mask_problem(mask: object) -> str | None:
+    """Whether it is a mask at all."""
+    if isinstance(mask, Mask):
+        return None
+    return f"mask: expected a Mask such as df.Causal(), got {mask!r}{_hint(mask)}"
 
 
 def _hint(value: object) -> str:

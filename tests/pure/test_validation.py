@@ -59,7 +59,9 @@ BAD_CALLS = {
         "mask: cu_seqlens end at 9 but seq_len is 8; they must end at S",
     ),
     "documents of another length than held": (dict(mask=df.Documents([0, 3, 12])), "q: 4 local tokens, but .* gives"),
-    "documents of two lengths": (dict(mask=df.Documents([0, 8]) & df.Documents([0, 9])), "mask: .*different lengths"),
+    "scale of 0": (dict(scale=0.0), "scale: expected a finite number other than 0"),
+    "scale of NaN": (dict(scale=float("nan")), "scale: expected a finite number other than 0"),
+    "infinite softcap": (dict(softcap=float("inf")), "softcap: expected a positive number"),
 }
 
 

@@ -130,7 +130,8 @@ def backward(
     saved = call.kernel.save(q, out, lse, dout, dlse)
     home = call.schedule.homecoming(call.trip, (k, v), dtype)
     hops = len(call.plan.working)
-    dq = QueryGradient(q.new_empty(q.shape), q.new_empty(q.shape, dtype=dtype) if hops > 1 else None)
+    summed = hops > 1 or saved.adds_up
+    dq = QueryGradient(q.new_empty(q.shape), q.new_empty(q.shape, dtype=dtype) if summed else None)
     if not hops:
         dq.final.zero_()
     for step, hop, (k_held, v_held) in call.visit((k, v)):

@@ -222,7 +222,7 @@ def run(kernel: Kernel, case: Case, x: Inputs) -> dict[str, Tensor]:
 
     saved = kernel.save(x.q, into.final, into.lse, x.dout, x.dlse)
     wide = accumulator_dtype(case.dtype)
-    dq = QueryGradient(_poison(x.q), _poison(x.q, wide) if W > 1 else None)
+    dq = QueryGradient(_poison(x.q), _poison(x.q, wide) if W > 1 or saved.adds_up else None)
     dk, dv = (torch.full(t.shape, torch.nan, device=device, dtype=case.dtype) for t in (x.k, x.v))
     for hop, (positions, rows, k, v) in zip(hops, parts, strict=True):
         # A hop's share is handed over in float32 where shares are still to be added, else rounded by the kernel.

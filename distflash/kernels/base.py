@@ -73,6 +73,7 @@ class Saved:
         delta: ``[B, H, T]``, ``rowsum(dout * out)``, less the gradient of lse where there is one; of no meaning where
             no key was seen.
         statistics: lse and delta once more, as the kernel's own loops want them; None if as they are.
+        adds_up: dQ is added up in memory, so that `QueryGradient.sum` is needed even by a single hop.
     """
 
     q: Tensor
@@ -80,6 +81,7 @@ class Saved:
     lse: Tensor
     delta: Tensor
     statistics: Tensor | None = None
+    adds_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class QueryGradient:
 
     Attributes:
         final: ``[B, T, H, D]`` in q's dtype, written by the last hop only.
-        sum: the same in the accumulator's dtype, between hops; None where the only hop is the last.
+        sum: the same in the accumulator's dtype, between hops; None where the only hop is the last
+            (and the kernel does not add up in memory, see `Saved`).
     """
 
     final: Tensor

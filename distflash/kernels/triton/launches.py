@@ -85,7 +85,7 @@ def forward(
             weighted=_strided(into.lse if running is None else running.weighted),
             first_hop=int(hop.first),
             last_hop=int(hop.last),
-            heads_at_once=_heads_at_once(k, v) * (q.shape[2] // k.shape[2]),
+            heads_at_once=heads_at_once(k, v) * (q.shape[2] // k.shape[2]),
             **_sizes(tile, q, k, v),
         ),
     )
@@ -99,7 +99,7 @@ def save(q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None)
     """
     B, T, H, V = out.shape
     # Copied here, if at all, and not once more in every hop.
-    q, out, dout, lse = _aligned(q, True), _aligned(out, True), _aligned(dout, True), lse.contiguous()
+    q, out, dout, lse = aligned(q, True), aligned(out, True), aligned(dout, True), lse.contiguous()
     stats = lse.new_empty(2, B * H, triton.cdiv(T, 4) * 4)
     block = 64
     strides = (0, 0, 0) if dlse is None else dlse.stride()
@@ -146,7 +146,7 @@ def backward_keys(
             col_hi=rows.col_hi,
             dk=_strided(dkv.dk),
             dv=_strided(dkv.dv),
-            heads_at_once=max(1, _heads_at_once(q, dout) // group),
+            heads_at_once=max(1, heads_at_once(q, dout) // group),
             **_sizes(tile, q, k, v),
         ),
     )
@@ -178,7 +178,7 @@ def backward_queries(
             final=_strided(dq.final),
             first_hop=int(hop.first),
             last_hop=int(hop.last),
-            heads_at_once=_heads_at_once(k, v) * (q.shape[2] // k.shape[2]),
+            heads_at_once=heads_at_once(k, v) * (q.shape[2] // k.shape[2]),
             **_sizes(tile, q, k, v),
         ),
     )
@@ -189,7 +189,7 @@ def _inputs(device: Device, tile: Tile, **tensors: Tensor) -> dict[str, Any]:
     block = {"q": tile.block_m, "dout": tile.block_m, "k": tile.block_n, "v": tile.block_n}
     inputs: dict[str, Any] = {"TMA": device.descriptors}
     for name, x in tensors.items():
-        x = _aligned(x, packed=not device.descriptors)
+        x = aligned(x, packed=not device.descriptors)
         inputs[name] = _descriptor(x, block[name]) if device.descriptors else _strided(x)
     return inputs
 
@@ -217,7 +217,7 @@ def _strided(x: Tensor) -> tuple[Tensor, int, int]:
     return (x, x.stride(2), x.stride(1))
 
 
-def _aligned(x: Tensor, packed: bool) -> Tensor:
+def aligned(x: Tensor, packed: bool) -> Tensor:
     """``x``, copied if its rows are not contiguous or do not start at multiples of 16 bytes, or batches have gaps."""
     fine = _is_aligned(x) and (_is_packed(x) or not packed)
     return x if fine else x.clone(memory_format=torch.contiguous_format)
@@ -271,7 +271,7 @@ def _padded(dim: int) -> int:
     return triton.next_power_of_2(dim)
 
 
-def _heads_at_once(*shared: Tensor) -> int:
+def heads_at_once(*shared: Tensor) -> int:
     """How many heads of the shared tensors ``[B, rows, heads, dim]`` fit into the L2 cache together."""
     head_bytes = sum(x.shape[1] * x.shape[3] * x.element_size() for x in shared)
     return max(1, L2_BYTES // head_bytes)

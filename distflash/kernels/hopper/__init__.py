@@ -1,0 +1,3 @@
+from distflash.kernels.hopper.kernel import Hopper
+
+__all__ = ["Hopper"]

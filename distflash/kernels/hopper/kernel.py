@@ -1,0 +1,106 @@
+"""The kernel for Hopper GPUs (sm_90): warpgroup matrix instructions fed by the tensor copy engine, written in Gluon.
+
+Importable without triton, which is imported when the kernel is first asked for something.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from distflash.intervals import Intervals
+from distflash.kernels.base import Hop, KeyGradient, Problem, QueryGradient, Saved, Scores
+from distflash.kernels.hopper.tiles import BACKWARD, FORWARD, BackwardTile, ForwardTile
+from distflash.kernels.triton import Triton
+from distflash.partial import Partial
+
+DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIMS = range(16, 257, 8)
+
+
+@dataclass(frozen=True)
+class Hopper:
+    """Exact attention in Gluon for sm_90, by row and column intervals; see `distflash.kernels.base.Kernel`.
+
+    Forward and backward after FlashAttention-3 (https://arxiv.org/abs/2407.08608). dQ is added up in float32 in global
+    memory, in the order in which blocks of keys come by, so its last bits differ from run to run. Above a head dim of 128
+    the backward pass is the portable kernel's.
+
+    Args:
+        deterministic: the same bits in every run: the portable kernel's backward pass, which computes seven products a
+            tile instead of five.
+        margin: multiprocessors left to communication, which a grid as large as the GPU would hold up.
+        forward_tile, backward_tile: in place of the shipped ones, for tuning.
+    """
+
+    deterministic: bool = False
+    margin: int = 0
+    forward_tile: ForwardTile | None = None
+    backward_tile: BackwardTile | None = None
+    persistent: bool = True
+
+    def not_supported_reasons(self, problem: Problem) -> list[str]:
+        reasons = Triton().not_supported_reasons(problem)
+        if not reasons and torch.cuda.get_device_capability(problem.device) != (9, 0):
+            reasons.append("the Hopper kernel needs a GPU of compute capability 9.0 (H100, H200)")
+        if problem.dtype not in DTYPES:
+            reasons.append(f"the Hopper kernel takes float16 and bfloat16, not {problem.dtype}")
+        if problem.alibi:
+            reasons.append("the Hopper kernel has no ALiBi")
+        return reasons
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: Intervals, scores: Scores, hop: Hop, into: Partial
+    ) -> None:
+        from distflash.kernels.hopper import launches
+
+        tile = self.forward_tile or FORWARD[max(launches.padded(q.shape[-1]), launches.padded(v.shape[-1]))]
+        with torch.cuda.device(q.device):
+            launches.forward(tile, self._programs(q.device), q, k, v, rows, scores, hop, into).run()
+
+    def save(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Saved:
+        saved = Triton().save(q, out, lse, dout, dlse)
+        return replace(saved, adds_up=self._fused(q, out))
+
+    def backward(
+        self,
+        saved: Saved,
+        k: Tensor,
+        v: Tensor,
+        rows: Intervals,
+        scores: Scores,
+        hop: Hop,
+        dq: QueryGradient,
+        dkv: KeyGradient,
+        keys_done: Callable[[], None],
+    ) -> None:
+        from distflash.kernels.hopper import launches
+
+        if not saved.adds_up:
+            Triton().backward(saved, k, v, rows, scores, hop, dq, dkv, keys_done)
+            return
+        assert dq.sum is not None
+        tile = self.backward_tile or BACKWARD[max(launches.padded(k.shape[-1]), launches.padded(v.shape[-1]))]
+        with torch.cuda.device(saved.q.device):
+            if hop.first:
+                dq.sum.zero_()
+            programs = self._programs(saved.q.device)
+            launches.backward(tile, programs, saved, k, v, rows, scores, dq, dkv).run()
+            keys_done()
+            if hop.last:
+                torch.mul(dq.sum, scores.scale, out=dq.final)
+
+    def _fused(self, q: Tensor, out: Tensor) -> bool:
+        return not self.deterministic and max(q.shape[-1], out.shape[-1]) <= 128
+
+    def _programs(self, device: torch.device) -> int:
+        return _multiprocessors(device) - self.margin if self.persistent else 2**31 - 1
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

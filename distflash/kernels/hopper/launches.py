@@ -1,0 +1,139 @@
+"""From tensors to launches of the Hopper kernels, with no decision left to the device.
+
+[Note: shapes] as in `distflash.kernels.base`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from distflash.intervals import Intervals
+from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Saved, Scores
+from distflash.kernels.hopper.backward import backward_kernel
+from distflash.kernels.hopper.forward import forward_kernel
+from distflash.kernels.hopper.tiles import BackwardTile, ForwardTile
+from distflash.kernels.triton.launches import Launch, aligned, heads_at_once
+from distflash.partial import Partial
+
+ROWS = 64  # of one warpgroup's matrix instruction
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+def padded(dim: int) -> int:
+    return max(64, triton.next_power_of_2(dim))
+
+
+def forward(
+    tile: ForwardTile, programs: int, q: Tensor, k: Tensor, v: Tensor, rows: Intervals, scores: Scores, hop: Hop,
+    into: Partial,
+) -> Launch:  # fmt: skip
+    scale = scores.scale
+    if scale < 0:  # the kernel takes the maximum before it scales
+        q, scale = -q, -scale
+    B, T, H, D = q.shape
+    G, V = k.shape[2], v.shape[3]
+    sinks, running = scores.sinks, into.running
+    blocks = triton.cdiv(T, tile.consumers * ROWS) * B * H
+    return Launch(
+        kernel=forward_kernel,
+        programs=min(programs, blocks),
+        arguments=dict(
+            q=_descriptor(q, ROWS, padded(D)),
+            k=_descriptor(k, tile.block_n, padded(D)),
+            v=_descriptor(v, tile.block_n, padded(V)),
+            row_lo=rows.row_lo,
+            row_hi=rows.row_hi,
+            sinks=into.lse if sinks is None else sinks,
+            final=_descriptor(into.final, ROWS, padded(V)),
+            lse=into.lse,
+            maximum=into.lse if running is None else running.maximum,
+            total=into.lse if running is None else running.total,
+            weighted=into.lse if running is None else running.weighted,
+            scale=scale,
+            softcap=scores.softcap,
+            queries=T,
+            heads=H,
+            batches=B,
+            first_hop=int(hop.first),
+            last_hop=int(hop.last),
+            heads_at_once=heads_at_once(k, v) * (H // G),
+            programs=min(programs, blocks),
+            GROUP=H // G,
+            V=V,
+            BLOCK_N=tile.block_n,
+            CONSUMERS=tile.consumers,
+            STAGES=tile.stages,
+            REGISTERS=tile.registers,
+            SOFTCAP=scores.softcap > 0,
+            SINKS=sinks is not None,
+            num_warps=4,
+        ),
+    )
+
+
+def backward(
+    tile: BackwardTile, programs: int, saved: Saved, k: Tensor, v: Tensor, rows: Intervals, scores: Scores,
+    dq: QueryGradient, dkv: KeyGradient,
+) -> Launch:  # fmt: skip
+    q, stats = saved.q, saved.statistics
+    assert stats is not None and dq.sum is not None
+    B, T, H, D = q.shape
+    _, K, G, V = v.shape
+    M = tile.block_m
+    blocks = triton.cdiv(K, 2 * ROWS) * B * G
+    return Launch(
+        kernel=backward_kernel,
+        programs=min(programs, blocks),
+        arguments=dict(
+            q=_descriptor(q, M, padded(D)),
+            k=_descriptor(k, ROWS, padded(D)),
+            v=_descriptor(v, ROWS, padded(V)),
+            dout=_descriptor(saved.dout, M, padded(V)),
+            stats=_columns(stats, T, M),
+            col_lo=rows.col_lo,
+            col_hi=rows.col_hi,
+            dq=_descriptor(dq.sum, ROWS, padded(D) if M > ROWS else padded(D) // 2),
+            dk=dkv.dk,
+            dv=dkv.dv,
+            scale=scores.scale,
+            softcap=scores.softcap,
+            keys=K,
+            kv_heads=G,
+            batches=B,
+            heads_at_once=max(1, heads_at_once(q, saved.dout) // (H // G)),
+            programs=min(programs, blocks),
+            GROUP=H // G,
+            D=D,
+            V=V,
+            BLOCK_M=M,
+            STAGES=tile.stages,
+            REGISTERS=tile.registers,
+            SOFTCAP=scores.softcap > 0,
+            num_warps=4,
+        ),
+    )
+
+
+def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
+    """Tiles of rows of one head of ``[B, rows, heads, dim]``; beyond it, zeros are read and nothing is written."""
+    x = aligned(x, packed=False)
+    B, T, H, D = x.shape
+    sb, st, sh, sd = x.stride()
+    # The stride of a dimension of size 1 may be anything, and is checked all the same.
+    sb, st, sh = (s if n > 1 else columns for s, n in ((sb, B), (st, T), (sh, H)))
+    block = [1, 1, rows, columns]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[x.dtype])
+    return TensorDescriptor(x, [B, H, T, D], [sb, sh, st, sd], block, layout)
+
+
+def _columns(stats: Tensor, length: int, block: int) -> Any:
+    """The statistics ``[2, B * H, T']`` of ``length`` queries, a tile of one of them at a time."""
+    two, planes, stride = stats.shape
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+    return TensorDescriptor(stats, [two, planes, length], [planes * stride, stride, 1], [1, 1, block], layout)

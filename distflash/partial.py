@@ -67,15 +67,17 @@ class Partial:
         lse: ``[B, H, T]`` in the accumulator's dtype, natural log; ``-inf`` where a query saw no key.
         running: between hops, ``maximum, total [B, H, T]`` and ``weighted [B, T, H, V]`` in the accumulator's dtype.
             The first hop writes them, later ones merge. None where the only hop is the last.
+        counter: int32 ``[2]``, zeros before and after every hop: how the programs of a kernel share out its work.
     """
 
     final: Tensor
     lse: Tensor
     running: Softmax | None
+    counter: Tensor
 
     @staticmethod
     def empty(q: Tensor, d_v: int, hops: int) -> Partial:
-        """Room for a call of ``hops`` hops with queries ``q [B, T, H, D]``; nothing in it is initialised."""
+        """Room for a call of ``hops`` hops with queries ``q [B, T, H, D]``; only the counter is initialised."""
         B, T, H, _ = q.shape
         dtype = accumulator_dtype(q.dtype)
         rows = [q.new_empty(B, H, T, dtype=dtype) for _ in range(3 if hops > 1 else 1)]
@@ -84,6 +86,7 @@ class Partial:
             final=q.new_empty(B, T, H, d_v),
             lse=rows[0],
             running=None if weighted is None else Softmax(rows[1], rows[2], weighted),
+            counter=q.new_zeros(2, dtype=torch.int32),
         )
 
     def fill_identity(self, sinks: Tensor | None) -> None:

@@ -73,6 +73,7 @@ class Saved:
         delta: ``[B, H, T]``, ``rowsum(dout * out)``, less the gradient of lse where there is one; of no meaning where
             no key was seen.
         statistics: lse and delta once more, as the kernel's own loops want them; None if as they are.
+        counter: as in `Partial`, for kernels that want one.
         adds_up: dQ is added up in memory, so that `QueryGradient.sum` is needed even by a single hop.
     """
 
@@ -82,6 +83,7 @@ class Saved:
     delta: Tensor
     statistics: Tensor | None = None
     adds_up: bool = False
+    counter: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distflash import masks
+from distflash.intervals import Sharding, build
 from distflash.kernels import Hopper
+from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Scores
+from distflash.layouts import Contiguous
+from distflash.partial import Partial
 from tests import oracle
 
 on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -40,3 +45,54 @@ def test_as_exact_as_dense(case):
 def test_many_tiles(dim, dtype):
     case = oracle.Case("long", seq_len=4001, heads=4, kv_heads=2, d_qk=dim, d_v=dim, dtype=dtype)
     oracle.check(Hopper(), case, "cuda")
+
+
+@pytest.mark.parametrize("case", CASES[::9], ids=lambda case: case.name)
+def test_the_same_bits_every_time_if_asked(case):
+    case = oracle.scaled(case, 5)
+    x = oracle.make_inputs(case, "cuda")
+    kernel = Hopper(deterministic=True)
+    first, second = oracle.run(kernel, case, x), oracle.run(kernel, case, x)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("margin", [1, 131])
+def test_any_number_of_programs(margin):
+    case = oracle.Case("few", seq_len=1500, heads=4, kv_heads=2, d_qk=128, d_v=128, dtype=torch.bfloat16, batch=2)
+    oracle.check(Hopper(margin=margin), case, "cuda")
+
+
+def test_work_is_shared_out_anew_in_every_launch():
+    """The counters are back at zero, also where there are fewer blocks than multiprocessors."""
+    for seq_len in (40, 3000):
+        q = torch.randn(1, seq_len, 8, 64, device="cuda", dtype=torch.float16)
+        rows = build(Sharding(masks.Causal(), Contiguous(), seq_len, 1), 0, 0).to("cuda")
+        into = Partial.empty(q, 64, hops=1)
+        scores, hop = Scores(64**-0.5), Hop(first=True, last=True)
+        Hopper().forward(q, q, q, rows, scores, hop, into)
+        assert into.counter.tolist() == [0, 0]
+        saved = Hopper().save(q, into.final, into.lse, q, None)
+        dq = QueryGradient(torch.empty_like(q), torch.empty_like(q, dtype=torch.float32))
+        dkv = KeyGradient(torch.empty_like(q), torch.empty_like(q))
+        Hopper().backward(saved, q, q, rows, scores, hop, dq, dkv, lambda: None)
+        assert saved.counter.tolist() == [0, 0]
+
+
+def test_other_lengths_do_not_recompile():
+    """Hops differ in lengths and in their place in the ring; a compilation between two would stall every rank."""
+    from distflash.kernels.hopper.backward import backward_kernel
+    from distflash.kernels.hopper.forward import forward_kernel
+
+    def compiled() -> int:
+        return sum(len(c[0]) for kernel in (forward_kernel, backward_kernel) for c in kernel.device_caches.values())
+
+    def call(seq_len: int) -> None:
+        case = oracle.Case("any", seq_len=seq_len, heads=4, d_qk=64, d_v=64, dtype=torch.bfloat16, world_size=3, rank=1)
+        oracle.run(Hopper(), case, oracle.make_inputs(case, "cuda"))
+
+    call(1024)
+    before = compiled()
+    for seq_len in (1536, 1000, 999, 333):
+        call(seq_len)
+    assert compiled() == before

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distflash.intervals import Intervals
 from distflash.kernels.base import Hop, KeyGradient, Problem, QueryGradient, Saved, Scores
-from distflash.kernels.hopper.tiles import BACKWARD, FORWARD, BackwardTile, ForwardTile
+from distflash.kernels.hopper.tiles import BackwardTile, ForwardTile, backward_tile, forward_tile
 from distflash.kernels.triton import Triton
 from distflash.partial import Partial
 
@@ -27,8 +27,8 @@ class Hopper:
     """Exact attention in Gluon for sm_90, by row and column intervals; see `distflash.kernels.base.Kernel`.
 
     Forward and backward after FlashAttention-3 (https://arxiv.org/abs/2407.08608). dQ is added up in float32 in global
-    memory, in the order in which blocks of keys come by, so its last bits differ from run to run. Above a head dim of 128
-    the backward pass is the portable kernel's.
+    memory, in the order in which blocks of keys come by, so its last bits differ from run to run. Above a head dim of
+    128 the backward pass is the portable kernel's.
 
     Args:
         deterministic: the same bits in every run: the portable kernel's backward pass, which computes seven products a
@@ -41,7 +41,6 @@ class Hopper:
     margin: int = 0
     forward_tile: ForwardTile | None = None
     backward_tile: BackwardTile | None = None
-    persistent: bool = True
 
     def not_supported_reasons(self, problem: Problem) -> list[str]:
         reasons = Triton().not_supported_reasons(problem)
@@ -58,13 +57,16 @@ class Hopper:
     ) -> None:
         from distflash.kernels.hopper import launches
 
-        tile = self.forward_tile or FORWARD[max(launches.padded(q.shape[-1]), launches.padded(v.shape[-1]))]
+        dim = launches.padded(max(q.shape[-1], v.shape[-1]))
+        tile = self.forward_tile or forward_tile(dim, rows.pairs / (q.shape[1] * k.shape[1]))
         with torch.cuda.device(q.device):
             launches.forward(tile, self._programs(q.device), q, k, v, rows, scores, hop, into).run()
 
     def save(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Saved:
         saved = Triton().save(q, out, lse, dout, dlse)
-        return replace(saved, adds_up=self._fused(q, out))
+        if not self._fused(q, out):
+            return saved
+        return replace(saved, adds_up=True, counter=q.new_zeros(2, dtype=torch.int32))
 
     def backward(
         self,
@@ -84,7 +86,7 @@ class Hopper:
             Triton().backward(saved, k, v, rows, scores, hop, dq, dkv, keys_done)
             return
         assert dq.sum is not None
-        tile = self.backward_tile or BACKWARD[max(launches.padded(k.shape[-1]), launches.padded(v.shape[-1]))]
+        tile = self.backward_tile or backward_tile(launches.padded(max(k.shape[-1], v.shape[-1])))
         with torch.cuda.device(saved.q.device):
             if hop.first:
                 dq.sum.zero_()
@@ -98,7 +100,7 @@ class Hopper:
         return not self.deterministic and max(q.shape[-1], out.shape[-1]) <= 128
 
     def _programs(self, device: torch.device) -> int:
-        return _multiprocessors(device) - self.margin if self.persistent else 2**31 - 1
+        return _multiprocessors(device) - self.margin
 
 
 @functools.cache

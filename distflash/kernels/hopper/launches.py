@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -22,7 +21,6 @@ from distflash.kernels.triton.launches import Launch, aligned, heads_at_once
 from distflash.partial import Partial
 
 ROWS = 64  # of one warpgroup's matrix instruction
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
 def padded(dim: int) -> int:
@@ -55,6 +53,7 @@ def forward(
             maximum=into.lse if running is None else running.maximum,
             total=into.lse if running is None else running.total,
             weighted=into.lse if running is None else running.weighted,
+            counter=into.counter,
             scale=scale,
             softcap=scores.softcap,
             queries=T,
@@ -70,6 +69,7 @@ def forward(
             CONSUMERS=tile.consumers,
             STAGES=tile.stages,
             REGISTERS=tile.registers,
+            SLOTS=tile.slots,
             SOFTCAP=scores.softcap > 0,
             SINKS=sinks is not None,
             num_warps=4,
@@ -85,7 +85,7 @@ def backward(
     assert stats is not None and dq.sum is not None
     B, T, H, D = q.shape
     _, K, G, V = v.shape
-    M = tile.block_m
+    M, wide = tile.block_m, dkv.dk.dtype != q.dtype
     blocks = triton.cdiv(K, 2 * ROWS) * B * G
     return Launch(
         kernel=backward_kernel,
@@ -98,9 +98,11 @@ def backward(
             stats=_columns(stats, T, M),
             col_lo=rows.col_lo,
             col_hi=rows.col_hi,
-            dq=_descriptor(dq.sum, ROWS, padded(D) if M > ROWS else padded(D) // 2),
-            dk=dkv.dk,
-            dv=dkv.dv,
+            dq=_descriptor(dq.sum, ROWS, padded(D) if M > ROWS else padded(D) // 2, tile.swizzle),
+            dk=dkv.dk if wide else _descriptor(dkv.dk, ROWS, padded(D)),
+            dv=dkv.dv if wide else _descriptor(dkv.dv, ROWS, padded(V)),
+            WIDE=wide,
+            counter=saved.counter,
             scale=scores.scale,
             softcap=scores.softcap,
             keys=K,
@@ -114,13 +116,15 @@ def backward(
             BLOCK_M=M,
             STAGES=tile.stages,
             REGISTERS=tile.registers,
+            IN_REGISTERS=tile.in_registers,
+            PREFETCH=tile.prefetch,
             SOFTCAP=scores.softcap > 0,
             num_warps=4,
         ),
     )
 
 
-def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
+def _descriptor(x: Tensor, rows: int, columns: int, swizzle: int = 128) -> Any:
     """Tiles of rows of one head of ``[B, rows, heads, dim]``; beyond it, zeros are read and nothing is written."""
     x = aligned(x, packed=False)
     B, T, H, D = x.shape
@@ -128,7 +132,7 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
     # The stride of a dimension of size 1 may be anything, and is checked all the same.
     sb, st, sh = (s if n > 1 else columns for s, n in ((sb, B), (st, T), (sh, H)))
     block = [1, 1, rows, columns]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[x.dtype])
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.element_size(), rank=4)
     return TensorDescriptor(x, [B, H, T, D], [sb, sh, st, sd], block, layout)
 
 

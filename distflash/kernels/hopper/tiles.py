@@ -7,29 +7,57 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ForwardTile:
-    """``consumers`` warpgroups of 64 queries each, ``block_n`` keys a step, ``stages`` of them in flight."""
+    """``consumers`` warpgroups of 64 queries each, ``block_n`` keys a step, ``stages`` of them in flight.
+
+    Attributes:
+        registers: of each consumer's threads.
+        slots: blocks of queries that have a place in shared memory.
+    """
 
     consumers: int
     block_n: int
     stages: int
     registers: int
+    slots: int = 2
 
 
 @dataclass(frozen=True)
 class BackwardTile:
-    """128 keys stay, ``block_m`` queries a step, ``stages`` of them in flight."""
+    """128 keys stay, ``block_m`` queries a step, ``stages`` of them in flight.
+
+    Attributes:
+        registers: of each consumer's threads.
+        in_registers: the block's keys and values stay in registers, where there are enough: shared memory is the limit.
+        prefetch: the next tile's S is computed while this tile's dQ is handed over.
+        swizzle: bytes, of dQ on its way to memory; 32 has no bank conflicts, 128 the larger copies.
+    """
 
     block_m: int
     stages: int
     registers: int
+    in_registers: bool = False
+    prefetch: bool = False
+    swizzle: int = 128
 
 
-FORWARD = {
+_FORWARD = {
     64: ForwardTile(consumers=2, block_n=128, stages=3, registers=240),
     128: ForwardTile(consumers=2, block_n=128, stages=2, registers=240),
-    256: ForwardTile(consumers=2, block_n=64, stages=2, registers=240),
+    256: ForwardTile(consumers=2, block_n=64, stages=2, registers=240, slots=1),
 }
-BACKWARD = {
-    64: BackwardTile(block_m=128, stages=2, registers=240),
+# Three warpgroups read keys less often, and waste more where masks cut through their tiles.
+_FORWARD_DENSE = _FORWARD | {64: ForwardTile(consumers=3, block_n=128, stages=3, registers=160)}
+_BACKWARD = {
+    64: BackwardTile(block_m=64, stages=2, registers=240, in_registers=True, prefetch=True, swizzle=32),
     128: BackwardTile(block_m=64, stages=2, registers=240),
 }
+
+
+def forward_tile(padded_dim: int, density: float) -> ForwardTile:
+    """The shipped tile for the larger padded head dim, and the share of (query, key) pairs that the mask allows."""
+    return (_FORWARD_DENSE if density > 0.75 else _FORWARD)[padded_dim]
+
+
+def backward_tile(padded_dim: int) -> BackwardTile:
+    """The shipped tile for the larger padded head dim."""
+    return _BACKWARD[padded_dim]

@@ -1,0 +1,41 @@
+"""The Hopper kernel without a GPU: what it refuses, and which tiles it takes."""
+
+import pytest
+import torch
+
+from distflash.kernels import Hopper, Problem
+from distflash.kernels.hopper.tiles import backward_tile, forward_tile
+
+pytestmark = pytest.mark.pure
+
+
+def reasons(**changes) -> str:
+    problem = dict(device=torch.device("cpu"), dtype=torch.bfloat16, heads=4, kv_heads=2, d_qk=128, d_v=128)
+    return "; ".join(Hopper().not_supported_reasons(Problem(**problem | changes)))
+
+
+def test_every_reason_is_listed():
+    said = reasons(dtype=torch.float32, d_qk=300, alibi=True)
+    for part in ("not on cpu", "not torch.float32", "d_qk = 300", "no ALiBi"):
+        assert part in said
+
+
+def test_short_dtypes_are_no_reason():
+    assert "float" not in reasons(dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_tiles_fit_the_hardware(dim):
+    for density in (0.0, 0.5, 1.0):
+        tile = forward_tile(dim, density)
+        loading = 24 if tile.consumers == 2 else 32
+        assert 128 * (tile.consumers * tile.registers + loading) <= 2**16
+        places = tile.slots * tile.consumers * 64 + 2 * tile.stages * tile.block_n
+        assert 2 * dim * places < 227 * 1024
+        assert tile.registers % 8 == 0
+    if dim <= 128:
+        assert 2 * backward_tile(dim).registers + 24 <= 512
+
+
+def test_dense_masks_read_keys_less_often():
+    assert forward_tile(64, 1.0).consumers > forward_tile(64, 0.5).consumers

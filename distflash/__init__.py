@@ -2,6 +2,7 @@
 
 from distflash import kernels, nn, transport
 from distflash.api import ContextParallel, attention
+from distflash.checkpointing import checkpoint_policy, keep_attention
 from distflash.layouts import Contiguous, Layout, Striped, Zigzag
 from distflash.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Window
 from distflash.schedules import Ring
@@ -23,6 +24,8 @@ __all__ = [
     "Window",
     "Zigzag",
     "attention",
+    "checkpoint_policy",
+    "keep_attention",
     "kernels",
     "nn",
     "transport",

@@ -15,16 +15,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from distflash import collectives, ops, validation
+from distflash import collectives, groups, ops, validation
 from distflash.agreement import Agreement
 from distflash.engine import Call, Options, Plan
 from distflash.intervals import Sharding
-from distflash.kernels import Kernel, Problem, Reference, Triton
+from distflash.kernels import Hopper, Kernel, Problem, Reference, Triton
 from distflash.kernels.base import Scores
 from distflash.layouts import Layout, Zigzag
 from distflash.masks import Full, Key, Mask, from_key
 from distflash.schedules import Ring, Schedule
-from distflash.transport import Alone, Distributed, SimulatedTransport, Transport
+from distflash.transport import Alone, Transport
 
 # Masks and lengths in use at a time: one or two in training, some more in evaluation. Bounds what device memory their
 # intervals hold.
@@ -58,7 +58,7 @@ class ContextParallel:
         self.layout = layout
         self.schedule = schedule
         self.kernel = kernel
-        self.transport = _transport(group)
+        self.transport = groups.transport_of(group)
         self.agreement = Agreement(self.transport)
         # A string, since torch.compile guards the value of strings and may turn ints into symbols.
         self._name = f"context_parallel_{ops.new_number()}"
@@ -97,6 +97,16 @@ class ContextParallel:
         positions = self.layout.positions(seq_len, self.world_size, self.rank)
         return positions.to(self.transport.device if device is None else device)
 
+    def positions_of(self, x: Tensor, seq_len: int) -> Tensor:
+        """`positions` of the tokens in ``x [batch, seq_local, ...]``: under `torch.compile` a graph for all lengths.
+
+        Raises:
+            ValueError: x does not hold as many tokens as this rank has of ``seq_len``.
+        """
+        if not torch.compiler.is_compiling():
+            return self._recipe(Full(), None, 0.0, 0.0).positions(x, seq_len)
+        return ops.positions(x, seq_len, self._compiled_recipe(self._name, Full().key, None, 0.0, 0.0))
+
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's slice, along ``dim``, of a tensor that every rank holds whole. Differentiable.
 
@@ -115,7 +125,13 @@ class ContextParallel:
         """
         return collectives.unshard(x, dim, self.layout, self.transport)
 
-    def mean(self, loss_sum: Tensor, token_count: Tensor | int, reduction: Literal["sum", "mean"] = "sum") -> Tensor:
+    def mean(
+        self,
+        loss_sum: Tensor,
+        token_count: Tensor | int,
+        reduction: Literal["sum", "mean"] = "sum",
+        group: dist.ProcessGroup | DeviceMesh | Transport | None = None,
+    ) -> Tensor:
         """The mean over all ranks' tokens of a loss that each rank has summed over its own. All ranks must call.
 
         Args:
@@ -123,18 +139,28 @@ class ContextParallel:
             token_count: how many losses this rank has summed (tokens that are not ignored); may be 0.
             reduction: how parameter gradients are combined over the group afterwards: "sum" (an all-reduce), or "mean"
                 as DDP, FSDP and ZeRO do. Either way they come out as the gradient of the value returned.
+            group: the ranks whose tokens count and over which gradients are combined, where they are more than those
+                that share a sequence: with data parallelism all of data x context, as a process group or a
+                one-dimensional mesh. None: the ranks that share the sequence.
 
         Returns:
-            Scalar, the same on every rank; 0 if no rank has a token.
+            Scalar, the same on every rank of the group; 0 if no rank has a token.
+
+        Raises:
+            ValueError: an argument is of another kind, or the group does not hold all ranks that share the sequence.
         """
         if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
+            raise ValueError(
+                f"reduction: expected 'sum' or 'mean', got {reduction!r}; 'mean' where gradients of parameters are "
+                "averaged over the group after backward (DDP, FSDP, ZeRO), 'sum' where they are added up"
+            )
         if not isinstance(loss_sum, Tensor) or loss_sum.dim() != 0:
             raise ValueError(
                 f"loss_sum: expected a scalar tensor, got {getattr(loss_sum, 'shape', loss_sum)!r}; "
                 "sum the losses of this rank's tokens first"
             )
-        return collectives.mean(loss_sum, token_count, self.transport, reduction)
+        everyone = self.transport if group is None else groups.wider_transport(group, self.transport)
+        return collectives.mean(loss_sum, token_count, everyone, reduction)
 
     def plan(self, mask: Mask, seq_len: int, device: torch.device | str | None = None) -> Plan:
         """What this rank does in a call: steps, hops, exact pair counts, intervals. Cached; asks no other rank."""
@@ -210,7 +236,8 @@ class Recipe:
             sinks=options.sinks is not None,
             dropout_p=self.dropout_p,
         )
-        kernel = validation.kernel_for(problem, self.cp.kernel, (Triton(), Reference()))
+        self._require_fit("q", q, options.seq_len)
+        kernel = validation.kernel_for(problem, self.cp.kernel, (Hopper(), Triton(), Reference()))
         if isinstance(kernel, str):
             self.cp._refuse(kernel)
         assert not isinstance(kernel, str)
@@ -223,6 +250,17 @@ class Recipe:
             kernel=kernel,
             scores=self._scores(problem, options),
         )
+
+    def positions(self, x: Tensor, seq_len: int) -> Tensor:
+        self._require_fit("x", x, seq_len)
+        return self.cp.positions(seq_len, x.device)
+
+    def _require_fit(self, name: str, x: Tensor, seq_len: int) -> None:
+        """Here, and not in `attention`: under `torch.compile` lengths are symbols there, which layouts would pin."""
+        cp, length = self.cp, x.shape[1]
+        problem = validation.length_problem(name, length, self.mask, seq_len, cp.layout, cp.world_size, cp.rank)
+        if problem is not None:
+            cp._refuse(problem)
 
     def _scores(self, problem: Problem, options: Options) -> Scores:
         scale = problem.d_qk**-0.5 if self.scale is None else self.scale
@@ -301,7 +339,7 @@ def attention(
         problem = validation.device_problem(q, cp.transport)
     if problem is None:
         seq_len = validation.seq_len_of(q, mask, cp.world_size) if seq_len is None else seq_len
-        problem = validation.length_problem(q, mask, seq_len, cp.layout, cp.world_size, cp.rank)
+        problem = validation.seq_len_problem(seq_len)
     if problem is not None:
         cp._refuse(problem)
     if torch.compiler.is_compiling():
@@ -311,26 +349,6 @@ def attention(
         recipe = cp._recipe(mask, scale, softcap, dropout_p)
         out, lse = ops.attention(q, k, v, sinks, alibi_slopes, seq_len, recipe.number)
     return (out, lse) if return_lse else out
-
-
-def _transport(group: object) -> Transport:
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(
-                f"group: expected a one-dimensional DeviceMesh, got dimensions {group.mesh_dim_names or group.ndim}; "
-                'pass one of them, such as mesh["context"]'
-            )
-        group = group.get_group()
-    if isinstance(group, dist.ProcessGroup):
-        return Distributed(group)
-    if isinstance(group, Alone | SimulatedTransport):
-        return group
-    remedy = "pass dist.group.WORLD after dist.init_process_group(), dist.new_group(...) or a one-dimensional mesh"
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(f"group: this rank is not a member of it; {remedy} that this rank belongs to")
-    if all(hasattr(group, name) for name in ("rank", "world_size", "exchange")) and not isinstance(group, type):
-        return group  # type: ignore[return-value]
-    raise ValueError(f"group: expected a ProcessGroup or a one-dimensional DeviceMesh, got {group!r}; {remedy}")
 
 
 def _require_seq_len(seq_len: object) -> None:

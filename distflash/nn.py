@@ -93,6 +93,9 @@ class SelfAttention(nn.Module):
 
         Returns:
             ``[B, T, dim]``.
+
+        Raises:
+            ValueError: ``x`` was not sharded, and whatever `attention` raises.
         """
         mask = self.mask if mask is None else mask
         split = "batch tokens (heads dim) -> batch tokens heads dim"
@@ -108,4 +111,4 @@ class SelfAttention(nn.Module):
             return torch.arange(x.shape[1], device=x.device)
         if seq_len is None:
             seq_len = x.shape[1] * self.cp.world_size if mask.seq_len is None else mask.seq_len
-        return self.cp.positions(seq_len, x.device)
+        return self.cp.positions_of(x, seq_len)

@@ -23,6 +23,8 @@ class Recipe(Protocol):
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, options: engine.Options, *, agree: bool) -> engine.Call: ...
 
+    def positions(self, x: Tensor, seq_len: int) -> Tensor: ...
+
 
 _recipes: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers = count(1)
@@ -40,6 +42,22 @@ def register(recipe: Recipe) -> int:
     return number
 
 
+@torch.library.custom_op("distflash::positions", mutates_args=())
+def positions(x: Tensor, seq_len: int, recipe: int) -> Tensor:
+    """Global positions, int64 ``[T]``, of the tokens in ``x [B, T, ...]``."""
+    return _recipes[recipe].positions(x, seq_len)
+
+
+@positions.register_fake
+def _(x: Tensor, seq_len: int, recipe: int) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=torch.int64)
+
+
+def _no_autocast(q: Tensor) -> torch.autocast:
+    """Kernels choose the dtypes they compute in: products of a kernel in plain torch must not be cast to bfloat16."""
+    return torch.autocast(q.device.type, enabled=False)
+
+
 @torch.library.custom_op("distflash::attention", mutates_args=())
 def attention(
     q: Tensor,
@@ -53,7 +71,8 @@ def attention(
     """``(out, lse)`` of `engine.forward`."""
     options = engine.Options(seq_len, sinks, alibi_slopes)
     call = _recipes[recipe].call(q, k, v, options, agree=True)
-    return engine.forward(q, k.contiguous(), v.contiguous(), call)
+    with _no_autocast(q):
+        return engine.forward(q, k.contiguous(), v.contiguous(), call)
 
 
 @attention.register_fake
@@ -68,6 +87,10 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
     return q.new_empty(B, T, H, v.shape[-1]), q.new_empty(B, H, T, dtype=accumulator_dtype(q.dtype))
+
+
+# As dispatch modes and checkpoint policies see it.
+ATTENTION = torch.ops.distflash.attention.default
 
 
 @torch.library.custom_op("distflash::attention_backward", mutates_args=())
@@ -87,7 +110,8 @@ def attention_backward(
     """``(dq, dk, dv, dsinks)`` of `engine.backward`; dsinks is empty without sinks."""
     options = engine.Options(seq_len, sinks, alibi_slopes)
     call = _recipes[recipe].call(q, k, v, options, agree=False)
-    dq, dk, dv, dsinks = engine.backward(dout, dlse, q, k.contiguous(), v.contiguous(), out, lse, call)
+    with _no_autocast(q):
+        dq, dk, dv, dsinks = engine.backward(dout, dlse, q, k.contiguous(), v.contiguous(), out, lse, call)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 

@@ -118,16 +118,21 @@ def seq_len_of(q: Tensor, mask: Mask, world_size: int) -> int:
     return q.shape[1] * world_size if mask.seq_len is None else mask.seq_len
 
 
-def length_problem(q: Tensor, mask: Mask, seq_len: object, layout: Layout, world_size: int, rank: int) -> str | None:
-    """Whether this rank's tokens are those that the layout gives it out of ``seq_len``."""
-    if not isinstance(seq_len, int):
-        return f"seq_len: expected the global length, an int, got {seq_len!r}"
+def seq_len_problem(seq_len: object) -> str | None:
+    """Whether it can be a length at all."""
+    return None if isinstance(seq_len, int) else f"seq_len: expected the global length, an int, got {seq_len!r}"
+
+
+def length_problem(
+    name: str, length: int, mask: Mask, seq_len: int, layout: Layout, world_size: int, rank: int
+) -> str | None:
+    """Whether the ``length`` tokens in the argument ``name`` are those that the layout gives this rank of ``seq_len``."""
     if mask.seq_len is not None and mask.seq_len != seq_len:
         return f"mask: cu_seqlens end at {mask.seq_len} but seq_len is {seq_len}; they must end at S"
     expected = layout.length(seq_len, world_size, rank)
-    if q.shape[1] != expected:
+    if length != expected:
         return (
-            f"q: {q.shape[1]} local tokens, but {layout!r} gives rank {rank} of {world_size} {expected} of "
+            f"{name}: {length} local tokens, but {layout!r} gives rank {rank} of {world_size} {expected} of "
             f"seq_len={seq_len}; shard with cp.shard or cp.positions(seq_len), and pass seq_len where ranks hold "
             "different numbers of tokens"
         )

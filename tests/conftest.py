@@ -26,6 +26,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("distflash")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="all combinations where CI takes a covering part of them")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(item.path.relative_to(ROOT).parts[0])

@@ -35,6 +35,11 @@ class Distributed:
         self.device = _gpu() if "nccl" in self._backends else torch.device("cpu")
         self.checks_every_call = self.device.type == "cpu"
 
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The ranks of this group by their numbers in the default group."""
+        return tuple(dist.get_process_group_ranks(self.group))
+
     def carries(self, device: torch.device) -> bool:
         return ("nccl" if device.type == "cuda" else "gloo") in self._backends
 

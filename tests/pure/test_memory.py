@@ -1,22 +1,25 @@
 """The memory formula of `benchmarks/memory.py` against every storage that the engine allocates, with a kernel that
-allocates what the Triton kernel does and computes nothing."""
+allocates what the Triton kernel does, or the Hopper kernel, and computes nothing."""
 
-import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import distflash as df
 from benchmarks.common import Shape
 from benchmarks.memory import predict
+from benchmarks.meter import Meter
 from distflash import engine
 from distflash.kernels.base import Saved, Scores
 from distflash.transport import Simulator
 
 
+@dataclass(frozen=True)
 class Hollow:
     """Allocates what the hops of a backward pass share, and nothing in a hop."""
+
+    adds_up: bool
 
     def not_supported_reasons(self, problem):
         return []
@@ -26,41 +29,11 @@ class Hollow:
 
     def save(self, q, out, lse, dout, dlse):
         stats = torch.empty(2, *lse.shape)
-        return Saved(q, dout, lse, stats[1], stats)
+        counter = q.new_zeros(2, dtype=torch.int32) if self.adds_up else None
+        return Saved(q, dout, lse, stats[1], stats, self.adds_up, counter)
 
     def backward(self, saved, k, v, rows, scores, hop, dq, dkv, keys_done):
         keys_done()
-
-
-class Meter(TorchDispatchMode):
-    """Counts the bytes of storages that this thread's operations allocate, while they live."""
-
-    def __init__(self):
-        super().__init__()
-        self.known, self.live, self.peak = set(), 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                self._count(t.untyped_storage())
-        return out
-
-    def ignore(self, *tensors):
-        self.known.update(t.untyped_storage()._cdata for t in tensors)
-
-    def _count(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key, size):
-        self.known.discard(key)
-        self.live -= size
 
 
 class Uncounted:
@@ -87,12 +60,12 @@ def sizes(*tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def measure(transport, shape, mask, layout):
+def measure(transport, shape, mask, layout, adds_up):
     cp = df.ContextParallel(transport, layout=layout)
     plan, T = cp.plan(mask, shape.S), cp.seq_local(shape.S)
     q, dout = (torch.zeros(shape.B, T, shape.H, d, dtype=torch.bfloat16) for d in (shape.D, shape.V))
     k, v = (torch.zeros(shape.B, T, shape.G, d, dtype=torch.bfloat16) for d in (shape.D, shape.V))
-    call = engine.Call(plan, cp.schedule, Uncounted(transport), Hollow(), Scores(1.0))
+    call = engine.Call(plan, cp.schedule, Uncounted(transport), Hollow(adds_up), Scores(1.0))
     with Meter() as meter:
         meter.ignore(q, k, v, dout)
         out, lse = engine.forward(q, k, v, call)
@@ -101,14 +74,15 @@ def measure(transport, shape, mask, layout):
     with Meter() as meter:
         meter.ignore(q, k, v, dout, out, lse)
         dq, dk, dv, _ = engine.backward(dout, None, q, k, v, out, lse, call)
-    return (forward, meter.peak - sizes(dq, dk, dv)), predict(shape, plan, transport.rank, 2)
+    return (forward, meter.peak - sizes(dq, dk, dv)), predict(shape, plan, transport.rank, 2, adds_up)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("layout", [df.Zigzag(), df.Contiguous()], ids=repr)
 @pytest.mark.parametrize("mask", [df.Causal(), df.Window(100, 0)], ids=repr)
-def test_formula_is_what_the_engine_allocates(ranks, layout, mask):
+@pytest.mark.parametrize("adds_up", [False, True], ids=["written", "added up"])
+def test_formula_is_what_the_engine_allocates(ranks, layout, mask, adds_up):
     shape = Shape(1, 1024, 8, 2, 32, 16)
-    for measured, predicted in Simulator(ranks).run(lambda t: measure(t, shape, mask, layout)):
+    for measured, predicted in Simulator(ranks).run(lambda t: measure(t, shape, mask, layout, adds_up)):
         assert measured[0] == predicted.forward
         assert measured[1] == pytest.approx(predicted.backward, rel=0.02)

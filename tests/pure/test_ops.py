@@ -1,28 +1,16 @@
-"""What torch's tools see of attention: registration, compilation, checkpointing."""
+"""What torch's tools see of attention: registration and compilation."""
 
 import gc
 
 import pytest
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import distflash as df
 from distflash.transport import Alone
+from tests.counting import Counting
 
 CLOSE = dict(rtol=1e-12, atol=1e-12)
 S, DIM = 12, 16
-
-
-class Counting(df.kernels.Reference):
-    """Counts its calls; equal to no other kernel."""
-
-    def __init__(self):
-        super().__init__()
-        object.__setattr__(self, "forwards", 0)
-
-    def forward(self, *args, **kwargs):
-        object.__setattr__(self, "forwards", self.forwards + 1)
-        super().forward(*args, **kwargs)
 
 
 def recipe_of(cp):
@@ -43,6 +31,15 @@ def test_opcheck(extras):
         torch.ops.distflash.attention_backward.default,
         (*plain, None if sinks is None else sinks.detach(), *arguments[4:]),
     )
+
+
+def test_opcheck_of_positions():
+    cp = df.ContextParallel(Alone())
+    x, number = torch.randn(2, S, 8), recipe_of(cp)
+    torch.library.opcheck(torch.ops.distflash.positions.default, (x, S, number))
+    assert torch.equal(torch.ops.distflash.positions(x, S, number), cp.positions_of(x, S))
+    with pytest.raises(ValueError, match=f"{S} local tokens, but Zigzag"):
+        torch.ops.distflash.positions(x, S + 1, number)
 
 
 def module(cp=None):
@@ -113,27 +110,19 @@ def test_a_compiled_graph_outlives_other_masks():
     torch.testing.assert_close(fast(q, k, v), first, rtol=0, atol=0)
 
 
-def save_attention(ctx, op, *args, **kwargs):
-    kept = op == torch.ops.distflash.attention.default
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing_inside(dtype):
+    """What autocast casts are the inputs, before the call: the kernel's own products are in the dtype it chose."""
+    q, k, v = torch.randn(3, 1, S, 2, 8, dtype=dtype).unbind()
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
 
+    def out_and_gradients(*, autocast):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = df.attention(q, k, v, mask=df.Causal())
+            return out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))
 
-@pytest.mark.parametrize(
-    ("context_fn", "forwards"),
-    [(lambda: create_selective_checkpoint_contexts(save_attention), 1), (None, 2)],
-    ids=["attention kept", "all recomputed"],
-)
-def test_checkpointing_that_keeps_attention_runs_it_once(context_fn, forwards):
-    kernel = Counting()
-    attention = module(df.ContextParallel(Alone(), kernel=kernel))
-    x = torch.randn(2, S, DIM, dtype=torch.float64)
-    expected = gradients(attention, attention, x)
-    object.__setattr__(kernel, "forwards", 0)
-    options = {} if context_fn is None else {"context_fn": context_fn}
-    got = gradients(lambda x: checkpoint(attention, x, use_reentrant=False, **options), attention, x)
-    assert kernel.forwards == forwards
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
+    for cast, plain in zip(out_and_gradients(autocast=True), out_and_gradients(autocast=False), strict=True):
+        assert torch.equal(cast, plain)
 
 
 def test_gradcheck():

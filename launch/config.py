@@ -38,7 +38,10 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """Base of the rotary position embedding. Raise it for long sequences (500000 at 128K tokens)."""
     checkpoint_activations: bool = False
-    """Keep only the input of each block and recompute the rest in backward: less memory, about a third more work."""
+    """Keep only the input of each block and the result of its attention, and recompute the rest in backward: less
+    memory, and up to a third more work in all but the attention."""
+    recompute_attention: bool = False
+    """Beside --checkpoint-activations: recompute attention too, ring and all. The least memory, and the most work."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "dim", "heads", "kv_heads"):
@@ -56,6 +59,12 @@ class ModelConfig:
             "a divisor of --heads",
         )
         require(self.ffn is None or self.ffn >= 1, "--ffn", self.ffn, "at least 1")
+        require(
+            self.checkpoint_activations or not self.recompute_attention,
+            "--recompute-attention",
+            "it alone",
+            "--checkpoint-activations beside it",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -97,15 +106,20 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a byte-level decoder with every sequence sharded over all ranks."""
+    """Train a byte-level decoder with every sequence sharded over all ranks, or over those of a data-parallel group."""
 
     data: Path | None = None
     """A text file, or a folder whose text files are read in the order of their paths. Left out: the source of the
     running Python's standard library."""
     seq_len: int = 1024
-    """Tokens (bytes) of one sequence, over all ranks together. It need not be divisible by anything."""
+    """Tokens (bytes) of one sequence, over all its ranks together. It need not be divisible by anything."""
     batch_size: int = 2
-    """Sequences of one step. Every rank holds its shard of each of them."""
+    """Sequences of one step, over all data-parallel groups together."""
+    data_parallel: int = 1
+    """Groups of ranks that train side by side, each on its share of the batch. The ranks of one group hold each of its
+    sequences together."""
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer state over all ranks (FSDP2). Left out: every rank holds all of them."""
     steps: int = 250
     """Optimizer steps of the whole run, those before a resume included."""
     seed: int = 0
@@ -138,8 +152,14 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch_size", "steps", "keep_checkpoints", "log_every"):
+        for name in ("seq_len", "batch_size", "data_parallel", "steps", "keep_checkpoints", "log_every"):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')}", getattr(self, name), "at least 1")
+        require(
+            self.batch_size % self.data_parallel == 0,
+            "--batch-size",
+            self.batch_size,
+            f"a multiple of the {self.data_parallel} groups of --data-parallel",
+        )
         for name in ("seed", "threads", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
         require(not (self.resume and self.overwrite), "--resume", "--overwrite beside it", "one of the two")

@@ -47,13 +47,23 @@ class Corpus:
             index += 1
         return window
 
-    def batch(self, *, seed: int, step: int, batch_size: int, seq_len: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens and labels, int64 [batch_size, len(positions)], of one step at `positions` of each sequence.
+    def batch(
+        self,
+        *,
+        seed: int,
+        step: int,
+        batch_size: int,
+        seq_len: int,
+        positions: Tensor,
+        share: tuple[int, int] = (0, 1),
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens and labels, int64 [sequences, len(positions)], of one step at `positions` of each sequence.
 
+        share: (n, of) for the n-th of so many equal parts of the batch.
         Labels are shifted in the global sequence, before it is sharded: the label of a shard's last token is there too.
         """
         offsets = np.random.default_rng((seed, step)).integers(0, self.size - seq_len, size=batch_size)
-        windows = np.stack([self.read(int(offset), seq_len + 1) for offset in offsets])
+        windows = np.stack([self.read(int(offset), seq_len + 1) for offset in offsets[share[0] :: share[1]]])
         local = positions.cpu().numpy()
         tokens, labels = windows[:, local], windows[:, local + 1]
         return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(labels.astype(np.int64))

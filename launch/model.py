@@ -4,6 +4,8 @@ Nothing here knows of ranks: `cp` is handed to the attention, and everything els
 Shapes: B sequences, T tokens on this rank, V entries of the vocabulary.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=1e-5).to(dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-5).to(dtype)
 
 
 class SwiGLU(nn.Module):
@@ -49,13 +51,16 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim)
         self.ffn = SwiGLU(config.dim, config.ffn_dim)
 
-    def forward(self, x: Tensor, seq_len: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), seq_len=seq_len)
+    def forward(self, x: Tensor, seq_len: int, mask: df.Mask | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), seq_len=seq_len, mask=mask)
         return x + self.ffn(self.ffn_norm(x))
 
 
 class Decoder(nn.Module):
-    """Tokens [B, T] to logits [B, T, V]. `cp=None` is the same model with the whole sequence on one device."""
+    """Tokens [B, T] to logits [B, T, V], causal unless another mask is given.
+
+    `cp=None` is the same model with the whole sequence on one device.
+    """
 
     def __init__(self, config: ModelConfig, cp: df.ContextParallel | None = None) -> None:
         super().__init__()
@@ -73,14 +78,18 @@ class Decoder(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * self.config.layers) ** 0.5 if residual else 0.02)
 
-    def forward(self, tokens: Tensor, seq_len: int) -> Tensor:
+    def forward(self, tokens: Tensor, seq_len: int, mask: df.Mask | None = None) -> Tensor:
         x = self.embedding(tokens)
         for block in self.blocks:
-            if self.config.checkpoint_activations:
-                x = checkpoint(block, x, seq_len, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, seq_len)
+            x = self.run(block, x, seq_len, mask)
         return self.head(self.norm(x))
+
+    def run(self, block: nn.Module, x: Tensor, seq_len: int, mask: df.Mask | None) -> Tensor:
+        """One block, with what the options say about what it keeps for backward."""
+        if not self.config.checkpoint_activations:
+            return block(x, seq_len, mask)
+        again = partial(checkpoint, block, x, seq_len, mask, use_reentrant=False, preserve_rng_state=False)
+        return again() if self.config.recompute_attention else again(context_fn=df.keep_attention)
 
 
 def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """AdamW, its learning rate, and gradients that are one buffer: one all-reduce sums them, one norm clips them."""
 
 import math
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 class Gradients:
     """The float32 gradients of all parameters as views of one flat buffer, into which autograd adds."""
 
+    reduction: Literal["sum"] = "sum"
+
     def __init__(self, model: nn.Module) -> None:
         parameters = list(model.parameters())
         self.flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
@@ -38,7 +41,7 @@ class Gradients:
     def zero(self) -> None:
         self.flat.zero_()
 
-    def sum_over_ranks(self) -> None:
+    def combine(self) -> None:
         """Each rank's gradient is what its own tokens contribute to the global mean: the whole is the sum."""
         if dist.get_world_size() > 1:
             dist.all_reduce(self.flat)
@@ -46,7 +49,7 @@ class Gradients:
     def clip(self, limit: float) -> Tensor:
         """Scale to a norm of at most `limit` (0: leave as it is) and return the norm before.
 
-        After `sum_over_ranks` every rank holds the same numbers, hence the same norm and the same scale.
+        After `combine` every rank holds the same numbers, hence the same norm and the same scale.
         """
         norm = torch.linalg.vector_norm(self.flat)
         if limit > 0:

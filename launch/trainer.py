@@ -6,25 +6,30 @@ import signal
 import sys
 import time
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 import tyro
+from torch.distributed.device_mesh import init_device_mesh
 
 import distflash as df
 from launch.checkpoint import Checkpoints, check_shape
-from launch.config import TrainConfig
+from launch.config import TrainConfig, require
 from launch.data import Corpus, open_corpus
+from launch.fsdp import ShardedGradients, shard_model
 from launch.model import Decoder, flops_per_token
 from launch.optimizer import Gradients, adamw, learning_rate
 from launch.reporting import Metrics, Reporter, peak_memory_gib, plot_loss
 from launch.step import Step
 from launch.verify import verify
 
+Options = TypeVar("Options")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job and return the exit code: 0 done or stopped by a signal, 1 not verified, 2 refused."""
-    config = parse(arguments)
+    config = parse(TrainConfig, arguments)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = join_group(config)
@@ -36,10 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def parse(arguments: list[str] | None) -> TrainConfig:
+def parse(options: type[Options], arguments: list[str] | None) -> Options:
     first = int(os.environ.get("RANK", 0)) == 0
     try:
-        return tyro.cli(TrainConfig, args=arguments, config=(tyro.conf.OmitArgPrefixes,), console_outputs=first)
+        return tyro.cli(options, args=arguments, config=(tyro.conf.OmitArgPrefixes,), console_outputs=first)
     except SystemExit as refusal:
         if refusal.code and not first:
             time.sleep(10)  # the launcher ends all ranks with the first one that leaves: let it be the one that speaks
@@ -64,6 +69,7 @@ def agree(config: TrainConfig) -> Corpus | None:
     """Open the corpus and the output folder; None on all ranks where any rank refuses or reads other data."""
     corpus, mine = None, ""
     try:
+        check_ranks(config)
         corpus = open_corpus(config.data, config.seq_len)
         check_out(config)
     except ValueError as error:
@@ -78,6 +84,14 @@ def agree(config: TrainConfig) -> Corpus | None:
         for refusal, rank in refusals.items():
             print(f"error (rank {rank}): {refusal}", file=sys.stderr)
     return None if refusals else corpus
+
+
+def check_ranks(config: TrainConfig) -> None:
+    """A ValueError where the ranks cannot form equally large data-parallel groups."""
+    world = dist.get_world_size()
+    require(
+        world % config.data_parallel == 0, "--data-parallel", config.data_parallel, f"a divisor of the {world} ranks"
+    )
 
 
 def check_out(config: TrainConfig) -> None:
@@ -123,18 +137,23 @@ def train(config: TrainConfig, corpus: Corpus, device: torch.device) -> int:
         prepare_out(config)
     dist.barrier()
 
-    assert dist.group.WORLD is not None
-    cp = df.ContextParallel(dist.group.WORLD, layout=config.make_layout(), schedule=df.Ring())
+    shape = (config.data_parallel, dist.get_world_size() // config.data_parallel)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "context"))
+    cp = df.ContextParallel(mesh["context"], layout=config.make_layout(), schedule=df.Ring())
     torch.manual_seed(config.seed)  # drawn on the CPU: the same weights on every rank and every device
     model = Decoder(config.model, cp).to(device)
+    if config.fsdp:
+        shard_model(model, config.compute_dtype)
     optimizer = adamw(model, config.optimizer)
     source = checkpoints.newest() if config.resume else None
     first = checkpoints.load(source, model, optimizer) if source else 0
-    gradients = Gradients(model)
-    forward_backward = Step(config, corpus, device, cp)
+    gradients = ShardedGradients(model) if config.fsdp else Gradients(model)
+    share = mesh.get_local_rank("data"), config.data_parallel
+    forward_backward = Step(config, corpus, device, cp, share, gradients.reduction)
 
     with Reporter(config, first_step=first, active=lead) as report:
-        report.print(describe(config, corpus, model, cp, first))
+        parameters = sum(p.numel() for p in model.parameters())
+        report.print(describe(config, corpus, parameters, cp, first))
         verdict = verify(forward_backward, model, gradients, first) if config.verify else None
         if verdict is not None:
             report.print(verdict.table())
@@ -159,13 +178,17 @@ def train(config: TrainConfig, corpus: Corpus, device: torch.device) -> int:
 
 
 def optimizer_step(
-    forward_backward: Step, model: Decoder, gradients: Gradients, optimizer: torch.optim.Optimizer, step: int
+    forward_backward: Step,
+    model: Decoder,
+    gradients: Gradients | ShardedGradients,
+    optimizer: torch.optim.Optimizer,
+    step: int,
 ) -> Metrics:
-    config, world = forward_backward.config, dist.get_world_size()
+    config = forward_backward.config
     begin = time.perf_counter()
     gradients.zero()
     loss = forward_backward(model, step)
-    gradients.sum_over_ranks()
+    gradients.combine()
     norm = gradients.clip(config.optimizer.grad_clip)
     rate = learning_rate(config.optimizer, step, config.steps)
     for group in optimizer.param_groups:
@@ -173,16 +196,24 @@ def optimizer_step(
     optimizer.step()
     numbers = loss.item(), norm.item()  # waits for the device, so the clock below sees the whole step
     seconds = time.perf_counter() - begin
+    return metrics_of(config, forward_backward.device, step, *numbers, rate, seconds)
+
+
+def metrics_of(
+    config: TrainConfig, device: torch.device, step: int, loss: float, grad_norm: float, lr: float, seconds: float
+) -> Metrics:
+    """What is reported of a step 0, 1, ... of all ranks together that took so many seconds."""
     tokens = config.batch_size * config.seq_len
+    flops = tokens * flops_per_token(config.model, config.seq_len)
     return Metrics(
         step=step + 1,
-        loss=numbers[0],
-        grad_norm=numbers[1],
-        lr=rate,
+        loss=loss,
+        grad_norm=grad_norm,
+        lr=lr,
         seconds=seconds,
         tokens_per_second=tokens / seconds,
-        tflops_per_rank=tokens * flops_per_token(config.model, config.seq_len) / seconds / world / 1e12,
-        peak_memory_gib=peak_memory_gib(forward_backward.device),
+        tflops_per_rank=flops / seconds / dist.get_world_size() / 1e12,
+        peak_memory_gib=peak_memory_gib(device),
     )
 
 
@@ -194,13 +225,12 @@ def prepare_out(config: TrainConfig) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
 
 
-def describe(config: TrainConfig, corpus: Corpus, model: Decoder, cp: df.ContextParallel, first: int) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
+def describe(config: TrainConfig, corpus: Corpus, parameters: int, cp: df.ContextParallel, first: int) -> str:
     flops = flops_per_token(config.model, config.seq_len)
     lines = [
         f"data: {len(corpus.files)} documents, {corpus.size / 1e6:.1f} MB",
         f"model: {parameters / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOP a token",
-        f"ranks: {cp.world_size}, {config.layout} layout, {config.batch_size} x {config.seq_len} tokens a step, "
+        f"ranks: {ranks_of(config, cp)}, {config.layout} layout, {config.batch_size} x {config.seq_len} tokens a step, "
         f"{config.compute_dtype} on {config.device_type}",
     ]
     if first:
@@ -210,4 +240,11 @@ def describe(config: TrainConfig, corpus: Corpus, model: Decoder, cp: df.Context
 
 def title(config: TrainConfig, cp: df.ContextParallel) -> str:
     shape = f"{config.model.layers} layers, dim {config.model.dim}, {config.batch_size} x {config.seq_len} tokens"
-    return f"Byte-level decoder, {shape}, {config.layout} over {cp.world_size} rank{'s' * (cp.world_size > 1)}"
+    ranks = f"{ranks_of(config, cp)} rank{'s' * (dist.get_world_size() > 1)}"
+    return f"Byte-level decoder, {shape}, {config.layout} over {ranks}"
+
+
+def ranks_of(config: TrainConfig, cp: df.ContextParallel) -> str:
+    """How many, and how they share the work where that is not all in one sequence."""
+    groups = f"{config.data_parallel} x " * (config.data_parallel > 1)
+    return f"{groups}{cp.world_size}{' (FSDP)' * config.fsdp}"

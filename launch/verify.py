@@ -13,6 +13,7 @@ import torch.distributed as dist
 from rich.table import Table
 from torch import Tensor, nn
 
+from launch.fsdp import ShardedGradients, whole
 from launch.model import Decoder
 from launch.optimizer import Gradients
 from launch.step import Step
@@ -67,20 +68,22 @@ class Verdict:
         return table
 
 
-def verify(sharded: Step, model: Decoder, gradients: Gradients, step: int) -> Verdict:
+def verify(sharded: Step, model: Decoder, gradients: Gradients | ShardedGradients, step: int) -> Verdict:
     """Compare `step` with its unsharded replay by the first rank. All ranks call, and all get the verdict."""
     gradients.zero()
     mine = {"loss": sharded(model, step)}
-    gradients.sum_over_ranks()
+    gradients.combine()
+    # All ranks take part in putting together what FSDP has sharded.
+    weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    mine.update({name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
     box: list[Verdict | None] = [None]
     if dist.get_rank() == 0:
         twin = Decoder(sharded.config.model, cp=None).to(sharded.device)
-        twin.load_state_dict(model.state_dict())
-        alone = replace(sharded, cp=None)
+        twin.load_state_dict(weights)
+        alone = replace(sharded, cp=None, share=(0, 1))
         exact = {"loss": alone(twin, step), **take_gradients(twin)}
         nudge(twin, torch.finfo(sharded.config.compute_dtype).eps)
         nudged = {"loss": alone(twin, step), **take_gradients(twin)}
-        mine.update({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         box = [judge(mine, exact, nudged)]
     dist.broadcast_object_list(box, src=0)
     assert box[0] is not None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -111,6 +112,31 @@ def test_resumes_on_another_number_of_ranks(one_rank: Path, tmp_path: Path) -> N
     assert "resumed after step 3" in output
     assert losses(out) == pytest.approx(losses(one_rank), rel=TOLERANCE)
     assert checkpoints(out) == ["step-00000003", "step-00000006"]
+
+
+def weights(checkpoint: Path, scratch: Path) -> torch.Tensor:
+    """All weights of a checkpoint, flat, whatever ranks wrote it."""
+    dcp_to_torch_save(checkpoint, scratch)
+    model = torch.load(scratch, weights_only=False)["model"]
+    return torch.cat([model[name].flatten() for name in sorted(model)])
+
+
+def test_data_parallel_groups_and_fsdp_go_on_alike(one_rank: Path, tmp_path: Path) -> None:
+    """Two groups of two ranks, with all weights sharded over the four, from the checkpoint of one rank."""
+    out = tmp_path / "run"
+    shutil.copytree(one_rank, out)
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    options = ("--data-parallel", 2, "--fsdp", "--checkpoint-activations", "--resume", "--verify")
+    output = train(4, "--steps", STEPS, *options, out=out)
+    assert "resumed after step 3" in output and "verified:" in output and "NOT VERIFIED" not in output
+    assert losses(out) == pytest.approx(losses(one_rank), rel=TOLERANCE)
+    mine, plain = (weights(run / "checkpoints" / "step-00000006", tmp_path / "whole") for run in (out, one_rank))
+    assert (mine - plain).norm() <= TOLERANCE * plain.norm()
+
+
+def test_ranks_that_do_not_divide_into_groups_are_refused(tmp_path: Path) -> None:
+    output = finish(start(2, "--data-parallel", 3, "--batch-size", 3, out=tmp_path), expected=1)
+    assert "error (rank 0): --data-parallel: got 3, expected a divisor of the 2 ranks" in output
 
 
 def rank_process(job: subprocess.Popen[str], rank: int) -> int:

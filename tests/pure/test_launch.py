@@ -50,6 +50,16 @@ def test_shards_of_a_batch_are_the_batch(layout: df.Layout, world: int) -> None:
         assert torch.equal(tokens, whole[:, positions]) and torch.equal(labels, following[:, positions])
 
 
+def test_shares_of_a_batch_are_the_batch() -> None:
+    corpus, positions = open_corpus(None, 64), torch.arange(64)
+    options = dict(seed=1, step=7, batch_size=6, seq_len=64, positions=positions)
+    whole = corpus.batch(**options)
+    shares = [corpus.batch(**options, share=(n, 3)) for n in range(3)]
+    for part, tensor in enumerate(whole):
+        rows = [row for share in shares for row in share[part]]
+        assert len(rows) == 6 and all(any(torch.equal(row, other) for other in rows) for row in tensor)
+
+
 def test_batches_depend_on_seed_and_step() -> None:
     corpus, positions = open_corpus(None, 64), torch.arange(64)
     first, again, later, other = (
@@ -138,7 +148,12 @@ def test_an_earlier_run_is_neither_lost_nor_invented(tmp_path: Path) -> None:
         (lambda: ModelConfig(heads=4, kv_heads=3), "--kv-heads: got 3"),
         (lambda: ModelConfig(dim=30, heads=4), "--dim: got 30 for 4 heads"),
         (lambda: OptimizerConfig(lr=0.0), "--lr: got 0.0"),
+        (lambda: ModelConfig(recompute_attention=True), "--recompute-attention: got it alone"),
         (lambda: TrainConfig(seq_len=0), "--seq-len: got 0"),
+        (
+            lambda: TrainConfig(batch_size=3, data_parallel=2),
+            "--batch-size: got 3, expected a multiple of the 2 groups",
+        ),
         (lambda: TrainConfig(resume=True, overwrite=True), "--resume"),
     ],
 )

@@ -1,0 +1,220 @@
+"""Layers that there are already: their attention becomes distflash's in one line, without an edit.
+
+- `replace_attention` puts a `DistributedAttention` in the place of modules that are attention and nothing else,
+  ``(q, k, v) -> out``: what DeepSpeed's own ``DistributedAttention`` wraps, or is.
+- `redirect_attention` is for modules that call ``torch.nn.functional.scaled_dot_product_attention`` themselves: while
+  such a module runs its forward, and only then, that call means distflash.
+
+What a layer does beside attention stays as it is. In particular positions: a layer that counts its tokens from 0 to
+make rotary embeddings, instead of being given ``cp.positions(seq_len)``, has wrong ones on all ranks but the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from distflash.api import ContextParallel, attention
+from distflash.masks import Mask
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which of the first three dimensions a module's q, k, v and out have what; the last is the head dim.
+
+    ``Order()`` is ``[batch, tokens, heads, head_dim]``; Megatron's is ``Order(tokens=0, batch=1)``.
+    """
+
+    batch: int = 0
+    tokens: int = 1
+    heads: int = 2
+
+    def __post_init__(self) -> None:
+        if sorted((self.batch, self.tokens, self.heads)) != [0, 1, 2]:
+            raise ValueError(f"{self}: expected batch, tokens and heads to be 0, 1 and 2 in some order")
+
+
+class DistributedAttention(nn.Module):
+    """Attention over a sequence that a group of ranks holds, with the interface of a module that is attention alone.
+
+    Args:
+        cp: the ranks that share a sequence.
+        mask: which keys a query sees.
+        seq_len: the global length; a batch that was not sharded, or twice, has another and is refused.
+        order: of the dimensions of q, k, v and out.
+    """
+
+    def __init__(self, cp: ContextParallel, mask: Mask, *, seq_len: int, order: Order = Order()) -> None:
+        super().__init__()
+        self.cp, self.mask, self.seq_len, self.order = cp, mask, seq_len, order
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int | None = None, *others: Any, **named: Any
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query, key, value: this rank's tokens, four dimensions in ``order``; key and value may have fewer heads.
+            batch_dim_idx: as DeepSpeed's attention has it; must agree with ``order``.
+            others, named: must be None: masks, dropout and rotary embeddings of a caller are not dropped silently.
+
+        Returns:
+            Four dimensions, in the same order.
+        """
+        given = [f"argument {n}" for n, x in enumerate(others, start=5) if x is not None]
+        given += [name for name, x in named.items() if x is not None]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)}: DistributedAttention takes q, k and v alone, and its mask when it is made; "
+                "call it without, or apply rotary embeddings to q and k before"
+            )
+        order = self.order
+        if batch_dim_idx not in (None, order.batch):
+            raise ValueError(f"batch_dim_idx: got {batch_dim_idx}, but {order} was given; make it with another Order")
+        there = (order.batch, order.tokens, order.heads, 3)
+        q, k, v = (_four(name, x).permute(there) for name, x in (("query", query), ("key", key), ("value", value)))
+        out = attention(q, k, v, mask=self.mask, cp=self.cp, seq_len=self.seq_len)
+        back = sorted(range(4), key=there.__getitem__)
+        return out.permute(back)
+
+
+def replace_attention(model: nn.Module, kind: type[nn.Module], attention: DistributedAttention) -> None:
+    """Put ``attention`` in the place of every submodule of ``model`` that is a ``kind``.
+
+    Args:
+        model: changed in place.
+        kind: modules that compute attention from q, k and v, and have no parameters.
+        attention: what they become.
+
+    Raises:
+        ValueError: there is none, or one has parameters, which would be lost; the model is then as it was.
+    """
+    found = [name for name, module in model.named_modules() if isinstance(module, kind)]
+    for name in found:
+        if next(model.get_submodule(name).parameters(), None) is not None:
+            raise ValueError(
+                f"kind: {name or 'the model itself'} has parameters, which would be lost; name the class of the "
+                "module inside that computes attention from q, k and v, or use redirect_attention"
+            )
+    _require_some(found, model, kind)
+    for name in found:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, attention)
+
+
+def redirect_attention(
+    model: nn.Module, kind: type[nn.Module], attention: DistributedAttention
+) -> list[RemovableHandle]:
+    """In every submodule that is a ``kind``, take calls of ``scaled_dot_product_attention`` for ``attention``.
+
+    Names of parameters, and with them checkpoints, stay as they are. Not for a ``kind`` that checkpoints activations
+    inside its forward, since what is recomputed in backward is outside; checkpoint the whole module instead.
+
+    Args:
+        model: its submodules get hooks.
+        kind: modules in whose forward torch's function is called, with ``[batch, heads, tokens, head_dim]``, without
+            attn_mask and dropout, and with is_causal as the mask of ``attention`` is.
+        attention: what it then means, in the order that torch's function has.
+
+    Returns:
+        Handles: ``remove()`` of all of them undoes it.
+
+    Raises:
+        ValueError: there is none, or at its forward: it calls torch's function not at all, or for something else.
+    """
+    expected = Order(batch=0, heads=1, tokens=2)
+    if attention.order != expected:
+        raise ValueError(f"attention: torch's function has {expected}, but it was made with {attention.order}")
+    found = [module for module in model.modules() if isinstance(module, kind)]
+    _require_some(found, model, kind)
+    causal, handles = _is_causal(attention.mask, attention.seq_len), []
+    for module in found:
+        redirection = _Redirection(attention, causal)
+        handles.append(module.register_forward_pre_hook(redirection.enter))
+        handles.append(module.register_forward_hook(redirection.leave, always_call=True))
+    return handles
+
+
+class _Redirection:
+    """A module's hooks: a mode is entered before its forward and left after it, whatever happens in between."""
+
+    def __init__(self, attention: DistributedAttention, causal: bool) -> None:
+        self.attention, self.causal = attention, causal
+        self.running: list[_Mode] = []
+
+    def enter(self, module: nn.Module, inputs: Any) -> None:
+        mode = _Mode(self.attention, self.causal)
+        mode.__enter__()
+        self.running.append(mode)
+
+    def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        mode = self.running.pop()
+        mode.__exit__(None, None, None)
+        if not mode.calls and output is not None:  # None: the forward raised
+            raise ValueError(
+                f"kind: {type(module).__name__} made no call of scaled_dot_product_attention in its forward, so its "
+                "attention would have been each rank's own; use replace_attention, or distflash.attention itself"
+            )
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, attention: DistributedAttention, causal: bool) -> None:
+        super().__init__()
+        self.attention, self.causal, self.calls = attention, causal, 0
+
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        self.calls += 1
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        own = self.attention
+        if attn_mask is not None:
+            raise ValueError(
+                "attn_mask: is of this rank's tokens alone; leave it out, and give the mask as an object, such as "
+                "df.Causal(), when DistributedAttention is made"
+            )
+        if is_causal != self.causal:
+            raise ValueError(
+                f"is_causal: the layer calls attention with is_causal={is_causal}, but was given {own.mask!r}; give it "
+                "the mask that it has, df.Causal() or df.Full(), by itself or & another"
+            )
+        q, k, v = (_four(name, x).transpose(1, 2) for name, x in (("query", query), ("key", key), ("value", value)))
+        out = attention(q, k, v, mask=own.mask, cp=own.cp, seq_len=own.seq_len, scale=scale, dropout_p=dropout_p)
+        return out.transpose(1, 2)
+
+
+def _is_causal(mask: Mask, seq_len: int) -> bool:
+    """Whether no query sees a later key."""
+    positions = torch.arange(seq_len)
+    return bool((mask.ends(positions, seq_len)[1].clamp_max(seq_len) <= positions + 1).all())
+
+
+def _four(name: str, x: Tensor) -> Tensor:
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected four dimensions, batch, tokens, heads and head dim, got {list(x.shape)}")
+    return x
+
+
+def _require_some(found: list[Any], model: nn.Module, kind: type[nn.Module]) -> None:
+    if not found:
+        raise ValueError(f"kind: {type(model).__name__} has no {kind.__name__} in it; nothing would change")

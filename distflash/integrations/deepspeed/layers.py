@@ -1,0 +1,143 @@
+"""Layers of a `PipelineModule`: between them goes the residual stream, and with packed documents their boundaries.
+
+A stream is a tensor, token ids ``[B, T]`` first and then ``[B, T, dim]``; or, with packed documents, a tuple of it and
+``cu_seqlens``, int64 ``[documents + 1]``, which DeepSpeed sends from stage to stage as it is (see `ShardBatch`).
+
+[Note: shapes] B sequences of a micro-batch, T local tokens, S global tokens, V entries of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distflash.api import ContextParallel
+from distflash.integrations.deepspeed.topology import Topology
+from distflash.masks import Causal, Documents, Mask
+
+Stream = Tensor | tuple[Tensor, Tensor]
+
+
+class TokenWise(nn.Module):
+    """A layer that acts on each token by itself: an embedding, a norm, a projection to the vocabulary.
+
+    Args:
+        make: what makes the module, ``[B, T, ...] -> [B, T, ...]``: a class, or a function that returns one there is.
+        arguments: for ``make``.
+    """
+
+    def __init__(self, make: Callable[..., nn.Module], *arguments: Any) -> None:
+        super().__init__()
+        self.module = make(*arguments)
+
+    def forward(self, stream: Stream) -> Stream:
+        return _with(stream, self.module(_tokens(stream)))
+
+
+class Embedding(nn.Embedding):
+    """Token ids to the residual stream; tied, the residual stream to logits as well.
+
+    Tied embeddings are one module in two places of the list of layers:
+
+        TiedLayerSpec("embedding", Embedding, vocabulary, dim),
+        ...
+        TiedLayerSpec("embedding", Embedding, vocabulary, dim, forward_fn=Embedding.logits),
+    """
+
+    def forward(self, stream: Stream) -> Stream:  # type: ignore[override]
+        return _with(stream, super().forward(_tokens(stream)))
+
+    def logits(self, stream: Stream) -> Stream:
+        """Project ``[B, T, dim]`` to ``[B, T, V]`` by the embedding's own weight."""
+        return _with(stream, F.linear(_tokens(stream), self.weight))
+
+
+class DecoderBlock(nn.Module):
+    """A decoder block whose attention is `distflash.attention`, told its mask and the global length.
+
+    Args:
+        make: what makes the block, a module with ``forward(x [B, T, dim], *, mask, seq_len) -> [B, T, dim]`` that
+            hands both to `attention` or `nn.SelfAttention`.
+        arguments: for ``make``.
+        cp: the group that holds the sequence, ``topology.cp``, which the block's attention was given, too.
+        seq_len: the global length S. A batch that was not sharded, or twice, has another and is refused.
+        mask: which keys a query sees; within its own document, where the stream has any.
+
+    Raises:
+        ValueError: the block takes no mask and seq_len; or, at its forward, this rank's tokens are not those that the
+            layout gives it.
+    """
+
+    def __init__(
+        self,
+        make: Callable[..., nn.Module],
+        *arguments: Any,
+        cp: ContextParallel,
+        seq_len: int,
+        mask: Mask = Causal(),
+    ) -> None:
+        super().__init__()
+        self.block = make(*arguments)
+        self.cp, self.seq_len, self.mask = cp, seq_len, mask
+        if missing := {"mask", "seq_len"} - signature(self.block.forward).parameters.keys():
+            raise ValueError(
+                f"make: {type(self.block).__name__}.forward takes no {' and no '.join(sorted(missing))}; a block has "
+                "to take mask and seq_len and hand them to distflash.attention"
+            )
+
+    def forward(self, stream: Stream) -> Stream:
+        x = _tokens(stream)
+        self._require_length(x)
+        mask = self.mask & documents_of(stream[1]) if isinstance(stream, tuple) else self.mask
+        return _with(stream, self.block(x, mask=mask, seq_len=self.seq_len))
+
+    def _require_length(self, x: Tensor) -> None:
+        cp, expected = self.cp, self.cp.seq_local(self.seq_len)
+        if x.shape[1] != expected:
+            raise ValueError(
+                f"tokens: {x.shape[1]} on this rank, but {cp.layout!r} gives rank {cp.rank} of {cp.world_size} "
+                f"{expected} of seq_len={self.seq_len}; shard whole batches, and once, with ShardBatch"
+            )
+
+
+class CausalLoss(nn.Module):
+    """Mean cross-entropy over the tokens of all data x context ranks: the ``loss_fn`` of a `PipelineModule`.
+
+    Args:
+        topology: whose ranks bring the tokens.
+        ignored: the label of tokens that do not count.
+    """
+
+    def __init__(self, topology: Topology, ignored: int = -100) -> None:
+        super().__init__()
+        self.topology, self.ignored = topology, ignored
+
+    def forward(self, stream: Stream, labels: Tensor) -> Tensor:
+        """Logits ``[B, T, V]`` and labels ``[B, T]`` (as `ShardBatch` makes them) to a scalar, in nats."""
+        logits = _tokens(stream)
+        if labels.shape != logits.shape[:2]:
+            raise ValueError(
+                f"labels: expected one for each of the {list(logits.shape[:2])} tokens of this rank, got "
+                f"{list(labels.shape)}; shard tokens and labels together, with ShardBatch"
+            )
+        flat = logits.float().flatten(0, 1), labels.flatten()
+        total = F.cross_entropy(*flat, ignore_index=self.ignored, reduction="sum")
+        return self.topology.mean(total, (labels != self.ignored).sum())
+
+
+def documents_of(cu_seqlens: Tensor) -> Documents:
+    """The mask of boundaries that were padded to a fixed number by repeating the last, S."""
+    ends = cu_seqlens.tolist()
+    return Documents(ends[: ends.index(ends[-1]) + 1])
+
+
+def _tokens(stream: Stream) -> Tensor:
+    return stream[0] if isinstance(stream, tuple) else stream
+
+
+def _with(stream: Stream, tokens: Tensor) -> Stream:
+    return (tokens, stream[1]) if isinstance(stream, tuple) else tokens

@@ -1,0 +1,113 @@
+"""Ranks as pipe x data x context, in the form that DeepSpeed averages gradients over rightly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from distflash.api import ContextParallel
+from distflash.kernels import Kernel
+from distflash.layouts import Layout, Zigzag
+from distflash.schedules import Ring, Schedule
+
+
+class Topology(PipeDataParallelTopology):  # type: ignore[misc]
+    """Where this rank stands among pipe x data x context ranks; also what `PipelineModule` takes as ``topology``.
+
+    Ranks that differ in ``context`` alone hold one sequence together, and are neighbours in rank; those that differ in
+    ``data`` hold other sequences; those that differ in ``pipe`` hold other layers. DeepSpeed knows of data x context as
+    one axis of data parallelism, since ranks of a ring hold the same layers: so ZeRO shards over all of them, and the
+    gradients of all of them are averaged. With an axis of its own for context they would not be.
+
+    All ranks must make the same topologies in the same order: it makes process groups.
+
+    Args:
+        context: ranks that share a sequence.
+        pipe: stages of the pipeline; 1 for none.
+        data: groups of ranks that hold other sequences; by default what is left of the ranks.
+        layout, schedule, kernel: as for `ContextParallel`.
+
+    Attributes:
+        cp: the `ContextParallel` of this rank.
+        group: the ranks, data x context, over which gradients are averaged and ZeRO shards.
+        pipe, data, context: as given.
+        pipe_rank, data_rank: this rank's stage, and its place among the groups with other sequences.
+
+    Raises:
+        ValueError: before any group is made, if the sizes do not multiply to the number of ranks, or there are no ranks
+            yet.
+    """
+
+    def __init__(
+        self,
+        *,
+        context: int,
+        pipe: int = 1,
+        data: int | None = None,
+        layout: Layout = Zigzag(),
+        schedule: Schedule = Ring(),
+        kernel: Kernel | None = None,
+    ) -> None:
+        if not dist.is_initialized():
+            raise ValueError("Topology: there is no process group yet; call deepspeed.init_distributed() first")
+        world = dist.get_world_size()
+        self.pipe, self.data, self.context = pipe, _data_size(world, pipe, data, context), context
+        super().__init__(num_pp=pipe, num_dp=self.data * context)
+        rings = self.data * pipe
+        self.group = _mine([range(n * world // pipe, (n + 1) * world // pipe) for n in range(pipe)])
+        ring = _mine([range(n * context, (n + 1) * context) for n in range(rings)])
+        self.cp = ContextParallel(ring, layout, schedule, kernel)
+        self.pipe_rank, place = divmod(dist.get_rank(), self.data * context)
+        self.data_rank = place // context
+
+    def mean(self, loss_sum: Tensor, token_count: Tensor | int) -> Tensor:
+        """The mean over the tokens of all data x context ranks of a loss that each rank has summed over its own.
+
+        Made for `engine.backward`: once DeepSpeed has averaged the gradients, they are those of the value returned.
+
+        Args:
+            loss_sum: scalar, the sum of this rank's losses.
+            token_count: how many losses it has summed (tokens that are not ignored); may be 0.
+
+        Returns:
+            Scalar, the same on every rank of the stage.
+        """
+        return self.cp.mean(loss_sum, token_count, "mean", group=self.group)
+
+    def sampler(self, dataset: Dataset[Any], **options: Any) -> DistributedSampler[Any]:
+        """A sampler that gives all ranks of a ring, and all stages, the same sequences, and other rings others.
+
+        Args:
+            dataset: what a `DataLoader` loads.
+            options: further ones of `DistributedSampler`: shuffle, seed, drop_last.
+        """
+        return DistributedSampler(dataset, num_replicas=self.data, rank=self.data_rank, **options)
+
+
+def _data_size(world: int, pipe: int, data: int | None, context: int) -> int:
+    """The size of the data axis; an error where the three do not fit the ranks."""
+    for name, size in (("pipe", pipe), ("data", 1 if data is None else data), ("context", context)):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name}: expected a number of ranks, an int of at least 1, got {size!r}")
+    rest, left_over = divmod(world, pipe * context)
+    if left_over:
+        raise ValueError(
+            f"context: {pipe} stages x {context} ranks for a sequence do not divide the {world} ranks there are; "
+            f"start a multiple of {pipe * context} ranks, or choose sizes whose product divides {world}"
+        )
+    if data not in (None, rest):
+        raise ValueError(
+            f"data: {pipe} stages x {data} sequences x {context} ranks for each do not make the {world} ranks there "
+            f"are; leave data out, or set it to {rest}"
+        )
+    return rest
+
+
+def _mine(members: list[range]) -> dist.ProcessGroup:
+    """Of groups that together hold every rank once, the one that holds this rank. All ranks must call."""
+    groups = [dist.new_group(list(ranks)) for ranks in members]
+    return next(group for group, ranks in zip(groups, members, strict=True) if dist.get_rank() in ranks)

@@ -1,0 +1,268 @@
+"""A rank's part of a batch, and what the layers have to know of the whole.
+
+[Note: shapes] B batch, T local tokens, S global tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distflash.api import ContextParallel
+from distflash.layouts import Layout
+from distflash.masks import Documents
+
+# The name in attn_implementation, and the keyword by which a batch brings its Shard to the attention.
+NAME = "distflash"
+
+# What losses of the library leave out.
+IGNORED = -100
+
+_PER_TOKEN = ("input_ids", "token_type_ids")
+_WHOLE = ("labels", "shift_labels", "attention_mask")
+_BOUNDARIES = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
+# Follow from the boundaries.
+_DERIVED = ("max_length_q", "max_length_k", "seq_idx")
+_KNOWN = (*_PER_TOKEN, *_WHOLE, *_BOUNDARIES, *_DERIVED, "position_ids", "num_items_in_batch")
+
+PASS_ALL = "pass the model all that shard_batch(batch, cp) returns: model(**shard_batch(batch, cp))"
+_LABELS_READ = (
+    "labels: this loss reads `labels`, which it would shift within each rank's part, and lose one at every edge. The "
+    "labels, shifted in the whole sequence, are in `shift_labels`: set model.loss_function = loss_function(cp), or "
+    "leave labels out of the call and compute the loss from the logits and shift_labels"
+)
+_NO_LABELS = (
+    "labels: the batch had none when it was sharded. Labels have to be shifted in the whole sequence, before it is "
+    "sharded: put them into the batch that shard_batch is given"
+)
+
+
+class _Trace:
+    """Whether a layer has attended over the ranks with this part of a batch."""
+
+    attended = False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of which batch a rank holds.
+
+    documents: where packed documents end; None for one. contents: digests, by name, of what all ranks must have alike.
+    trace: what has become of it.
+    """
+
+    layout: Layout
+    world_size: int
+    rank: int
+    seq_len: int
+    documents: Documents | None
+    contents: tuple[tuple[str, str], ...] = ()
+    trace: _Trace = field(default_factory=_Trace, compare=False, repr=False)
+
+    def position_ids(self, device: torch.device) -> Tensor:
+        """int64 ``[T]``: the place of each of this rank's tokens in its document."""
+        positions = self.layout.positions(self.seq_len, self.world_size, self.rank).to(device)
+        if self.documents is None:
+            return positions
+        return positions - self.documents.ends(positions, self.seq_len)[0]
+
+    def require_attended(self) -> None:
+        """Raise where a loss is about to be computed although no layer has attended over the ranks."""
+        if not self.trace.attended:
+            raise ValueError(
+                "attn_implementation: the batch was sharded, but no layer of the model has used distflash, so that "
+                'each rank attended to its own tokens only; give the model attn_implementation="distflash" after '
+                "register(cp). The library may have put another in its place: see model.config._attn_implementation"
+            )
+
+
+def shard_batch(batch: Mapping[str, Any], cp: ContextParallel) -> dict[str, Any]:
+    """This rank's part of a batch, to be passed to the model as it is: ``model(**shard_batch(batch, cp))``.
+
+    Asks no other rank (the first layer of the model does: all ranks must have been given the same batch), so that it
+    may run in a data loader's worker.
+
+    Args:
+        batch: what a tokenizer or collator returns, the whole of it on every rank of ``cp``: tensors ``[B, S]`` by
+            name. ``input_ids``, and where there are any: ``labels`` (not shifted, as the library wants them) or
+            ``shift_labels`` (shifted), ``position_ids`` that restart at 0 where a packed document begins, or
+            ``cu_seqlens`` (also as ``cu_seq_lens_q``) ``[documents + 1]``, ``attention_mask`` of ones,
+            ``token_type_ids``, and ``num_items_in_batch``, by which to divide the sum of the losses instead of by the
+            number of this batch's labels.
+        cp: the group that `register` was given.
+
+    Returns:
+        ``input_ids, position_ids, attention_mask`` (and ``token_type_ids, shift_labels``) ``[B, T]`` of this rank's
+        tokens, and what makes the model use them rightly. The model's loss is this rank's share: the mean over ranks of
+        ``loss``, and of its gradients, is that of the whole batch. `loss_function` returns that mean itself.
+
+    Raises:
+        ValueError: the batch has been sharded before, has padding, or holds what cannot be sharded.
+    """
+    whole = _checked(batch)
+    ids = whole["input_ids"]
+    B, S = ids.shape
+    documents = _documents(whole, S)
+    labels = _shifted_labels(whole)
+    contents = (("input_ids", _digest(ids)), ("labels", "" if labels is None else _digest(labels)))
+    shard = Shard(cp.layout, cp.world_size, cp.rank, S, documents, contents)
+    part: dict[str, Any] = {name: cp.shard(whole[name]) for name in _PER_TOKEN if whole.get(name) is not None}
+    part |= {
+        "position_ids": shard.position_ids(ids.device).expand(B, -1),
+        # Without one the library takes a zigzag's positions for packed documents.
+        "attention_mask": torch.ones_like(part["input_ids"]),
+        "use_cache": False,
+        NAME: shard,
+    }
+    if labels is None:
+        return {**part, "num_items_in_batch": _Unreadable(_NO_LABELS)}
+    count = whole.get("num_items_in_batch")
+    count = (labels != IGNORED).sum() if count is None else torch.as_tensor(count)
+    return {
+        **part,
+        "labels": _Unreadable(_LABELS_READ),
+        "shift_labels": cp.shard(labels),
+        "num_items_in_batch": _Divisor(count / cp.world_size, shard),
+    }
+
+
+def shard_labels(labels: Tensor, cp: ContextParallel) -> Tensor:
+    """This rank's part ``[B, T]`` of whole ``labels [B, S]``, each at the token that predicts it, for ``shift_labels``.
+
+    They are shifted before they are sharded, so that none is lost where a shard ends.
+    """
+    return cp.shard(_shift(labels))
+
+
+def shard_position_ids(seq_len: int, cp: ContextParallel, documents: Documents | None = None) -> Tensor:
+    """int64 ``[T]``: the place of each of this rank's tokens in the sequence, or in its document."""
+    shard = Shard(cp.layout, cp.world_size, cp.rank, seq_len, documents)
+    return shard.position_ids(cp.transport.device)
+
+
+@dataclass(frozen=True)
+class _Divisor:
+    """By what the sum of this rank's losses is to be divided; refuses where that sum is wrong."""
+
+    value: Tensor
+    shard: Shard
+
+    def __rtruediv__(self, loss_sum: Tensor) -> Tensor:
+        self.shard.require_attended()
+        return loss_sum / self.value.to(loss_sum.device)
+
+
+class _Misuse(ValueError, AttributeError):
+    """An AttributeError too, so that who only asks whether there is such an attribute is told that there is not."""
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """Stands where the library wants a value that must not be read. Who reads it is told why."""
+
+    reason: str = ""  # the default lets pickle ask a new object for its attributes
+
+    def _refuse(self, *_: Any) -> Any:
+        raise _Misuse(self.reason)
+
+    __getattr__ = __getitem__ = __rtruediv__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [*args, *(kwargs or {}).values()]
+        raise _Misuse(next(x.reason for x in given if isinstance(x, cls)))
+
+
+def _checked(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch as a dict of tensors ``[B, S]``, or the reason why it cannot be sharded."""
+    whole = dict(batch)
+    if NAME in whole:
+        raise ValueError("batch: has been sharded already; call shard_batch once, on the whole batch")
+    if unknown := [name for name in whole if name not in _KNOWN]:
+        raise ValueError(
+            f"batch: holds {', '.join(map(repr, unknown))}, which shard_batch does not know how to shard; it knows "
+            f"{', '.join(_KNOWN)}. Leave the others out, or pass them to the model yourself"
+        )
+    ids = whole.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        shape = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f'input_ids: expected a tensor [batch, seq_len], got {shape}; ask for return_tensors="pt"')
+    for name in (*_PER_TOKEN, *_WHOLE):
+        x = whole.get(name)
+        if x is not None and (not isinstance(x, Tensor) or x.shape != ids.shape):
+            shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}: expected a tensor {list(ids.shape)}, as input_ids, got {shape}")
+    ones = whole.get("attention_mask")
+    if ones is not None and not bool((ones == 1).all()):
+        raise ValueError(
+            "attention_mask: has other values than 1; padding and masks of your own are not supported. Pack the "
+            "sequences instead of padding them (transformers.DataCollatorWithFlattening), or cut them to one length"
+        )
+    return whole
+
+
+def _documents(whole: Mapping[str, Any], seq_len: int) -> Documents | None:
+    """Where documents end, by whatever tells it; None for one document."""
+    told = {name: Documents(whole[name]) for name in _BOUNDARIES if whole.get(name) is not None}
+    if whole.get("position_ids") is not None:
+        told["position_ids"] = _documents_of(whole["position_ids"], seq_len)
+    if len(set(told.values())) > 1:
+        raise ValueError(f"batch: {' and '.join(told)} tell of different documents; give one of them")
+    for name, documents in told.items():
+        if documents.seq_len != seq_len:
+            raise ValueError(f"{name}: ends at {documents.seq_len}, but the sequence has {seq_len} tokens")
+        return documents if len(documents.cu_seqlens) > 2 else None
+    return None
+
+
+def _documents_of(position_ids: Any, seq_len: int) -> Documents:
+    """Documents begin where positions are 0; anything but counting up from there is refused."""
+    if not isinstance(position_ids, Tensor) or position_ids.dim() > 2 or position_ids.shape[-1:] != (seq_len,):
+        shape = list(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
+        raise ValueError(f"position_ids: expected a tensor [batch, {seq_len}], as input_ids, got {shape}")
+    rows = position_ids.reshape(-1, seq_len)
+    row = rows[0]
+    if not bool((rows == row).all()):
+        raise ValueError(
+            "position_ids: the sequences of the batch are packed differently, but one mask serves all of them; pack "
+            "them into one sequence (transformers.DataCollatorWithFlattening)"
+        )
+    starts = (row == 0).nonzero().flatten()
+    index = torch.arange(seq_len, device=row.device)
+    if not len(starts) or starts[0] or not torch.equal(row, index - starts[(row == 0).cumsum(0) - 1]):
+        raise ValueError(
+            "position_ids: expected 0, 1, 2, ... that restart at 0 where a packed document begins, got positions that "
+            "jump elsewhere; was this batch sharded already? shard_batch wants the whole batch on every rank"
+        )
+    return Documents([*starts.tolist(), seq_len])
+
+
+def _shifted_labels(whole: Mapping[str, Any]) -> Tensor | None:
+    """The labels, each at the token that predicts it; refused where they plainly are not as they are called."""
+    ids, shifted = whole["input_ids"], whole.get("shift_labels")
+    given = whole.get("labels") if shifted is None else shifted
+    if given is None:
+        return None
+    ignored = given == IGNORED
+    own = bool(((given == ids) | ignored).all())
+    following = bool(((given == _shift(ids)) | ignored)[:, :-1].all())
+    if shifted is not None and own and not following:
+        raise ValueError("shift_labels: are the tokens themselves, not those that follow; pass them as labels")
+    if shifted is None and following and not own:
+        raise ValueError("labels: are the tokens that follow, so shifted already; pass them as shift_labels")
+    return _shift(given) if shifted is None else shifted
+
+
+def _shift(labels: Tensor) -> Tensor:
+    """Each label to the token before it, along the whole sequence."""
+    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+
+
+def _digest(x: Tensor) -> str:
+    return hashlib.blake2b(x.detach().cpu().contiguous().numpy().tobytes(), digest_size=7).hexdigest()

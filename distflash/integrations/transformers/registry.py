@@ -1,0 +1,63 @@
+"""Switching the attention on and off in the library's registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+# GptOssPreTrainedModel: so that it is among the models that `_choosy_models` finds.
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GptOssPreTrainedModel,  # noqa: F401
+    PreTrainedModel,
+    modeling_flash_attention_utils,
+)
+
+from distflash.api import ContextParallel
+from distflash.integrations.transformers.attention import Attention
+from distflash.integrations.transformers.batch import NAME
+
+
+def register(cp: ContextParallel) -> None:
+    """Give the library attention over ``cp`` under the name "distflash", until `unregister`.
+
+    Models take it up by ``attn_implementation="distflash"`` or ``model.set_attn_implementation("distflash")``.
+
+    The library holds every name with "flash" in it for a package to be loaded, and some models list those that they
+    take. So this also notes that there is nothing to load, and adds the name to the lists of the models that have been
+    imported (gpt-oss always).
+
+    Raises:
+        ValueError: the name is taken; `unregister` first.
+    """
+    if not isinstance(cp, ContextParallel):
+        raise ValueError(f"cp: expected a ContextParallel, got {cp!r}; make one of the process group first")
+    if NAME in AttentionInterface():
+        raise ValueError(f"register: attention is registered as {NAME!r} already; call unregister() first")
+    attention = Attention(cp)
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, attention.mask)
+    for model in _choosy_models():
+        model._compatible_flash_implementations = [*model._compatible_flash_implementations, NAME]
+    modeling_flash_attention_utils._loaded_implementation = NAME
+
+
+def unregister() -> None:
+    """Take back all that `register` did. Models made with it refuse to run until they are given another attention."""
+    # The registry has no method for this.
+    AttentionInterface._global_mapping.pop(NAME, None)
+    AttentionMaskInterface._global_mapping.pop(NAME, None)
+    for model in _choosy_models():
+        model._compatible_flash_implementations = [n for n in model._compatible_flash_implementations if n != NAME]
+    if modeling_flash_attention_utils._loaded_implementation == NAME:
+        # A package that was loaded before is loaded again when it is asked for.
+        modeling_flash_attention_utils._loaded_implementation = None
+
+
+def _choosy_models(base: Any = PreTrainedModel) -> Iterator[Any]:
+    """The models, of those imported so far, that list which flash attentions they take."""
+    for model in base.__subclasses__():
+        if vars(model).get("_compatible_flash_implementations"):
+            yield model
+        yield from _choosy_models(model)

@@ -1,0 +1,82 @@
+"""Options of the DeepSpeed job, and how they and a JSON configuration come together.
+
+What both could say, the command line says, and the JSON has "auto" there; everything else is the JSON's alone.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tyro.conf import Suppress
+
+from launch.config import TrainConfig, require
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig(TrainConfig):
+    """Train a byte-level decoder with DeepSpeed on pipe x data x context ranks."""
+
+    deepspeed: Path = Path(__file__).parent / "configs" / "zero1.json"
+    """DeepSpeed's JSON configuration; see launch/configs."""
+    pipe: int = 1
+    """Stages of the pipeline, each with its share of the layers. All other ranks hold a sequence together, but for
+    those of other --data-parallel groups."""
+    micro_batch_size: int = 1
+    """Sequences that a data-parallel group takes at a time. Its share of the batch is made of so many micro-batches."""
+
+    # What the main job has and this one has not.
+    fsdp: Suppress[bool] = False
+    verify: Suppress[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("pipe", "micro_batch_size"):
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')}", getattr(self, name), "at least 1")
+        require(self.deepspeed.is_file(), "--deepspeed", self.deepspeed, "a JSON file, such as launch/configs/*.json")
+        share = self.data_parallel * self.micro_batch_size
+        require(
+            self.batch_size % share == 0,
+            "--batch-size",
+            self.batch_size,
+            f"a multiple of {share}, --data-parallel x --micro-batch-size",
+        )
+        world, fixed = int(os.environ.get("WORLD_SIZE", 1)), self.pipe * self.data_parallel
+        require(
+            world % fixed == 0,
+            "--pipe",
+            f"{self.pipe} with --data-parallel {self.data_parallel}",
+            f"a product that divides the {world} ranks; start a multiple of {fixed}",
+        )
+
+    @property
+    def micro_batches(self) -> int:
+        """How many micro-batches make a step."""
+        return self.batch_size // (self.data_parallel * self.micro_batch_size)
+
+    def for_deepspeed(self) -> dict[str, Any]:
+        """The JSON with what the command line decides; a ValueError where it decides that itself, and otherwise."""
+        settings = json.loads(self.deepspeed.read_text())
+        for section in ("optimizer", "scheduler"):
+            require(
+                section not in settings, "--deepspeed", f'"{section}" in {self.deepspeed}', "none; see --lr, --beta1"
+            )
+        for option, path, value in (
+            ("--batch-size", "train_batch_size", self.batch_size),
+            ("--micro-batch-size", "train_micro_batch_size_per_gpu", self.micro_batch_size),
+            ("--batch-size", "gradient_accumulation_steps", self.micro_batches),
+            ("--grad-clip", "gradient_clipping", self.optimizer.grad_clip),
+            ("--dtype", "bf16/enabled", self.compute_dtype == torch.bfloat16),
+        ):
+            *sections, key = path.split("/")
+            place = settings
+            for section in sections:
+                place = place.setdefault(section, {})
+            there = place.get(key, "auto")
+            require(
+                there in ("auto", value), option, value, f'the {there} of "{path}" in {self.deepspeed}, or "auto" there'
+            )
+            place[key] = value
+        return settings

@@ -1,0 +1,418 @@
+"""Without processes: parts of batches over simulated ranks, models over one rank, and everything that is refused."""
+
+import math
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    DataCollatorWithFlattening,
+    DynamicCache,
+    GptOssPreTrainedModel,
+    LlamaConfig,
+    Qwen3NextConfig,
+    T5Config,
+    masking_utils,
+    modeling_flash_attention_utils,
+)
+
+import distflash as df
+from distflash.integrations import transformers as tf
+from distflash.transport import Alone, Simulator
+from tests.counting import Counting
+from tests.tiny_models import CONFIGS, SMALL, Case, eager, relative, results
+
+S = 11
+
+
+@pytest.fixture
+def cp():
+    """One rank, registered."""
+    cp = df.ContextParallel(Alone())
+    tf.register(cp)
+    yield cp
+    tf.unregister()
+
+
+def state_of_the_library():
+    return (
+        dict(AttentionInterface._global_mapping),
+        dict(AttentionMaskInterface._global_mapping),
+        list(GptOssPreTrainedModel._compatible_flash_implementations),
+        modeling_flash_attention_utils._loaded_implementation,
+    )
+
+
+# Switching on and off ------------------------------------------------------------------------------------------------
+
+
+def test_importing_changes_nothing_and_unregister_takes_back_all_that_register_did():
+    before = state_of_the_library()
+    assert "distflash" not in AttentionInterface() and "distflash" not in before[2]
+    tf.register(df.ContextParallel(Alone()))
+    assert "distflash" in AttentionInterface() and "distflash" in AttentionMaskInterface()
+    tf.unregister()
+    assert state_of_the_library() == before
+    tf.unregister()
+
+
+def test_distflash_itself_does_not_load_transformers():
+    code = "import sys, distflash, distflash.integrations; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_registers_once_and_a_group_only(cp):
+    with pytest.raises(ValueError, match=r"registered as 'distflash' already; call unregister\(\)"):
+        tf.register(cp)
+    with pytest.raises(ValueError, match="cp: expected a ContextParallel"):
+        tf.register("distflash")
+
+
+def test_a_model_changes_its_attention_and_back(cp):
+    case = Case("llama")
+    model = case.model("eager")
+    model.set_attn_implementation("distflash")
+    part = tf.shard_batch(case.inputs(), cp)
+    assert relative(model(**part).logits, eager(case)["logits"]) <= 1e-5
+    tf.unregister()
+    with pytest.raises(KeyError, match="distflash"):
+        model(**part)
+    model.set_attn_implementation("eager")
+    assert relative(model(input_ids=case.inputs()["input_ids"]).logits, eager(case)["logits"]) <= 1e-5
+
+
+# Parts of a batch ----------------------------------------------------------------------------------------------------
+
+
+def whole_batch(batch_size=2, lengths=(S,)):
+    return Case("llama", lengths, batch=batch_size).inputs()
+
+
+def parts_of(batch, world_size, layout):
+    return Simulator(world_size).run(lambda t: tf.shard_batch(batch, df.ContextParallel(t, layout)))
+
+
+@pytest.mark.parametrize("layout", [df.Contiguous(), df.Zigzag(), df.Striped()], ids=repr)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [(S,), (1, 3, 7)], ids=str)
+def test_parts_are_the_batch_with_labels_shifted_before(lengths, world_size, layout):
+    batch = whole_batch(lengths=lengths)
+    following = torch.cat([batch["labels"][:, 1:], torch.full((2, 1), -100)], 1)
+    for rank, part in enumerate(parts_of(batch, world_size, layout)):
+        mine = layout.positions(S, world_size, rank)
+        assert torch.equal(part["input_ids"], batch["input_ids"][:, mine])
+        assert torch.equal(part["shift_labels"], following[:, mine])
+        assert torch.equal(part["position_ids"], batch["position_ids"][:, mine])
+        assert torch.equal(part["attention_mask"], torch.ones(2, len(mine)))
+        assert part["use_cache"] is False
+        shard = part["distflash"]
+        assert shard.seq_len == S
+        assert shard.documents == (None if len(lengths) == 1 else df.Documents([0, 1, 4, S]))
+
+
+def test_documents_from_lengths_are_those_from_positions():
+    ids = whole_batch()["input_ids"]
+    cu_seqlens = torch.tensor([0, 1, 4, S], dtype=torch.int32)
+    by_positions = parts_of(
+        {"input_ids": ids, "position_ids": whole_batch(1, (1, 3, 7))["position_ids"]}, 2, df.Zigzag()
+    )
+    for names in (["cu_seqlens"], ["cu_seq_lens_q", "cu_seq_lens_k"]):
+        by_lengths = parts_of({"input_ids": ids, **dict.fromkeys(names, cu_seqlens), "max_length_q": 7}, 2, df.Zigzag())
+        for part, expected in zip(by_lengths, by_positions, strict=True):
+            assert part["distflash"] == expected["distflash"]
+            assert torch.equal(part["position_ids"], expected["position_ids"])
+    one = parts_of({"input_ids": ids, "cu_seqlens": [0, S]}, 1, df.Zigzag())[0]
+    assert one["distflash"].documents is None
+
+
+def test_what_collators_return_is_taken(cp):
+    case = Case("llama", (4, 9), batch=1)
+    ids = case.inputs()["input_ids"][0]
+    features = [{"input_ids": ids[:4].tolist()}, {"input_ids": ids[4:].tolist()}]
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True, return_tensors="pt")
+    part = tf.shard_batch(collate(features), cp)
+    assert part["distflash"].documents == df.Documents([0, 4, 13])
+    out = case.model("distflash")(**part)
+    assert relative(out.logits, eager(case)["logits"]) <= 1e-5
+
+
+def test_helpers_shard_labels_and_positions():
+    labels = whole_batch()["labels"]
+
+    def work(transport):
+        cp = df.ContextParallel(transport, df.Contiguous())
+        documents = df.Documents([0, 6, S])
+        return tf.shard_labels(labels, cp), tf.shard_position_ids(S, cp), tf.shard_position_ids(S, cp, documents)
+
+    (first, positions, in_documents), (second, *_) = Simulator(2).run(work)
+    assert torch.equal(torch.cat([first, second], 1)[:, :-1], labels[:, 1:]) and (second[:, -1] == -100).all()
+    assert positions.tolist() == [0, 1, 2, 3, 4] and in_documents.tolist() == [0, 1, 2, 3, 4]
+    assert first[0, -1] == labels[0, 5]  # the label that the next rank's first token is
+
+
+def test_the_number_to_divide_by_is_a_ranks_share_and_may_be_given():
+    batch, total = whole_batch(), torch.tensor(6.0)
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    for given, expected in ((None, count), (24, 24), (torch.tensor(24), 24)):
+        for part in parts_of({**batch, "num_items_in_batch": given}, 2, df.Zigzag()):
+            part["distflash"].trace.attended = True
+            assert total / part["num_items_in_batch"] == 6 / (expected / 2)
+
+
+def test_a_part_survives_the_way_out_of_a_data_loaders_worker(cp):
+    case = Case("llama")
+    for batch in (case.inputs(), {"input_ids": case.inputs()["input_ids"]}):
+        part = pickle.loads(pickle.dumps(tf.shard_batch(batch, cp)))
+        assert relative(case.model("distflash")(**part).logits, eager(case)["logits"]) <= 1e-5
+
+
+IDS = torch.arange(8).view(1, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"distflash": None}, "batch: has been sharded already"),
+        ({"pixel_values": IDS}, "batch: holds 'pixel_values', which shard_batch does not know"),
+        ({"input_ids": [[1, 2]]}, r'input_ids: expected a tensor \[batch, seq_len\], got list.*return_tensors="pt"'),
+        ({"input_ids": IDS[0]}, r"input_ids: expected a tensor \[batch, seq_len\], got \[8\]"),
+        ({"labels": IDS[:, 1:]}, r"labels: expected a tensor \[1, 8\], as input_ids, got \[1, 7\]"),
+        ({"labels": IDS + 1}, "labels: are the tokens that follow, so shifted already; pass them as shift_labels"),
+        ({"shift_labels": IDS}, "shift_labels: are the tokens themselves.*pass them as labels"),
+        ({"attention_mask": (IDS > 1).long()}, "attention_mask: has other values than 1.*DataCollatorWithFlattening"),
+        ({"position_ids": IDS + 4}, r"position_ids: expected 0, 1, 2.*was this batch sharded already\?"),
+        ({"position_ids": IDS * 2}, r"position_ids: expected 0, 1, 2"),
+        ({"position_ids": IDS.expand(3, 1, 8)}, r"position_ids: expected a tensor \[batch, 8\].*got \[3, 1, 8\]"),
+        ({"cu_seqlens": [0, 3, 7]}, "cu_seqlens: ends at 7, but the sequence has 8 tokens"),
+        ({"cu_seqlens": [0, 3, 8], "position_ids": IDS}, "cu_seqlens and position_ids tell of different documents"),
+        ({"cu_seq_lens_q": [0, 3, 8], "cu_seq_lens_k": [0, 4, 8]}, "cu_seq_lens_q and cu_seq_lens_k tell of different"),
+    ],
+    ids=lambda x: ", ".join(x) if isinstance(x, dict) else None,
+)
+def test_batches_that_are_refused(changes, words, cp):
+    with pytest.raises(ValueError, match=words):
+        tf.shard_batch({"input_ids": IDS, **changes}, cp)
+
+
+def test_sequences_that_are_packed_differently_are_refused(cp):
+    positions = torch.tensor([[0, 1, 2, 0], [0, 1, 0, 1]])
+    with pytest.raises(ValueError, match="position_ids: the sequences of the batch are packed differently"):
+        tf.shard_batch({"input_ids": torch.ones_like(positions), "position_ids": positions}, cp)
+
+
+def test_a_part_that_was_sharded_before_is_refused(cp):
+    part = tf.shard_batch(whole_batch(), cp)
+    with pytest.raises(ValueError, match="sharded already"):
+        tf.shard_batch(part, cp)
+    for part in parts_of(whole_batch(), 2, df.Zigzag()):  # and where only tensors were kept of it
+        with pytest.raises(ValueError, match="sharded already"):
+            tf.shard_batch({name: part[name] for name in ("input_ids", "position_ids")}, cp)
+
+
+# Masks ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["", "sliding_window_"])
+def test_a_described_mask_is_the_librarys_matrix(kind, causal, cp):
+    create = getattr(masking_utils, f"create_{'' if causal else 'bidirectional_'}{kind}{'causal_' * causal}mask")
+    config = LlamaConfig(**SMALL)
+    config.sliding_window = 4
+    asked = dict(inputs_embeds=torch.zeros(1, S, 1), attention_mask=torch.ones(1, S), past_key_values=None)
+    if not causal and not kind:
+        asked = {name: x for name, x in asked.items() if name != "past_key_values"}
+    described, matrix = (create(config, **asked) for config._attn_implementation in ("distflash", "eager"))
+    expected = torch.ones(S, S, dtype=torch.bool) if matrix is None else matrix[0, 0] == 0
+    assert torch.equal(described.materialize(torch.arange(S), torch.arange(S)), expected)
+
+
+def test_a_model_that_is_told_not_to_be_causal(cp):
+    config = LlamaConfig(**SMALL, is_causal=False)
+    ids = whole_batch()["input_ids"]
+    outputs = []
+    for attention in ("eager", "distflash"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        outputs.append(model(**tf.shard_batch({"input_ids": ids}, cp)).logits)
+    assert relative(*outputs) <= 1e-5
+    assert relative(outputs[1], eager(Case("llama", (S,)))["logits"]) > 1e-2
+
+
+# What a call cannot be -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"distflash": None}, r"batch: was not sharded for this group of ranks; pass the model all that shard_batch"),
+        ({"position_ids": torch.arange(S)[None] + 1}, "position_ids: are not those of this rank's tokens"),
+        ({"use_cache": True}, "use_cache: not supported; a KV cache"),
+        ({"output_attentions": True}, "output_attentions: not supported; no rank computes"),
+        ({"prefix": 3}, "prefix: not supported; it is not known here and may change the attention"),
+        ({"attention_mask": torch.ones(2, S).tril()}, "attention_mask: has zeros; padding is not supported"),
+        ({"attention_mask": torch.ones(2, 2 * S)}, "attention_mask: 22 keys for 11 queries"),
+        ({"attention_mask": torch.zeros(2, 1, S, S)}, "attention_mask: expected the mask .* got Tensor; matrices"),
+    ],
+    ids=lambda x: ", ".join(x) if isinstance(x, dict) else None,
+)
+def test_calls_that_are_refused(changes, words, cp):
+    part = {**tf.shard_batch(whole_batch(), cp), **changes}
+    with pytest.raises(ValueError, match=words):
+        Case("llama").model("distflash")(**part)
+
+
+def test_a_cache_is_refused(cp):
+    case = Case("gemma2", (S,))  # whose layers do not say that there is one
+    model, part, cache = case.model("distflash"), tf.shard_batch(case.inputs(), cp), DynamicCache()
+    model(**part, past_key_values=cache)
+    with pytest.raises(ValueError, match="22 keys for 11 queries; a KV cache is not supported"):
+        model(**part, past_key_values=cache)
+
+
+def test_attention_dropout_is_refused_in_training_only(cp):
+    config = LlamaConfig(**SMALL, attention_dropout=0.1)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="distflash")
+    part = tf.shard_batch(whole_batch(), cp)
+    model.eval()(**part)
+    with pytest.raises(ValueError, match=r"dropout: attention dropout is not supported, got 0.1; set config"):
+        model.train()(**part)
+
+
+def test_masks_laid_over_the_models_are_refused(cp):
+    config = LlamaConfig(**SMALL, attn_implementation="distflash")
+    asked = dict(config=config, inputs_embeds=torch.zeros(1, S, 1), past_key_values=None)
+
+    def first_keys(batch, head, query, key):
+        return key < 2
+
+    for more in (
+        dict(attention_mask=torch.ones(1, S), or_mask_function=first_keys),
+        dict(attention_mask=torch.ones(1, S), and_mask_function=first_keys),
+        dict(attention_mask=torch.ones(1, S), block_sequence_ids=torch.zeros(1, S, dtype=torch.int64)),
+        dict(attention_mask=None, position_ids=torch.tensor([[*range(4), *range(S - 4)]])),
+    ):
+        with pytest.raises(ValueError, match="mask: the model asks for another than causal, bidirectional or sliding"):
+            masking_utils.create_causal_mask(**asked, **more)
+    config.attention_chunk_size = 2 * S
+    with pytest.raises(ValueError, match=r"mask: the model asks for .* local_size=22, which is not supported"):
+        masking_utils.create_chunked_causal_mask(**asked, attention_mask=torch.ones(1, S))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (T5Config, "encoder-decoder models are not supported"),
+        (Qwen3NextConfig, "layers of type linear_attention, which are not supported"),
+    ],
+)
+def test_models_whose_tokens_meet_elsewhere_are_refused(config, words, cp):
+    config = config()
+    config._attn_implementation = "distflash"
+    with pytest.raises(ValueError, match=words):
+        masking_utils.create_causal_mask(config, torch.zeros(1, S, 1), torch.ones(1, S), None)
+
+
+def test_a_router_loss_of_local_tokens_is_refused(cp):
+    model = Case("gpt_oss").model("distflash")
+    with pytest.raises(ValueError, match="output_router_logits: not supported"):
+        model(**tf.shard_batch(whole_batch(), cp), output_router_logits=True)
+
+
+def test_a_part_for_other_ranks_is_refused(cp):
+    for part in parts_of(whole_batch(), 2, df.Zigzag()):
+        with pytest.raises(ValueError, match=r"batch: was sharded for rank \d of 2, Zigzag\(\), but ContextParallel"):
+            Case("llama").model("distflash")(**part)
+
+
+# Losses --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_model_with_another_attention_gives_no_loss(attention, own, cp):
+    model = Case("llama").model(attention)
+    if own:
+        model.loss_function = tf.loss_function(cp)
+    with pytest.raises(
+        ValueError, match="attn_implementation: the batch was sharded, but no layer of the model has used"
+    ):
+        model(**tf.shard_batch(whole_batch(), cp))
+
+
+def test_labels_that_shard_batch_has_not_seen_give_no_loss(cp):
+    batch, model = whole_batch(), Case("llama").model("distflash")
+    with pytest.raises(ValueError, match=r"labels: the batch had none when it was sharded.*before it is sharded"):
+        model(**tf.shard_batch({"input_ids": batch["input_ids"]}, cp), labels=batch["labels"])
+    model.loss_function = tf.loss_function(cp)
+    with pytest.raises(ValueError, match="batch: was not sharded, or had no labels"):
+        model(**tf.shard_batch({"input_ids": batch["input_ids"]}, cp), labels=batch["labels"])
+
+
+def test_a_loss_that_would_shift_a_part_is_told_so(cp):
+    labels = tf.shard_batch(whole_batch(), cp)["labels"]
+    for read in (
+        lambda: labels[..., 1:],
+        lambda: labels.view(-1),
+        lambda: torch.nn.functional.pad(labels, (0, 1)),
+        lambda: torch.nn.functional.cross_entropy(torch.zeros(3, 4), labels),
+    ):
+        with pytest.raises(ValueError, match=r"labels: this loss reads `labels`.*loss_function"):
+            read()
+    assert not hasattr(labels, "to")  # who moves what can be moved leaves it alone
+    config = BertConfig(**{**SMALL, "attention_probs_dropout_prob": 0.0}, attn_implementation="distflash")
+    with pytest.raises(ValueError, match="labels: this loss reads `labels`"):
+        BertForMaskedLM(config)(**tf.shard_batch(whole_batch(), cp))
+
+
+# Together with the rest ----------------------------------------------------------------------------------------------
+
+
+def test_autocast_is_as_exact_as_eager_under_autocast(cp):
+    errors = {"eager": [], "distflash": []}
+    for case in map(Case, CONFIGS):
+        for attention, relative_errors in errors.items():
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                part = tf.shard_batch({"input_ids": case.inputs()["input_ids"]}, cp)
+                logits = case.model(attention)(**part).logits
+            relative_errors.append(relative(logits, eager(case)["logits"]))
+    assert math.hypot(*errors["distflash"]) <= 1.1 * math.hypot(*errors["eager"]), errors
+
+
+def test_checkpointing_that_keeps_attention_does_not_run_it_twice():
+    case, kernel = Case("gemma2"), Counting()
+    cp = df.ContextParallel(Alone(), kernel=kernel)
+    tf.register(cp)
+    try:
+        model = case.model("distflash")
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": df.keep_attention})
+        out = model(**tf.shard_batch(case.inputs(), cp))
+        out.loss.backward()
+    finally:
+        tf.unregister()
+    assert kernel.forwards == len(model.model.layers)
+    got, expected = results(model, out.logits, out.loss), eager(case)
+    assert all(relative(got[name], expected[name]) <= 1e-5 for name in expected)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_layers_compile_without_a_graph_break(family, cp):
+    case = Case(family, (1, 11, 25))
+    part = tf.shard_batch(case.inputs(), cp)
+    model = case.model("distflash")
+    for layer in model.model.layers:
+        # Not all versions of the library can compile gpt-oss's experts on CPUs.
+        compiled = layer.self_attn if family == "gpt_oss" else layer
+        compiled.compile(fullgraph=True, backend="aot_eager")
+    out = model(**part)
+    out.loss.backward()
+    got, expected = results(model, out.logits, out.loss), eager(case)
+    assert all(relative(got[name], expected[name]) <= 1e-5 for name in expected)
+    torch._dynamo.reset()

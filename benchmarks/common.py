@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -29,9 +30,15 @@ import distflash as df
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# Packages that results are compared with, whose versions stand in the record where they are installed.
+PEERS = ("flash-attn-4", "flash-attn", "ring-flash-attn")
 # A call that takes longer than this is timed once: clocks have settled, and launch noise is nothing to it.
 _LONG_SECONDS = 2.0
 _ROUNDS = 3
+# How long the device waits before a call, in which the host gets ahead: half as long again as the host needed the last
+# time, within these bounds. The counter runs at about 2 GHz.
+_LEAST_AHEAD, _MOST_AHEAD = 1e-3, 10e-3
+CYCLES_PER_SECOND = 2e9
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -41,6 +48,18 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and the PNG")
     parser.add_argument("--seconds", type=float, default=0.5, help="measuring time a call, about")
     return parser
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """The options that a benchmark of one attention layer has: see `shape_of`."""
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+
+
+def shape_of(options: argparse.Namespace, seq_len: int) -> Shape:
+    return Shape(1, seq_len, options.heads, options.kv_heads, options.head_dim, options.head_dim)
 
 
 def start(device: str) -> torch.device:
@@ -88,18 +107,19 @@ class Clock:
     Args:
         device: where the calls run.
         seconds: how long to measure each call, about.
-        agreed: makes one number of what all ranks bring, so that all of them repeat equally often.
     """
 
-    def __init__(self, device: torch.device, seconds: float, agreed: Callable[[float], float] = lambda x: x) -> None:
-        self.device, self.seconds, self.agreed = device, seconds, agreed
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device, self.seconds = device, seconds
+        self._token = torch.zeros(1, device=device)
         # Larger than any L2 cache: what a call reads comes from memory, as in a model.
         self._flush = torch.empty(2**28 if is_gpu(device) else 0, dtype=torch.int8, device=device)
 
     def medians(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
-        """Time each call; all have run before (compiled, connected, checked)."""
+        """Time each call; all have run before (compiled, connected, checked). All ranks must time the same calls."""
         samples = {name: self._samples(call, 1) for name, call in calls.items()}
-        guess = {name: self.agreed(taken[0][0]) for name, taken in samples.items()}
+        # One guess for all ranks, so that they repeat equally often.
+        guess = {name: worst(over_ranks(taken[0][0], self.device)) for name, taken in samples.items()}
         repeats = {n: min(20, max(1, round(self.seconds / _ROUNDS / max(s, 1e-6)))) for n, s in guess.items()}
         for turn in range(_ROUNDS):
             for name, call in calls.items():
@@ -112,12 +132,16 @@ class Clock:
         return (self._on_gpu if is_gpu(self.device) else _on_cpu)(call, repeats)
 
     def _on_gpu(self, call: Callable[[], object], repeats: int) -> list[tuple[float, float]]:
-        events, hosts = [], []
+        events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        hosts = [_MOST_AHEAD]
         torch.cuda.synchronize()
         for _ in range(repeats):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._flush.zero_()
-            torch.cuda._sleep(2_000_000)  # about 1 ms, in which the host gets ahead: the device's time is measured
+            ahead = min(_MOST_AHEAD, max(_LEAST_AHEAD, 1.5 * hosts[-1]))
+            torch.cuda._sleep(int(ahead * CYCLES_PER_SECOND))  # the host gets ahead: the device's time is measured
+            if dist.is_initialized():
+                dist.all_reduce(self._token)  # on the device: all ranks begin together
             begin.record()
             before = time.perf_counter()
             call()
@@ -125,7 +149,7 @@ class Clock:
             end.record()
             events.append((begin, end))
         torch.cuda.synchronize()
-        return [(b.elapsed_time(e) / 1e3, h) for (b, e), h in zip(events, hosts, strict=True)]
+        return [(b.elapsed_time(e) / 1e3, h) for (b, e), h in zip(events, hosts[1:], strict=True)]
 
 
 def _on_cpu(call: Callable[[], object], repeats: int) -> list[tuple[float, float]]:
@@ -150,6 +174,11 @@ def over_ranks(value: float, device: torch.device) -> list[float]:
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
     return [x.item() for x in every]
+
+
+def worst(values: Sequence[float]) -> float:
+    """The largest value; NaN if any is."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 # -------------------------------------------------------------------------------------------------------- counting
@@ -212,6 +241,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if gpus else None,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpus else None,
+        "peers": {name: found for name in PEERS if (found := _version(name)) is not None},
         "distflash": df.__version__,
         "commit": _commit(),
         "sources": _sources(),
@@ -220,13 +250,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def save(name: str, out: Path, record: dict[str, Any], draw: Callable[[Any], None]) -> None:
-    """Write ``<name>.json`` and ``<name>.png``; ``draw`` gets a matplotlib figure. Only the first rank writes."""
+def save(name: str, out: Path, record: dict[str, Any], draw: Callable[[Any], None] | None = None) -> None:
+    """Write ``<name>.json``, and ``<name>.png`` if ``draw`` is given, which gets a matplotlib figure.
+
+    Only the first rank writes. A long run saves its record after each row, without a picture until the last.
+    """
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     out.mkdir(parents=True, exist_ok=True)
     env = environment()
     (out / f"{name}.json").write_text(json.dumps({"environment": env, **record}, indent=1) + "\n")
+    if draw is None:
+        return
     import matplotlib
 
     matplotlib.use("Agg")

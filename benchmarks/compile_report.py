@@ -1,6 +1,6 @@
 """Compile every shipped tile configuration of the Triton kernels without a GPU, and report what became of it.
 
-    python benchmarks/compile_report.py --target sm_90 [--quick] [--json PATH]
+    python -m benchmarks.compile_report --target sm_90 [--quick] [--json PATH]
 
 Registers, spills and local memory traffic, shared memory, tensor-core instructions, and whether the assembler gave up
 on overlapping them. Exits with 1 where float16 or bfloat16 at head dims 64 and 128 on sm_90 is not clean. Compilation
@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,16 +20,13 @@ from typing import Any
 
 import torch
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
-from distflash.intervals import Intervals
-from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Saved, Scores
+from benchmarks.offline import TargetOnly, Tensors, assemble, table
+from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Scores
 from distflash.kernels.triton import launches
 from distflash.kernels.triton.launches import Launch
-from distflash.partial import Partial, Softmax
 
 
 @dataclass(frozen=True)
@@ -50,22 +45,6 @@ TARGETS = {
     "sm_100": Target(GPUTarget("cuda", 100, 32), "sm_100", 227 * 1024),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), "gfx942", 64 * 1024),
 }
-
-
-class TargetOnly:
-    """A driver without a device: all that compilation asks of one is the target."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -125,29 +104,17 @@ def shapes(quick: bool) -> Iterator[Shape]:
 
 def make_launch(shape: Shape, family: str) -> Launch:
     """The launch that a call of this shape makes, on tensors without data."""
-
-    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device="meta")
-
-    B, T, K, G = 1, 4096, 4096, 4
-    H, D, V, wide = G * shape.group, shape.d_qk, shape.d_v, torch.float32
-    q, k, v, dout = empty(B, T, H, D), empty(B, K, G, D), empty(B, K, G, V), empty(B, T, H, V)
-    rows, keys = empty(T, dtype=torch.int32), empty(K, dtype=torch.int32)
-    intervals = Intervals(rows, rows, keys, keys, rows, keys, pairs=0)
-    per_head = empty(H, dtype=wide) if shape.features else None
+    t = Tensors.of(shape.d_qk, shape.d_v, shape.dtype, shape.group)
+    per_head = t.per_head if shape.features else None
     scores = Scores(0.1, 30.0 if shape.features else 0.0, alibi_slopes=per_head, sinks=per_head)
-    lse = empty(B, H, T, dtype=wide)
-    stats = empty(2, B * H, T, dtype=wide)
-    device, hop = launches.device(family, shape.dtype.itemsize, max(D, V)), Hop(first=True, last=True)
-    saved = Saved(q, dout, lse, lse, stats)
+    device, hop = launches.device(family, shape.dtype.itemsize, max(shape.d_qk, shape.d_v)), Hop(first=True, last=True)
     if shape.kernel == "forward":
-        into = Partial(empty(B, T, H, V), lse, Softmax(lse, lse, empty(B, T, H, V, dtype=wide)))
-        return launches.forward(device, q, k, v, intervals, scores, hop, into)
+        return launches.forward(device, t.q, t.k, t.v, t.intervals, scores, hop, t.partial)
     if shape.kernel == "dkdv":
-        share = KeyGradient(torch.empty_like(k), torch.empty_like(v))
-        return launches.backward_keys(device, saved, k, v, intervals, scores, share)
-    gradient = QueryGradient(torch.empty_like(q), empty(B, T, H, D, dtype=wide))
-    return launches.backward_queries(device, saved, k, v, intervals, scores, hop, gradient)
+        share = KeyGradient(torch.empty_like(t.k), torch.empty_like(t.v))
+        return launches.backward_keys(device, t.saved, t.k, t.v, t.intervals, scores, share)
+    gradient = QueryGradient(torch.empty_like(t.q), torch.empty_like(t.q, dtype=torch.float32))
+    return launches.backward_queries(device, t.saved, t.k, t.v, t.intervals, scores, hop, gradient)
 
 
 def compile_shape(shape: Shape, target: Target) -> Compiled:
@@ -169,24 +136,14 @@ def compile_shape(shape: Shape, target: Target) -> Compiled:
 
 
 def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
-    """The assembler once more on the same PTX, for its remarks, and the instructions that it made."""
-    arch = re.search(r"\.target (\w+)", asm["ptx"])[1]
-    assembler = get_ptxas(int(re.search(r"\d+", arch)[0])).path
-    with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        source.write_text(asm["ptx"])
-        command = [assembler, "-v", f"--gpu-name={arch}", source, "-o", binary]
-        remarks = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        command = [knobs.nvidia.cuobjdump.path, "-sass", binary]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    made = assemble(asm)
     return dict(
-        registers=int(re.search(r"Used (\d+) registers", remarks)[1]),
-        spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill", remarks)),
-        local=sum(name.startswith(("LDL", "STL")) for name in names),
-        mma=sum(name.startswith(("HGMMA", "HMMA", "UTCHMMA")) for name in names),
-        serialised="serialized" in remarks,
-        instructions=len(names),
+        registers=made.registers,
+        spills=made.spills,
+        local=made.local,
+        mma=made.mma,
+        serialised=made.serialised,
+        instructions=len(made.instructions),
     )
 
 
@@ -207,17 +164,6 @@ def _read_amd(asm: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def table(rows: list[Compiled]) -> str:
-    head = list(asdict(rows[0]))
-    cells = [head] + [[_cell(value) for value in asdict(row).values()] for row in rows]
-    widths = [max(len(line[n]) for line in cells) for n in range(len(head))]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in cells)
-
-
-def _cell(value: object) -> str:
-    return {True: "yes", False: ""}[value] if isinstance(value, bool) else str(value)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
@@ -235,7 +181,7 @@ def main() -> int:
         if options.target == "sm_90" and shape.must_be_clean and not clean:
             faults.append(f"{row.kernel} {row.dims} {row.dtype} {row.special}")
     print(f"triton {triton.__version__}, {options.target}, {target.shared_limit} bytes of shared memory")
-    print(table(rows))
+    print(table([asdict(row) for row in rows]))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     for fault in faults:

@@ -18,9 +18,11 @@ import torch
 import distflash as df
 from benchmarks import common
 from benchmarks.common import Shape
+from benchmarks.contest import kernel_of
 from distflash.engine import Plan
 
 FP32 = 4
+COUNTER = 2 * 4  # int32 [2], of a kernel whose programs share out their work as they go
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Extra:
     backward: int
 
 
-def predict(shape: Shape, plan: Plan, rank: int, itemsize: int) -> Extra:
-    """The formula.
+def predict(shape: Shape, plan: Plan, rank: int, itemsize: int, adds_up: bool) -> Extra:
+    """The formula; ``adds_up`` as the kernel's `Saved` says.
 
     With B batch, T this rank's tokens, L the longest rank's, H and G query and key heads, D and V head dims,
 
@@ -42,8 +44,10 @@ def predict(shape: Shape, plan: Plan, rank: int, itemsize: int) -> Extra:
     forward  = 4 row (V + 2)    fp32 running softmax, if there is more than one hop to merge
              + R keys(L) size   R receive buffers of K and V: 1 for one arrival, 2 (in turns) for more
              + intervals        24 (T + K) / 2 bytes for every owner worked on: kept for all layers and steps
+             + 8                a counter
     backward = 8 row            lse in base 2, and delta = rowsum(dout out)
-             + 4 row D          fp32 sum of dQ, if there is more than one hop
+             + 4 row D          fp32 sum of dQ, if there is more than one hop, or the kernel adds up in memory
+             + 8                a counter, if it does
              + 2 * 4 keys(T)    fp32 dK and dV of the own keys, and one part arriving, if any other rank works on them
              + A 4 keys(L)      A parts of dK and dV on their way out: 1 for one other owner, 2 (in turns) for more
              + the larger of    R keys(L) size - keys(T) size    in the last hop, before the rounded dK and dV are there
@@ -63,9 +67,10 @@ def predict(shape: Shape, plan: Plan, rank: int, itemsize: int) -> Extra:
     # Where nobody else works on the own keys their gradients are written as they are, without a sum.
     pending = keys * T * itemsize if shared else 0
     return Extra(
-        forward=merged * FP32 * row * (shape.V + 2) + arriving + intervals,
+        forward=merged * FP32 * row * (shape.V + 2) + arriving + intervals + COUNTER,
         backward=2 * FP32 * row
-        + merged * FP32 * row * shape.D
+        + (merged or adds_up) * FP32 * row * shape.D
+        + adds_up * COUNTER
         + 2 * shared * FP32 * keys * T
         + away * FP32 * keys * L
         + max(arriving - pending, min(received, 1) * keys * L * itemsize),
@@ -88,9 +93,10 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Ext
     cp = df.ContextParallel(common.ring(), layout=df.Zigzag(), schedule=df.Ring())  # new: no intervals kept yet
     mask, length = df.Causal(), cp.seq_local(shape.S)
     q, k, v, dout = common.random_inputs(shape, length, dtype, device)
-    forward, (out, _lse) = _peak(lambda: df.attention(q, k, v, mask=mask, cp=cp, seq_len=shape.S, return_lse=True))
+    forward, (out, lse) = _peak(lambda: df.attention(q, k, v, mask=mask, cp=cp, seq_len=shape.S, return_lse=True))
     backward, _grads = _peak(lambda: torch.autograd.grad(out, (q, k, v), dout))
-    predicted = predict(shape, cp.plan(mask, shape.S, q.device), cp.rank, q.element_size())
+    adds_up = kernel_of(cp, (q, k, v), shape.S).save(q, out, lse, dout, None).adds_up
+    predicted = predict(shape, cp.plan(mask, shape.S, q.device), cp.rank, q.element_size(), adds_up)
     return predicted, Extra(forward, backward)
 
 

@@ -1,0 +1,160 @@
+"""Candidates for one problem: each is run once and checked, and those that are right are timed in turns.
+
+Whoever fails, or gives a wrong result, is left out with the reason, and has no figure.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import distflash as df
+from benchmarks import common, truth
+from distflash.engine import Options
+from distflash.kernels import Kernel
+
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
+Attend = Callable[[Tensor, Tensor, Tensor, df.Mask], Tensor]
+# Floating-point operations of a candidate's pass on one device.
+Work = Callable[[str, str], float]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """One candidate on its inputs: what can be timed, and what it gave."""
+
+    calls: dict[str, Callable[[], object]]
+    results: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Somebody's attention.
+
+    Attributes:
+        attend: ``(q, k, v, mask) -> out``; raises ValueError for masks that it does not take.
+        heads_first: whether its tensors are ``[B, H, S, D]``, else ``[B, S, H, D]``.
+        repeat_heads: whether it needs as many key heads as query heads.
+        before: called before each pass.
+    """
+
+    attend: Attend
+    heads_first: bool = False
+    repeat_heads: bool = False
+    before: Callable[[], object] = lambda: None
+
+    def run(self, inputs: tuple[Tensor, ...], mask: df.Mask) -> Passes:
+        """Run forward and backward once on ``q, k, v, dout``, contiguous as the candidate likes them best."""
+        group = inputs[0].shape[2] // inputs[1].shape[2] if self.repeat_heads else 1
+        q, k, v, dout = (self._native(x) for x in inputs)
+        k, v = (x.repeat_interleave(group, 1 if self.heads_first else 2) if group > 1 else x for x in (k, v))
+        for x in (q, k, v):
+            x.requires_grad_()
+
+        def forward() -> Tensor:
+            self.before()
+            return self.attend(q, k, v, mask)
+
+        def backward(out: Tensor, retain: bool = True) -> tuple[Tensor, ...]:
+            self.before()
+            return torch.autograd.grad(out, (q, k, v), dout, retain_graph=retain)
+
+        out = forward()
+        dq, dk, dv = map(self._ours, backward(out))
+        calls = {
+            FORWARD: forward,
+            BACKWARD: lambda: backward(out),
+            BOTH: lambda: backward(forward(), retain=False),
+        }
+        results = {"out": self._ours(out), "dq": dq, "dk": _folded(dk, group), "dv": _folded(dv, group)}
+        return Passes(calls, results)
+
+    def _native(self, x: Tensor) -> Tensor:
+        return (x.transpose(1, 2) if self.heads_first else x).detach().contiguous()
+
+    def _ours(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2) if self.heads_first else x
+
+
+def _folded(x: Tensor, group: int) -> Tensor:
+    """The sum over each ``group`` of neighbouring heads of ``[B, S, H, D]``."""
+    return x if group == 1 else x.float().unflatten(2, (-1, group)).sum(3)
+
+
+def ours(cp: df.ContextParallel, seq_len: int) -> Candidate:
+    """What everybody is compared with: distflash, on the tokens that this rank holds."""
+    return Candidate(lambda q, k, v, mask: df.attention(q, k, v, mask=mask, cp=cp, seq_len=seq_len))
+
+
+def kernel_of(cp: df.ContextParallel, inputs: tuple[Tensor, ...], seq_len: int) -> Kernel:
+    """The kernel that a call without further keywords takes."""
+    recipe = cp._recipe(df.Full(), None, 0.0, 0.0)
+    return recipe.call(*inputs[:3], Options(seq_len), agree=False).kernel
+
+
+def right_for(inputs: tuple[Tensor, ...], mask: df.Mask, cp: df.ContextParallel, seq_len: int) -> truth.Truth:
+    """The truth at sampled tokens; the log-sum-exp that it takes from distflash is checked on the way."""
+    with torch.no_grad():
+        out, lse = df.attention(*inputs[:3], mask=mask, cp=cp, seq_len=seq_len, return_lse=True)
+    return truth.sample(*inputs, out, lse, mask=mask, cp=cp, seq_len=seq_len)
+
+
+@dataclass
+class Contest:
+    """Candidates by name, in the order in which they entered."""
+
+    clock: common.Clock
+    dtype: torch.dtype
+    passes: tuple[str, ...] = (FORWARD, BACKWARD)
+    calls: dict[str, Callable[[], object]] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def enter(self, name: str, run: Callable[[], Passes], right: truth.Truth) -> bool:
+        """Run and check a candidate; one that raises is left out. All ranks must call; False if it is left out."""
+        passes, reason = None, "failed on another rank"
+        try:
+            passes = run()
+        except Exception as error:
+            reason = said(error)
+        if common.worst(common.over_ranks(float(passes is None), self.clock.device)) > 0:
+            self.left_out[name] = reason
+            return False
+        assert passes is not None
+        return self.check(name, passes, right)
+
+    def check(self, name: str, passes: Passes, right: truth.Truth) -> bool:
+        """Let in a candidate that is right on every rank."""
+        errors = right.errors(**passes.results).items()
+        self.errors[name] = {n: common.worst(common.over_ranks(error, self.clock.device)) for n, error in errors}
+        if truth.wrong(self.errors[name], self.dtype):
+            self.left_out[name] = "wrong result"
+            return False
+        self.calls |= {f"{name}|{which}": passes.calls[which] for which in self.passes}
+        return True
+
+    def row(self, work: Work) -> dict[str, Any]:
+        """Time everybody who is right. TFLOP/s are those of the slowest device, whose work is ``work(name, pass)``."""
+        timings = self.clock.medians(self.calls)
+        ranks = {key: common.over_ranks(t.seconds, self.clock.device) for key, t in timings.items()}
+        return {
+            "errors": self.errors,
+            "left_out": self.left_out,
+            "timings": {key: asdict(t) for key, t in timings.items()},
+            "ranks": ranks,
+            "tflops": {key: work(*key.split("|")) / max(times) / 1e12 for key, times in ranks.items()},
+        }
+
+
+def said(error: BaseException) -> str:
+    """What an exception says, in a line, and where it was raised."""
+    lines = str(error).strip().splitlines() or [""]
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {lines[0][:200]}{place}"

@@ -1,0 +1,131 @@
+"""What do windows and packed documents leave of the dense rate? TFLOP/s over allowed pairs, forward and backward.
+
+    python -m benchmarks.masks                                          # one GPU
+    python -m benchmarks.masks --peers                                  # and flash-attn-4
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.masks        # one GPU, and a ring over all of them
+
+A causal window of 4096 keys, and causal packed documents whose lengths are drawn log-uniformly from 256 to 32K, on 128K
+tokens. The dense rate is that of the same kernel under a causal mask, on one GPU, in the same run.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+import distflash as df
+from benchmarks import common
+from benchmarks.contest import BACKWARD, FORWARD, Contest, kernel_of, ours, right_for
+from benchmarks.peers import local
+from benchmarks.workloads import LAYOUTS, MASKS, balance
+
+DENSE = "causal"
+SPARSE = ("window4096", "documents")
+OURS = "distflash"
+
+
+class Bench:
+    """All masks on one sequence length, by everybody who takes them."""
+
+    def __init__(self, options: Any, device: torch.device) -> None:
+        self.options, self.device = options, device
+        self.shape = common.shape_of(options, options.seq_len)
+        self.contest = Contest(common.Clock(device, options.seconds), getattr(torch, options.dtype))
+        self.work: dict[str, dict[str, float]] = {}
+        self.cases: list[dict[str, Any]] = []
+
+    def enter(self, cp: df.ContextParallel, peers: tuple[str, ...]) -> str:
+        """Everybody on every mask, over the ranks of ``cp``; gives the kernel that ours takes."""
+        S, ranks = self.shape.S, cp.world_size
+        inputs = common.random_inputs(self.shape, cp.seq_local(S), self.contest.dtype, self.device)
+        for mask_name in (DENSE, *SPARSE):
+            mask = MASKS[mask_name](S)
+            pairs = cp.plan(mask, S, self.device).pairs
+            right = right_for(inputs, mask, cp, S)
+            # What ours raises ends the command: the other ranks would wait for it.
+            self.contest.check(self._case(OURS, mask_name, ranks, pairs), ours(cp, S).run(inputs, mask), right)
+            for peer in peers:
+                name = self._case(peer, mask_name, ranks, pairs)
+                self.contest.enter(name, lambda make=local.MAKERS[peer], m=mask: make().run(inputs, m), right)
+        return repr(kernel_of(cp, inputs, S))
+
+    def _case(self, who: str, mask: str, ranks: int, pairs: torch.Tensor) -> str:
+        name = f"{who}, {mask}, {ranks} rank" + ("s" if ranks > 1 else "")
+        total = common.flops(self.shape, int(pairs.sum()))
+        self.work[name] = {which: flops / ranks for which, flops in total.items()}
+        case = {"name": name, "who": who, "mask": mask, "ranks": ranks, "pairs": int(pairs.sum())}
+        self.cases.append(case | {"balance": balance(pairs)})
+        return name
+
+    def record(self) -> dict[str, Any]:
+        row = self.contest.row(lambda name, which: self.work[name][which])
+        return {"shape": str(self.shape), "cases": self.cases, **row, "share": shares(self.cases, row["tflops"])}
+
+
+def shares(cases: list[dict[str, Any]], tflops: dict[str, float]) -> dict[str, float]:
+    """Each rate over the same candidate's dense rate on one GPU."""
+    dense = {c["who"]: c["name"] for c in cases if c["mask"] == DENSE and c["ranks"] == 1}
+    found = {}
+    for case in cases:
+        for which in (FORWARD, BACKWARD):
+            rate, base = (tflops.get(f"{name}|{which}") for name in (case["name"], dense.get(case["who"])))
+            if rate is not None and base is not None and case["name"] != dense[case["who"]]:
+                found[f"{case['name']}|{which}"] = rate / base
+    return found
+
+
+def report(record: dict[str, Any]) -> None:
+    common.say(f"\n{record['shape']}, {record['kernel']}, {record['layout']}")
+    for case in record["cases"]:
+        name = case["name"]
+        if name in record["left_out"]:
+            common.say(f"  {name:34} left out: {record['left_out'][name]}")
+            continue
+        worst = max(record["errors"][name].values())
+        line = f"  {name:34} {case['pairs']:.2e} pairs, balance {case['balance']:.3f}, error {worst:.1e}"
+        for which in (FORWARD, BACKWARD):
+            share = record["share"].get(f"{name}|{which}")
+            dense = "" if share is None else f" = {share:.1%} of dense"
+            line += f"   {which} {record['tflops'][f'{name}|{which}']:6.1f} TFLOP/s per GPU{dense}"
+        common.say(line)
+
+
+def draw(figure: Any, record: dict[str, Any]) -> None:
+    figure.set_size_inches(10, 0.5 * len(record["cases"]) + 2)
+    names = [case["name"] for case in record["cases"] if case["name"] not in record["left_out"]]
+    for axes, which in zip(figure.subplots(1, 2, sharey=True), (FORWARD, BACKWARD), strict=True):
+        rates = [record["tflops"].get(f"{name}|{which}", 0.0) for name in names]
+        percents = [record["share"].get(f"{name}|{which}") for name in names]
+        bars = axes.barh(range(len(names)), rates)
+        axes.bar_label(bars, ["" if x is None else f"{x:.0%} of dense" for x in percents], fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.margins(x=0.25)
+        common.plain_axes(axes, f"{record['shape']}, {which}", "", "TFLOP/s per GPU over allowed pairs (median)")
+        axes.grid(False)
+    axes.invert_yaxis()
+
+
+def main() -> int:
+    parser = common.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--seq-len", type=int, default=131072)
+    parser.add_argument("--layout", choices=list(LAYOUTS), default="zigzag")
+    common.add_sizes(parser)
+    parser.add_argument("--peers", action="store_true", help="flash-attn-4 on one GPU besides")
+    options = parser.parse_args()
+    device = common.start(options.device)
+    bench = Bench(options, device)
+    kernel = bench.enter(df.ContextParallel(df.transport.Alone()), (local.FLASH4,) if options.peers else ())
+    ring = common.ring()
+    if ring.world_size > 1:
+        bench.enter(df.ContextParallel(ring, layout=LAYOUTS[options.layout], schedule=df.Ring()), ())
+    record = {"dtype": options.dtype, "layout": options.layout, "kernel": kernel, **bench.record()}
+    report(record)
+    common.save(f"masks-{ring.world_size}", options.out, record, lambda figure: draw(figure, record))
+    common.finish()
+    return int(any(name.startswith(OURS) for name in record["left_out"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

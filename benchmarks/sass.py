@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import networkx as nx
 
@@ -85,18 +86,16 @@ def _blocks(instructions: tuple[Instruction, ...]) -> Blocks:
     targets = {i.target for i in instructions}
     starts = [n for n, i in enumerate(instructions) if not n or i.address in targets or instructions[n - 1].jumps]
     ends = [*starts[1:], len(instructions)]
-    return {instructions[a].address: instructions[a:b] for a, b in zip(starts, ends, strict=True)}
+    return {instructions[a].address: instructions[a:b] for a, b in zip(starts, ends, strict=False)}
 
 
 def _jumps(blocks: Blocks) -> nx.DiGraph:
     graph = nx.DiGraph()
     graph.add_nodes_from(blocks)
-    for (start, block), following in zip(blocks.items(), [*list(blocks)[1:], None], strict=True):
-        last = block[-1]
-        if last.target in blocks:
-            graph.add_edge(start, last.target)
-        if following is not None and last.falls_through:
-            graph.add_edge(start, following)
+    for start, block in blocks.items():
+        if block[-1].target in blocks:
+            graph.add_edge(start, block[-1].target)
+    graph.add_edges_from((a, b) for a, b in pairwise(blocks) if blocks[a][-1].falls_through)
     return graph
 
 

@@ -126,7 +126,7 @@ def seq_len_problem(seq_len: object) -> str | None:
 def length_problem(
     name: str, length: int, mask: Mask, seq_len: int, layout: Layout, world_size: int, rank: int
 ) -> str | None:
-    """Whether the ``length`` tokens in the argument ``name`` are those that the layout gives this rank of ``seq_len``."""
+    """Whether the ``length`` tokens in argument ``name`` are those that the layout gives this rank of ``seq_len``."""
     if mask.seq_len is not None and mask.seq_len != seq_len:
         return f"mask: cu_seqlens end at {mask.seq_len} but seq_len is {seq_len}; they must end at S"
     expected = layout.length(seq_len, world_size, rank)

@@ -26,10 +26,11 @@ def test_forward_and_gradients_against_float64(name: str, dtype: torch.dtype) ->
         assert error < problems.BARS[dtype], f"{result}: {error:.2e}"
 
 
-def test_the_triton_kernel_is_what_runs() -> None:
+def test_a_kernel_for_gpus_is_what_runs() -> None:
     """A GPU test that ran the plain-torch kernel would prove nothing."""
     q = torch.randn(1, 64, 2, 64, device="cuda", dtype=torch.bfloat16)
-    kernel = df.kernels.Triton()
+    on_hopper = torch.cuda.get_device_capability() == (9, 0)
+    kernel = df.kernels.Hopper() if on_hopper else df.kernels.Triton()
     problem = df.kernels.Problem(q.device, q.dtype, heads=2, kv_heads=2, d_qk=64, d_v=64)
     assert kernel.not_supported_reasons(problem) == []
     cp = df.ContextParallel(df.transport.Alone(), kernel=kernel)
@@ -51,8 +52,9 @@ def test_compiled_equals_eager() -> None:
         return torch.autograd.grad(function(q, k, v), (q, k, v))
 
     compiled = torch.compile(loss_of, fullgraph=True)
+    # Not bit by bit: the Hopper kernel adds up dQ in the order in which blocks come by.
     for got, expected in zip(gradients(compiled), gradients(loss_of), strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        torch.testing.assert_close(got, expected)
 
 
 def test_a_call_once_warm_waits_for_nothing() -> None:

@@ -20,6 +20,12 @@ def test_every_reason_is_listed():
         assert part in said
 
 
+def test_outputs_must_fit_where_the_queries_were():
+    assert "values as wide as keys" in reasons(d_qk=64, d_v=128)
+    for d_qk, d_v in ((128, 64), (192, 128), (80, 128), (16, 64)):
+        assert "as wide" not in reasons(d_qk=d_qk, d_v=d_v)
+
+
 def test_short_dtypes_are_no_reason():
     assert "float" not in reasons(dtype=torch.float16)
 

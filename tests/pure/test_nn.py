@@ -93,6 +93,18 @@ def test_refuses(make, words):
         make()
 
 
+@pytest.mark.parametrize(("theta", "name"), [(10000.0, "x"), (None, "q")])
+def test_a_batch_that_was_not_sharded_is_refused_on_every_rank(theta, name):
+    def work(transport):
+        cp = df.ContextParallel(transport)
+        words = rf"{name}: 21 local tokens, but Zigzag\(\) gives rank {cp.rank} of 2 1[01] of seq_len=21; shard with"
+        with pytest.raises(ValueError, match=words):
+            module(cp, rope_theta=theta)(torch.randn(1, S, DIM, dtype=torch.float64), seq_len=S)
+        return True
+
+    assert all(Simulator(2).run(work))
+
+
 def test_without_rope_and_with_another_head_dim():
     attention = module(rope_theta=None, head_dim=5)
     assert attention(torch.randn(1, 3, DIM, dtype=torch.float64)).shape == (1, 3, DIM)

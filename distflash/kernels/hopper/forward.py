@@ -38,7 +38,7 @@ from distflash.kernels.hopper.common import (
     sync,
     tanh,
 )
-from distflash.kernels.hopper.compat import async_load, async_store, barrier, store_wait
+from distflash.kernels.hopper.compat import async_load, async_store, barrier, reinterpret, store_wait
 
 # Hardware barriers, beyond those that the compiler uses; of the last two, one a stage.
 TURN = gl.constexpr(5)
@@ -170,15 +170,19 @@ def begin(
 
 
 @gluon.jit
-def end(state, final, staging, lse, sums, at_row, at_out, exists, kept, batch, head, first, last_hop):
-    """Write the output through ``staging``, where the queries were, or the state for the next hop."""
+def end(state, final, place, lse, sums, at_row, at_out, exists, kept, batch, head, first, last_hop):
+    """Write the output through ``place``, where the queries were, or the state for the next hop."""
     m, l, acc = state
     maximum, total, weighted = sums
     if last_hop != 0:
         inverse = gl.where(l > 0.0, 1.0 / l, 0.0)
         gl.store(lse + at_row, (m + gl.log2(l)) * LN2, mask=exists)
         out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))[:, None]
-        staging = staging._reinterpret(staging.dtype, final.block_type.shape, final.layout)
+        # Values may be narrower than keys: the first of as many places as there is room for.
+        places = reinterpret(
+            place, place.dtype, [place.shape[3] // acc.shape[1]] + final.block_type.shape, final.layout
+        )
+        staging = places.index(0)
         staging.reshape(acc.shape).store(out.to(staging.dtype))
         fence_async_shared()
         barrier()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distflash.intervals import Intervals
 from distflash.kernels.base import Hop, KeyGradient, Problem, QueryGradient, Saved, Scores
-from distflash.kernels.hopper.tiles import BackwardTile, ForwardTile, backward_tile, forward_tile
+from distflash.kernels.hopper.tiles import BackwardTile, ForwardTile, backward_tile, forward_tile, padded
 from distflash.kernels.triton import Triton
 from distflash.partial import Partial
 
@@ -48,6 +48,11 @@ class Hopper:
             reasons.append("the Hopper kernel needs a GPU of compute capability 9.0 (H100, H200)")
         if problem.dtype not in DTYPES:
             reasons.append(f"the Hopper kernel takes float16 and bfloat16, not {problem.dtype}")
+        if padded(problem.d_v) > padded(problem.d_qk):  # outputs leave by the place of the queries
+            reasons.append(
+                f"the Hopper kernel takes values as wide as keys at most, padded to a power of two, not d_v = "
+                f"{problem.d_v} beside d_qk = {problem.d_qk}"
+            )
         if problem.alibi:
             reasons.append("the Hopper kernel has no ALiBi")
         return reasons
@@ -57,7 +62,7 @@ class Hopper:
     ) -> None:
         from distflash.kernels.hopper import launches
 
-        dim = launches.padded(max(q.shape[-1], v.shape[-1]))
+        dim = padded(max(q.shape[-1], v.shape[-1]))
         tile = self.forward_tile or forward_tile(dim, rows.pairs / (q.shape[1] * k.shape[1]))
         with torch.cuda.device(q.device):
             launches.forward(tile, self._programs(q.device), q, k, v, rows, scores, hop, into).run()
@@ -86,7 +91,7 @@ class Hopper:
             Triton().backward(saved, k, v, rows, scores, hop, dq, dkv, keys_done)
             return
         assert dq.sum is not None
-        tile = self.backward_tile or backward_tile(launches.padded(max(k.shape[-1], v.shape[-1])))
+        tile = self.backward_tile or backward_tile(padded(max(k.shape[-1], v.shape[-1])))
         with torch.cuda.device(saved.q.device):
             if hop.first:
                 dq.sum.zero_()
@@ -97,7 +102,8 @@ class Hopper:
                 torch.mul(dq.sum, scores.scale, out=dq.final)
 
     def _fused(self, q: Tensor, out: Tensor) -> bool:
-        return not self.deterministic and max(q.shape[-1], out.shape[-1]) <= 128
+        dims = {padded(q.shape[-1]), padded(out.shape[-1])}
+        return not self.deterministic and dims in ({64}, {128})
 
     def _programs(self, device: torch.device) -> int:
         return _multiprocessors(device) - self.margin

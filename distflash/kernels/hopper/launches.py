@@ -16,15 +16,11 @@ from distflash.intervals import Intervals
 from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Saved, Scores
 from distflash.kernels.hopper.backward import backward_kernel
 from distflash.kernels.hopper.forward import forward_kernel
-from distflash.kernels.hopper.tiles import BackwardTile, ForwardTile
+from distflash.kernels.hopper.tiles import BackwardTile, ForwardTile, padded
 from distflash.kernels.triton.launches import Launch, aligned, heads_at_once
 from distflash.partial import Partial
 
 ROWS = 64  # of one warpgroup's matrix instruction
-
-
-def padded(dim: int) -> int:
-    return max(64, triton.next_power_of_2(dim))
 
 
 def forward(

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def padded(dim: int) -> int:
+    """A head dim as the kernels see it: the next power of two, 64 at least."""
+    return max(64, 1 << (dim - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class ForwardTile:
     """``consumers`` warpgroups of 64 queries each, ``block_n`` keys a step, ``stages`` of them in flight.

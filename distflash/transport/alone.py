@@ -24,6 +24,7 @@ class Alone:
     world_size: int = 1
     device: torch.device = torch.device("cpu")
     checks_every_call: bool = False
+    near: bool = True
 
     def carries(self, device: torch.device) -> bool:
         return True

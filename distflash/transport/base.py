@@ -52,6 +52,11 @@ class Transport(Protocol):
         """Whether `gather_ints` is cheap enough to compare notes at every call, not only at a new signature."""
         ...
 
+    @property
+    def near(self) -> bool:
+        """Whether all ranks are on one host, where keys travel much faster than they are worked on."""
+        ...
+
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         """Start sending and receiving; returns at once. The tensors must stay as they are until `Pending.wait`."""
         ...

@@ -156,6 +156,7 @@ class SimulatedTransport:
     rank: int
     device: torch.device = torch.device("cpu")
     checks_every_call: bool = True
+    near: bool = True
 
     @property
     def world_size(self) -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial as bind
@@ -14,12 +15,15 @@ from torch import Tensor
 
 from distflash.intervals import Intervals, Sharding, build, count_pairs
 from distflash.kernels import Kernel
-from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Saved, Scores
+from distflash.kernels.base import Hop, KeyGradient, Keys, Pairing, QueryGradient, Saved, Scores
 from distflash.partial import Partial, accumulator_dtype
 from distflash.schedules import Schedule, Step, Trip
 from distflash.transport import Transport
 
 KeyValue = tuple[Tensor, ...]
+
+# Of the key heads, those that do not wait for the first keys: enough to work under an exchange between near ranks.
+SHARE_FIRST = 0.25
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,16 @@ class Call:
     def trip(self) -> Trip:
         return Trip(self.plan.steps, self.plan.lengths, self.transport)
 
+    def heads_first(self, kv_heads: int) -> int:
+        """How many key heads attend to this rank's own keys before the first keys arrive; the others take both at once.
+
+        0 where all heads take the keys of one owner after the other: where there is nothing to wait for, or where keys
+        may be on their way for longer than so few heads have work.
+        """
+        some, working = math.ceil(kv_heads * SHARE_FIRST), self.plan.working
+        starts = len(working) > 1 and working[0].owner == self.transport.rank
+        return some if starts and some < kv_heads and self.transport.near else 0
+
     def visit(self, kv: KeyValue) -> Iterator[tuple[Step, Hop, KeyValue]]:
         """The steps of the schedule with their keys, and where among the working ones each stands."""
         working = self.plan.working
@@ -112,10 +126,20 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     partial = Partial.empty(q, v.shape[-1], hops)
     if not hops:
         partial.fill_identity(call.scores.sinks)
+    pair = call.kernel if isinstance(call.kernel, Pairing) else None
+    some, own = call.heads_first(k.shape[2]) if pair else 0, None
     for step, hop, (k_held, v_held) in call.visit((k, v)):
-        if step.works:
-            rows = call.plan.intervals[step.owner]
-            call.kernel.forward(q, k_held, v_held, rows, call.scores, hop, into=partial)
+        if not step.works:
+            continue
+        keys = Keys(k_held, v_held, call.plan.intervals[step.owner])
+        if pair and some and hop.first:
+            pair.forward_some(q, keys, call.scores, some, into=partial)
+            own = keys
+        elif pair and own:
+            pair.forward_both(q, own, keys, call.scores, some, hop.last, into=partial)
+            own = None
+        else:
+            call.kernel.forward(q, keys.k, keys.v, keys.rows, call.scores, hop, into=partial)
     return partial.final, partial.lse
 
 

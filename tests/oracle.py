@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distflash import masks
 from distflash.intervals import Sharding, build
-from distflash.kernels.base import Hop, Kernel, KeyGradient, QueryGradient, Scores
+from distflash.kernels.base import Hop, Kernel, KeyGradient, Keys, Pairing, QueryGradient, Scores
 from distflash.layouts import Contiguous, Layout, Striped, Zigzag
 from distflash.masks import Mask
 from distflash.partial import Partial, accumulator_dtype
@@ -197,8 +197,12 @@ def dense(x: Inputs, compute: torch.dtype, stored: torch.dtype | None = None) ->
     return {"out": out.transpose(1, 2), "lse": lse} | {n: t.transpose(1, 2) for n, t in gradients.items()}
 
 
-def run(kernel: Kernel, case: Case, x: Inputs) -> dict[str, Tensor]:
+def run(kernel: Kernel, case: Case, x: Inputs, heads_first: int = 0) -> dict[str, Tensor]:
     """The case by a kernel: one hop an owner, forward and backward, every output poisoned beforehand.
+
+    Args:
+        heads_first: if not 0, the key heads that take the first two owners one after the other; the others take both at
+            once. See `Pairing`.
 
     Returns:
         out, lse, dq, dk, dv as `dense` does; dk and dv put together from the owners'.
@@ -217,7 +221,14 @@ def run(kernel: Kernel, case: Case, x: Inputs) -> dict[str, Tensor]:
     between = () if into.running is None else (into.running.maximum, into.running.total, into.running.weighted)
     for buffer in (into.final, into.lse, *between):
         buffer.fill_(torch.nan)
-    for hop, (_, rows, k, v) in zip(hops, parts, strict=True):
+    start = 0
+    if heads_first:
+        assert isinstance(kernel, Pairing) and W > 1
+        own, other = (Keys(k, v, rows) for _, rows, k, v in parts[:2])
+        kernel.forward_some(x.q, own, x.scores, heads_first, into)
+        kernel.forward_both(x.q, own, other, x.scores, heads_first, W == 2, into)
+        start = 2
+    for hop, (_, rows, k, v) in list(zip(hops, parts, strict=True))[start:]:
         kernel.forward(x.q, k, v, rows, x.scores, hop, into)
 
     saved = kernel.save(x.q, into.final, into.lse, x.dout, x.dlse)
@@ -234,10 +245,10 @@ def run(kernel: Kernel, case: Case, x: Inputs) -> dict[str, Tensor]:
     return {"out": into.final, "lse": into.lse, "dq": dq.final, "dk": dk, "dv": dv}
 
 
-def check(kernel: Kernel, case: Case, device: torch.device | str = "cpu") -> None:
+def check(kernel: Kernel, case: Case, device: torch.device | str = "cpu", heads_first: int = 0) -> None:
     """Assert that the kernel is as exact as float32 arithmetic with the inputs' rounding can be."""
     x = make_inputs(case, device)
-    got = run(kernel, case, x)
+    got = run(kernel, case, x, heads_first)
     truth = dense(x, torch.float64)
     plain = dense(x, torch.float32, stored=case.dtype)
     unseen = truth["lse"] == -torch.inf

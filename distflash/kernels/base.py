@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -63,6 +63,15 @@ class Hop:
 
 
 @dataclass(frozen=True)
+class Keys:
+    """One owner's keys and values: k ``[B, K, G, D]``, v ``[B, K, G, V]``, and which of them each query sees."""
+
+    k: Tensor
+    v: Tensor
+    rows: Intervals
+
+
+@dataclass(frozen=True)
 class Saved:
     """What the backward pass of a call knows of its queries, the same for every hop.
 
@@ -73,8 +82,7 @@ class Saved:
         delta: ``[B, H, T]``, ``rowsum(dout * out)``, less the gradient of lse where there is one; of no meaning where
             no key was seen.
         statistics: lse and delta once more, as the kernel's own loops want them; None if as they are.
-        counter: as in `Partial`, for kernels that want one.
-        adds_up: dQ is added up in memory, so that `QueryGradient.sum` is needed even by a single hop.
+        counter: as in `Partial`, for a kernel whose programs add up dQ in memory; else None.
     """
 
     q: Tensor
@@ -82,8 +90,12 @@ class Saved:
     lse: Tensor
     delta: Tensor
     statistics: Tensor | None = None
-    adds_up: bool = False
     counter: Tensor | None = None
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether dQ is added up in memory, so that `QueryGradient.sum` is needed even by a single hop."""
+        return self.counter is not None
 
 
 @dataclass(frozen=True)
@@ -156,4 +168,23 @@ class Kernel(Protocol):
         ``keys_done`` is called once, as soon as everything that writes dK and dV has been launched, so that they can
         travel home under the rest of the work.
         """
+        ...
+
+
+@runtime_checkable
+class Pairing(Kernel, Protocol):
+    """A kernel that can take the keys of two owners in one pass, with no state in between.
+
+    A rank's own keys are there from the start. It is enough that some heads attend to them while the first keys are on
+    their way; all others wait, and take both.
+    """
+
+    def forward_some(self, q: Tensor, own: Keys, scores: Scores, kv_heads: int, into: Partial) -> None:
+        """`Kernel.forward` of a first hop that is not the last, for the first ``kv_heads`` key heads only."""
+        ...
+
+    def forward_both(
+        self, q: Tensor, own: Keys, other: Keys, scores: Scores, kv_heads: int, last: bool, into: Partial
+    ) -> None:
+        """After `forward_some`: the other owner's keys for those heads, the keys of both for all others."""
         ...

@@ -9,6 +9,7 @@ from distflash import masks
 from distflash.intervals import Sharding, build
 from distflash.kernels import Hopper
 from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Scores
+from distflash.kernels.hopper.tiles import forward_tile
 from distflash.layouts import Contiguous
 from distflash.partial import Partial
 from tests import oracle
@@ -27,6 +28,7 @@ def half(case: oracle.Case) -> oracle.Case:
 
 
 CASES = [half(case) for case in oracle.cases()]
+LONG = [forward_tile(64, 1e6), *(replace(forward_tile(64, 0.0), in_turn=a, halves=b) for a, b in ((1, 0), (0, 1)))]
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +42,43 @@ def test_as_exact_as_dense(case):
     oracle.check(Hopper(), oracle.scaled(case, 9), "cuda")
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.world_size > 1], ids=lambda case: case.name)
+def test_two_owners_in_one_pass(case):
+    oracle.check(Hopper(), oracle.scaled(case, 9), "cuda", heads_first=1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_many_tiles(dim, dtype):
     case = oracle.Case("long", seq_len=4001, heads=4, kv_heads=2, d_qk=dim, d_v=dim, dtype=dtype)
     oracle.check(Hopper(), case, "cuda")
+
+
+@pytest.mark.parametrize("tile", LONG, ids=repr)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_tiles_for_many_keys(tile, world_size):
+    case = oracle.Case("wide", seq_len=1501, heads=4, kv_heads=2, d_qk=64, d_v=64, dtype=torch.bfloat16, softcap=9.0)
+    case = replace(case, world_size=world_size)
+    oracle.check(Hopper(forward_tile=tile), case, "cuda")
+    if world_size > 1:
+        oracle.check(Hopper(forward_tile=tile), case, "cuda", heads_first=1)
+
+
+def test_a_reference_that_lags_behind_the_maximum():
+    """Scores that rise slowly, by less than the slack a tile and by hundreds in all, and then fall."""
+    B, T, H, D = 1, 2048, 2, 64
+    rise = torch.linspace(0, 300, T, device="cuda").view(1, T, 1, 1)
+    q = torch.ones(B, T, H, D, device="cuda", dtype=torch.float16) / D
+    for sign in (1, -1):
+        k = (sign * rise).expand(B, T, H, D).to(torch.float16).contiguous()
+        v = torch.randn(B, T, H, D, device="cuda", dtype=torch.float16)
+        rows = build(Sharding(masks.Full(), Contiguous(), T, 1), 0, 0).to("cuda")
+        into = Partial.empty(q, D, hops=1)
+        Hopper().forward(q, k, v, rows, Scores(1.0), Hop(first=True, last=True), into)
+        s = torch.einsum("bthd,bshd->bhts", q.double(), k.double())
+        out = torch.einsum("bhts,bshd->bthd", s.softmax(-1), v.double())
+        assert (into.final.double() - out).norm() / out.norm() < 1e-3
+        torch.testing.assert_close(into.lse.double(), s.logsumexp(-1), rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES[::9], ids=lambda case: case.name)

@@ -1,5 +1,7 @@
 """Exactness: forward, lse and all gradients against dense float64, over masks, layouts, lengths, shapes and ranks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,10 +14,12 @@ from tests.dense import (
     assert_no_less_exact,
     in_dtype,
     make_inputs,
+    on_rank,
     on_ranks,
     relative_errors,
 )
 from tests.oracle import Blind
+from tests.pairing import Pairing
 from tests.strategies import layouts, problems
 
 # Tiles so small that short sequences have empty, full and cut ones.
@@ -32,6 +36,31 @@ def test_memory_is_poisoned():
 def test_exact_in_float64(p, layout, world_size):
     x = make_inputs(p)
     assert_exact(p, x, on_ranks(p, x, world_size, layout, SMALL_TILES))
+
+
+@settings(max_examples=60)
+@given(problems(), layouts, st.integers(2, 5))
+def test_exact_where_two_owners_are_taken_at_once(p, layout, world_size):
+    x = make_inputs(p)
+    assert_exact(p, x, on_ranks(p, x, world_size, layout, Pairing(block_q=5, block_k=7)))
+
+
+@pytest.mark.parametrize(("kv_heads", "expected"), [(1, []), (2, ["both", "some"]), (8, ["both", "some"])])
+def test_some_heads_do_not_wait_for_the_first_keys(kv_heads, expected):
+    kernel = Pairing()
+    p = Problem(seq_len=40, heads=8, kv_heads=kv_heads)
+    on_ranks(p, make_inputs(p), 3, df.Zigzag(), kernel)
+    assert sorted(kernel.taken) == sorted(3 * expected)
+
+
+def test_no_head_waits_for_keys_from_afar():
+    kernel = Pairing()
+    p = Problem(seq_len=40, heads=8, kv_heads=8)
+    x = make_inputs(p)
+    df.transport.Simulator(2).run(
+        lambda near: on_rank(p, x, df.ContextParallel(replace(near, near=False), df.Zigzag(), kernel=kernel))
+    )
+    assert not kernel.taken
 
 
 @settings(max_examples=40)

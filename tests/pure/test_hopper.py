@@ -32,8 +32,8 @@ def test_short_dtypes_are_no_reason():
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_tiles_fit_the_hardware(dim):
-    for density in (0.0, 0.5, 1.0):
-        tile = forward_tile(dim, density)
+    for keys in (0.0, 2.0**20):
+        tile = forward_tile(dim, keys)
         loading = 24 if tile.consumers == 2 else 32
         assert 128 * (tile.consumers * tile.registers + loading) <= 2**16
         places = tile.slots * tile.consumers * 64 + 2 * tile.stages * tile.block_n
@@ -43,5 +43,7 @@ def test_tiles_fit_the_hardware(dim):
         assert 2 * backward_tile(dim).registers + 24 <= 512
 
 
-def test_dense_masks_read_keys_less_often():
-    assert forward_tile(64, 1.0).consumers > forward_tile(64, 0.5).consumers
+def test_queries_that_see_many_keys_share_them_more():
+    assert forward_tile(64, 16384).consumers > forward_tile(64, 1024).consumers
+    # As many keys, and a mask that cuts through most of their tiles.
+    assert forward_tile(64, 4096, density=0.03) == forward_tile(64, 1024)

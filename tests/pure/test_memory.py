@@ -30,7 +30,7 @@ class Hollow:
     def save(self, q, out, lse, dout, dlse):
         stats = torch.empty(2, *lse.shape)
         counter = q.new_zeros(2, dtype=torch.int32) if self.adds_up else None
-        return Saved(q, dout, lse, stats[1], stats, self.adds_up, counter)
+        return Saved(q, dout, lse, stats[1], stats, counter)
 
     def backward(self, saved, k, v, rows, scores, hop, dq, dkv, keys_done):
         keys_done()

@@ -105,7 +105,7 @@ def load_tiles(
 @gluon.jit
 def add_queries(dq, dq_smem, jobs, job_ready, job_free, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
     """The adding warp: each tile's dQ, in the two parts that the warpgroups computed, to the sums in global memory."""
-    COLUMNS: gl.constexpr = 0 if BLOCK_M > ROWS else dq.block_type.shape[3]  # the second part is further down, or right
+    COLUMNS: gl.constexpr = dq.block_type.shape[3]
     for w in gl.static_range(2):
         arrive(DQ_FREE + w, ONE_AND_WARP)
     slot, slot_phase = 0, 0
@@ -117,8 +117,7 @@ def add_queries(dq, dq_smem, jobs, job_ready, job_free, GROUP: gl.constexpr, BLO
                 start = begin + nth(i, before, full, tiles - full) * BLOCK_M
                 for w in gl.static_range(2):
                     sync(DQ_READY + w, ONE_AND_WARP)
-                    row, column = start + w * (BLOCK_M - ROWS), w * COLUMNS
-                    async_add(dq, [batch, kv_head * GROUP + member, row, column], dq_smem.index(w))
+                    async_add(dq, [batch, kv_head * GROUP + member, start, w * COLUMNS], dq_smem.index(w))
                 store_wait(0)
                 for w in gl.static_range(2):
                     arrive(DQ_FREE + w, ONE_AND_WARP)
@@ -145,16 +144,12 @@ def probabilities(s, lse2, start, lo, hi, scale, softcap, layout: gl.constexpr, 
 
 
 @gluon.jit
-def query_part(w: gl.constexpr, ds_smem, k_smem, turn, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Start this warpgroup's part of a tile's dQ = dS K, over all keys of the block: half of the rows or columns."""
+def query_part(w: gl.constexpr, ds_smem, k_smem, turn, WIDTH: gl.constexpr):
+    """Start this warpgroup's part of a tile's dQ = dS K, over all keys of the block: half of the columns."""
     dq = gl.zeros([ROWS, WIDTH], gl.float32, layout=product(WIDTH))
     for n in gl.static_range(2):
         part = ds_smem.index(2 * turn + n)
-        key = k_smem.index(n).reshape([ROWS, k_smem.shape[4]])
-        if BLOCK_M > ROWS:
-            part = part.slice(w * ROWS, ROWS, dim=1)
-        else:
-            key = key.slice(w * WIDTH, WIDTH, dim=1)
+        key = k_smem.index(n).reshape([ROWS, k_smem.shape[4]]).slice(w * WIDTH, WIDTH, dim=1)
         dq = warpgroup_mma(part.permute((1, 0)), key, dq, use_acc=n > 0, is_async=True)
     return dq
 
@@ -215,7 +210,7 @@ def attend(
     arrive(DS_READY + 1 - w, BOTH)
     dv = warpgroup_mma(p16, gradient, dv, is_async=True)
     sync(DS_READY + w, BOTH)
-    dq = query_part(w, ds_smem, k_smem, turn, dq_smem.shape[4], BLOCK_M)
+    dq = query_part(w, ds_smem, k_smem, turn, dq_smem.shape[4])
     dv, p16 = warpgroup_mma_wait(2, [dv, p16])
     arrive(DOUT_FREE + stage, BOTH_AND_WARP)
     ds16 = gl.convert_layout(ds16, gl.DotOperandLayout(0, dk.type.layout, k_width=2))
@@ -338,6 +333,7 @@ def backward_kernel(
     SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES <= MAX_STAGES)
+    gl.static_assert(BLOCK_M == ROWS)  # a part of dQ is a product of 64 rows
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q.dtype)
     one: gl.constexpr = mbarrier.MBarrierLayout()
     q_smem = gl.allocate_shared_memory(q.dtype, [STAGES] + q.block_type.shape, q.layout)

@@ -45,8 +45,19 @@ def nth(i, before, full, masked):
     return gl.where(i >= masked, i - masked + before, gl.where(i < before, i, i + full))
 
 
+@gluon.constexpr_function
+def pack_asm(dtype):
+    return f"cvt.rn.{'bf16' if dtype == gl.bfloat16 else 'f16'}x2.f32 $0, $2, $1;"
+
+
 @gluon.jit
-def row_parts(x):
+def pack(x, like):
+    """``x`` rounded to the dtype of ``like``, in pairs; one by one, they are paired only where they are multiplied."""
+    return gl.inline_asm_elementwise(pack_asm(like.dtype), "=r,f,f", [x], like.dtype, True, 2)
+
+
+@gluon.jit
+def split(x):
     """Columns of ``x [ROWS, N]`` as ``[ROWS, N / 32, 4, 4, 2]``, of which only the last but one is spread over threads.
 
     In a product's layout a thread holds columns 8 j + 2 l and 8 j + 2 l + 1 for its l of 0 to 3 and every j. One
@@ -58,14 +69,77 @@ def row_parts(x):
 
 @gluon.jit
 def row_max(x):
-    parts = gl.max(gl.max(gl.max(row_parts(x), 1), 1), 2)
+    parts = gl.max(gl.max(gl.max(split(x), 1), 1), 2)
     return gl.convert_layout(gl.max(parts, 1), gl.SliceLayout(1, x.type.layout))
 
 
 @gluon.jit
-def row_sum(x):
-    parts = gl.sum(gl.sum(gl.sum(row_parts(x), 1), 1), 2)
-    return gl.convert_layout(gl.sum(parts, 1), gl.SliceLayout(1, x.type.layout))
+def row_parts(x):
+    """The sums ``[ROWS, 4]`` of the columns that each of a row's four threads holds."""
+    return gl.sum(gl.sum(gl.sum(split(x), 1), 1), 2)
+
+
+@gluon.jit
+def halves(x):
+    """The left and the right half of a product's columns, as `split` has them."""
+    four = x.reshape([x.shape[0], 2, x.shape[1] // 64, 4, 4, 2])
+    return gl.split(four.permute((0, 2, 3, 4, 5, 1)))
+
+
+@gluon.jit
+def whole(left, right, like):
+    """The inverse of `halves`, in the layout of ``like``."""
+    six = gl.join(left, right).permute((0, 5, 1, 2, 3, 4))
+    return gl.convert_layout(six.reshape(like.shape), like.type.layout)
+
+
+@gluon.jit
+def half_parts(x):
+    return gl.sum(gl.sum(gl.sum(x, 1), 1), 2)
+
+
+@gluon.jit
+def in_parts(x, like):
+    """A value for each row, beside the parts of `row_parts`."""
+    return gl.convert_layout(x, gl.SliceLayout(1, like.type.layout))[:, None]
+
+
+@gluon.constexpr_function
+def rescale_asm(elements):
+    """PTX that multiplies a thread's elements, of two rows in turn, unless no row of the warp has changed."""
+    first, second = f"${2 * elements}", f"${2 * elements + 2}"
+    lines = [
+        ".reg .pred changed;",
+        ".reg .f32 a, b;",
+        f"setp.neu.f32 changed, {first}, 0f00000000;",
+        f"setp.neu.or.f32 changed, {second}, 0f00000000, changed;",
+        "vote.sync.any.pred changed, changed, 0xffffffff;",
+        "@!changed bra DONE;",
+        f"ex2.approx.ftz.f32 a, {first};",
+        f"ex2.approx.ftz.f32 b, {second};",
+        *(f"mul.f32 ${n}, ${n}, {'ab'[n // 2 % 2]};" for n in range(elements)),
+        "DONE:",
+    ]
+    return "{" + " ".join(lines) + "}"
+
+
+@gluon.constexpr_function
+def rescale_constraints(elements):
+    """In place: outputs, the same registers as inputs, and each element's ``change``."""
+    return ",".join(["=f"] * elements + [str(n) for n in range(elements)] + ["f"] * elements)
+
+
+@gluon.jit
+def rescale(acc, change):
+    """A product ``acc * exp2(change)[:, None]``; a warp with no change in its rows jumps over all of it.
+
+    In assembly, because a branch of the language is taken by a whole warpgroup, which would have to meet for it.
+    """
+    COUNT: gl.constexpr = min(64, acc.shape[1] // 2)
+    by_row = gl.convert_layout(change, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return gl.inline_asm_elementwise(
+        rescale_asm(COUNT), rescale_constraints(COUNT), [acc, by_row], gl.float32, True, COUNT
+    )
 
 
 @gluon.jit
@@ -85,6 +159,19 @@ def sync(number, threads):
 def arrive(number, threads):
     """Be counted at a barrier without waiting for it."""
     gl.inline_asm_elementwise("bar.arrive $1, $2; mov.b32 $0, 0;", "=r,r,r", [number, threads], gl.int32, False, 1)
+
+
+@gluon.jit
+def arrive_after(values, number, same, threads):
+    """As `arrive`, but not before the float32 ``values``, one a row, are known; they are returned.
+
+    ``same`` is equal to ``number``, which the assembler must not be able to tell: it chooses one by the values.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 n; setp.gt.f32 p, $2, $3; selp.b32 n, $4, $6, p; bar.arrive n, $8; "
+        "mov.b32 $0, $2; mov.b32 $1, $3; }",
+        "=f,=f,f,f,r,r,r,r,r,r", [values, number, same, threads], gl.float32, False, 2,
+    )  # fmt: skip
 
 
 @gluon.jit

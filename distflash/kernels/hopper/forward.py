@@ -2,10 +2,13 @@
 
 After FlashAttention-3 (https://arxiv.org/abs/2407.08608): each warpgroup holds 64 queries. The product Q K^T of the
 next tile is in flight before P V of the last, and while one warpgroup computes its softmax, the other's products run.
-The state between hops is that of the portable kernel.
+The state between hops is that of the portable kernel, but for its reference, which follows the maximum only when it
+must (after FlashAttention-4, https://arxiv.org/abs/2603.05451): see `follow`.
 
 As many programs run as there are multiprocessors, and each takes the next block of queries when it has room for it: the
 loading warp asks for it, tells the others, and loads ahead while they finish the last one.
+
+A block's keys come from one owner or from two, one after the other: see `Pairing` in `distflash.kernels.base`.
 
 [Note: shapes] as in `common`.
 """
@@ -25,18 +28,25 @@ from distflash.kernels.hopper.common import (
     ROWS,
     advance,
     arrive,
+    arrive_after,
+    half_parts,
+    halves,
+    in_parts,
     leave,
     next_job,
     nth,
+    pack,
     pick,
     post,
     product,
     read,
+    rescale,
     row_max,
-    row_sum,
+    row_parts,
     span,
     sync,
     tanh,
+    whole,
 )
 from distflash.kernels.hopper.compat import async_load, async_store, barrier, reinterpret, store_wait
 
@@ -46,111 +56,241 @@ K_FREE = gl.constexpr(8)
 V_FREE = gl.constexpr(12)
 MAX_STAGES = gl.constexpr(4)
 JOB = gl.constexpr(6)  # first, plane, begin, before, full, tiles
+JOB_2 = gl.constexpr(10)  # and the last four for the other owner
+SLACK = gl.constexpr(8.0)  # in base 2
 
 
 @gluon.jit
-def softmax(
-    s, m, l, start, lo, hi, scale, softcap, layout: gl.constexpr, SOFTCAP: gl.constexpr, MASKED,
-):  # fmt: skip
-    """Take raw products ``s [ROWS, N]`` into the running maximum and sum.
+def tiles_of(ends, first, last, least, BLOCK_N: gl.constexpr):
+    """`span` of one owner's keys, of which at least so many tiles are visited."""
+    row_lo, row_hi = ends
+    begin, before, full, tiles = span(row_lo, row_hi, first, last, BLOCK_N, 1)
+    return begin, before, full, gl.maximum(tiles, least)
 
-    Returns P in float32, what to scale the past by, and the new maximum and sum.
-    """
-    factor = scale * LOG2E
-    if SOFTCAP:
-        s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
-        factor = 1.0
-    if MASKED:  # a value of the loop: a tile inside every interval skips this
-        keys = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, layout))[None, :]
-        s = gl.where((keys >= (lo - start)[:, None]) & (keys < (hi - start)[:, None]), s, float("-inf"))
-    m_new = gl.maximum(m, row_max(s) * factor)
-    # A row that has seen nothing yet: -inf - -inf would be NaN.
-    shift = gl.where(m_new == float("-inf"), 0.0, m_new)
-    p = gl.exp2(s * factor - shift[:, None])
-    alpha = gl.exp2(m - shift)
-    return p, alpha, m_new, l * alpha + row_sum(p)
+
+@gluon.jit
+def load_keys(
+    k, v, batch, kv_head, part, smem, gates, stage, loaded,
+    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One owner's tiles of keys and values, as room becomes free."""
+    k_smem, v_smem, k_ready, v_ready = smem[1], smem[2], gates[2], gates[3]
+    begin, before, full, tiles = part
+    for i in range(tiles):
+        start = begin + nth(i, before, full, tiles - full) * BLOCK_N
+        if loaded >= STAGES:
+            sync(K_FREE + stage, 32 + CONSUMERS * 128)
+        mbarrier.expect(k_ready.index(stage), k.block_type.nbytes)
+        async_load(k, [batch, kv_head, start, 0], k_ready.index(stage), k_smem.index(stage))
+        if loaded >= STAGES:
+            sync(V_FREE + stage, 32 + CONSUMERS * 128)
+        mbarrier.expect(v_ready.index(stage), v.block_type.nbytes)
+        async_load(v, [batch, kv_head, start, 0], v_ready.index(stage), v_smem.index(stage))
+        loaded += 1
+        stage = advance(stage, 0, STAGES)[0]
+    return stage, loaded
 
 
 @gluon.jit
 def load_tiles(
-    q, k, v, smem, gates, jobs, counter, ends, grid,
+    q, owner, other, smem, gates, jobs, counter, grid,
     SLOTS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    TWO: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: every block's queries, then keys and values of its tiles, as room becomes free."""
+    """The loading warp: every block's queries, then keys and values of its tiles."""
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
-    q_smem, k_smem, v_smem = smem
-    q_ready, q_free, k_ready, v_ready = gates
-    row_lo, row_hi = ends
-    queries, heads, batches, heads_at_once, programs = grid
+    q_smem, _, _ = smem
+    q_ready, q_free, _, _ = gates
+    k, v, ends = owner
+    other_k, other_v, other_ends = other
+    queries, heads, head_count, done, batches, heads_at_once, programs = grid
     blocks = gl.cdiv(queries, BLOCK_M)
     slot, slot_phase, stage, loaded = 0, 1, 0, 0
     program = gl.program_id(0)
-    while program < blocks * heads * batches:
-        block, plane = pick(program, blocks, heads * batches, heads_at_once)
+    while program < blocks * head_count * batches:
+        block, place = pick(program, blocks, head_count * batches, heads_at_once)
+        batch, head = place // head_count, place % head_count
         first = (blocks - 1 - block) * BLOCK_M  # under causal masks later rows see more: longest first
-        begin, before, full, tiles = span(row_lo, row_hi, first, gl.minimum(first + BLOCK_M, queries) - 1, BLOCK_N, 1)
-        batch, head = plane // heads, plane % heads
-        kv_head = head // GROUP
-        mbarrier.wait(q_free.index(slot), slot_phase)
-        post(jobs, slot, (first, plane, begin, before, full, tiles))
+        last = gl.minimum(first + BLOCK_M, queries) - 1
+        begin, before, full, tiles = tiles_of(ends, first, last, 0 if TWO else 1, BLOCK_N)
+        plane = batch * heads + head
+        if TWO:
+            tiles = gl.where(head < done, 0, tiles)
+            full = gl.where(head < done, 0, full)
+            least = gl.where(tiles > 0, 0, 1)
+            begin_2, before_2, full_2, tiles_2 = tiles_of(other_ends, first, last, least, BLOCK_N)
+            mbarrier.wait(q_free.index(slot), slot_phase)
+            post(jobs, slot, (first, plane, begin, before, full, tiles, begin_2, before_2, full_2, tiles_2))
+        else:
+            mbarrier.wait(q_free.index(slot), slot_phase)
+            post(jobs, slot, (first, plane, begin, before, full, tiles))
         mbarrier.expect(q_ready.index(slot), CONSUMERS * q.block_type.nbytes)
         for w in gl.static_range(CONSUMERS):
             async_load(q, [batch, head, first + w * ROWS, 0], q_ready.index(slot), q_smem.index(slot * CONSUMERS + w))
         slot, slot_phase = advance(slot, slot_phase, SLOTS)
-        for i in range(tiles):
-            start = begin + nth(i, before, full, tiles - full) * BLOCK_N
-            if loaded >= STAGES:
-                sync(K_FREE + stage, 32 + CONSUMERS * 128)
-            mbarrier.expect(k_ready.index(stage), k.block_type.nbytes)
-            async_load(k, [batch, kv_head, start, 0], k_ready.index(stage), k_smem.index(stage))
-            if loaded >= STAGES:
-                sync(V_FREE + stage, 32 + CONSUMERS * 128)
-            mbarrier.expect(v_ready.index(stage), v.block_type.nbytes)
-            async_load(v, [batch, kv_head, start, 0], v_ready.index(stage), v_smem.index(stage))
-            loaded += 1
-            stage, _ = advance(stage, 0, STAGES)
+        stage, loaded = load_keys(
+            k, v, batch, head // GROUP, (begin, before, full, tiles), smem, gates, stage, loaded,
+            BLOCK_N, CONSUMERS, STAGES,
+        )  # fmt: skip
+        if TWO:
+            stage, loaded = load_keys(
+                other_k, other_v, batch, head // GROUP, (begin_2, before_2, full_2, tiles_2), smem, gates, stage,
+                loaded, BLOCK_N, CONSUMERS, STAGES,
+            )  # fmt: skip
         program = next_job(counter, programs)
     mbarrier.wait(q_free.index(slot), slot_phase)
-    post(jobs, slot, (0, 0, 0, 0, 0, 0))
+    if TWO:
+        post(jobs, slot, (0, 0, 0, 0, 0, 0, 0, 0, 0, 0))
+    else:
+        post(jobs, slot, (0, 0, 0, 0, 0, 0))
     mbarrier.arrive(q_ready.index(slot))
     leave(counter, programs)
 
 
 @gluon.jit
-def attend(
-    w: gl.constexpr, state, q, smem, gates, start, lo, hi, scale, softcap,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
-    MASKED,
+def read_job(jobs, slot, TWO: gl.constexpr):
+    """A block's first query, its plane, and the tiles of both owners, of which the other may have none."""
+    if TWO:
+        return read(jobs, slot, JOB_2)
+    else:
+        return read(jobs, slot, JOB) + (0, 0, 0, 0)
+
+
+@gluon.jit
+def tile_at(i, job, BLOCK_N: gl.constexpr, TWO: gl.constexpr):
+    """Of a block's tile ``i``: where it starts, whether it needs the mask, whether it is the other owner's."""
+    begin, before, full, tiles, begin_2, before_2, full_2, tiles_2 = job
+    theirs = i >= tiles
+    if TWO:
+        i = gl.where(theirs, i - tiles, i)
+        begin = gl.where(theirs, begin_2, begin)
+        before = gl.where(theirs, before_2, before)
+        full = gl.where(theirs, full_2, full)
+        tiles = gl.where(theirs, tiles_2, tiles)
+    masked = tiles - full
+    return begin + nth(i, before, full, masked) * BLOCK_N, i < masked, theirs
+
+
+@gluon.jit
+def scores(s, tile, ends, scale, softcap, layout: gl.constexpr, SOFTCAP: gl.constexpr, TWO: gl.constexpr):
+    """From raw products ``s [ROWS, N]`` to what, times the factor also returned, are scores in base 2."""
+    start, masked, theirs = tile
+    lo, hi, lo_2, hi_2 = ends
+    factor = scale * LOG2E
+    if SOFTCAP:
+        s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
+        factor = 1.0
+    if masked:  # a value of the loop: a tile inside every interval skips this
+        if TWO:
+            lo = gl.where(theirs, lo_2, lo)
+            hi = gl.where(theirs, hi_2, hi)
+        keys = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, layout))[None, :]
+        s = gl.where((keys >= (lo - start)[:, None]) & (keys < (hi - start)[:, None]), s, float("-inf"))
+    return s, factor
+
+
+@gluon.jit
+def follow(s, factor, m):
+    """The reference that sums are kept relative to: it follows the maximum when that is 2^SLACK times above it.
+
+    Sums up to 2^SLACK times larger are as exact, and nearly always nothing has to be rescaled.
+
+    Returns:
+        The new reference, the same but finite, and the old one's logarithm relative to it, 0 where nothing changes.
+    """
+    top = row_max(s) * factor
+    m_new = gl.where(top > m + SLACK, top, m)
+    # A row that has seen nothing yet: -inf - -inf would be NaN.
+    shift = gl.where(m_new == float("-inf"), 0.0, m_new)
+    return m_new, shift, m - shift
+
+
+@gluon.jit
+def exponentials(s, factor, shift, l, change):
+    """P in float32, and the sums of each thread's part of the rows."""
+    p = gl.exp2(s * factor - shift[:, None])
+    return p, l * in_parts(gl.exp2(change), l) + row_parts(p)
+
+
+@gluon.jit
+def multiply(
+    w: gl.constexpr, q, p, acc, smem, gates, stage, phase,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr,
 ):  # fmt: skip
-    """Start Q K^T of the tile at ``start`` and P V of the tile before it; then this tile's softmax."""
-    m, l, acc, p, stage, phase = state
-    _, k_smem, v_smem = smem
-    _, _, k_ready, v_ready = gates
+    """Start Q K^T of the next tile and P V of this one, when it is this warpgroup's turn."""
+    k_smem, v_smem, k_ready, v_ready = smem[1], smem[2], gates[2], gates[3]
     BLOCK_N: gl.constexpr = k_smem.shape[3]
-    DP: gl.constexpr = k_smem.shape[4]
-    VP: gl.constexpr = v_smem.shape[4]
     following, following_phase = advance(stage, phase, STAGES)
     mbarrier.wait(k_ready.index(following), following_phase)
     mbarrier.wait(v_ready.index(stage), phase)
     sync(TURN + w, 256)
-    key = k_smem.index(following).reshape([BLOCK_N, DP])
+    key = k_smem.index(following).reshape([BLOCK_N, k_smem.shape[4]])
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=mma_s)
     s = warpgroup_mma(q, key.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    acc = warpgroup_mma(p, v_smem.index(stage).reshape([BLOCK_N, VP]), acc, is_async=True)
+    acc = warpgroup_mma(p, v_smem.index(stage).reshape([BLOCK_N, v_smem.shape[4]]), acc, is_async=True)
     arrive(TURN + (w + 1) % CONSUMERS, 256)
+    return s, acc, following, following_phase
+
+
+@gluon.jit
+def attend(
+    w: gl.constexpr, state, q, smem, gates, tile, ends, scale, softcap, zero,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
+    HALVES: gl.constexpr, TWO: gl.constexpr,
+):  # fmt: skip
+    """P V of a tile under the first part of the next one's softmax: up to the maximum, or half of the exponentials."""
+    m, l, acc, p, stage, phase = state
+    EVERYBODY: gl.constexpr = 32 + CONSUMERS * 128
+    s, acc, following, following_phase = multiply(w, q, p, acc, smem, gates, stage, phase, CONSUMERS, STAGES, mma_s)
     s = warpgroup_mma_wait(1, [s])
-    arrive(K_FREE + following, 32 + CONSUMERS * 128)
-    p32, alpha, m, l = softmax(s, m, l, start, lo, hi, scale, softcap, mma_s, SOFTCAP, MASKED)
+    s, factor = scores(s, tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
+    m, shift, change = follow(s, factor, m)
+    # The assembler would move the wait for P V up to that for Q K^T; an arrival that depends on results holds it.
+    if HALVES:
+        left, right = halves(s * factor - shift[:, None])
+        left = gl.exp2(left)
+        l = l * in_parts(gl.exp2(change), l) + gl.convert_layout(half_parts(left), l.type.layout)
+        l = arrive_after(l, K_FREE + following, K_FREE + following + zero, EVERYBODY)
+    else:
+        shift = arrive_after(shift, K_FREE + following, K_FREE + following + zero, EVERYBODY)
     acc, p = warpgroup_mma_wait(0, [acc, p])
-    arrive(V_FREE + stage, 32 + CONSUMERS * 128)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, mma_o))[:, None]
+    arrive(V_FREE + stage, EVERYBODY)
+    acc = rescale(acc, change)
+    if HALVES:
+        right = gl.exp2(right)
+        l = l + gl.convert_layout(half_parts(right), l.type.layout)
+        p32 = whole(left, right, s)
+    else:
+        p32, l = exponentials(s, factor, shift, l, change)
     p = gl.convert_layout(p32.to(p.dtype), p.type.layout)
     return m, l, acc, p, following, following_phase
 
 
 @gluon.jit
+def attend_in_turn(
+    w: gl.constexpr, state, q, smem, gates, tile, ends, scale, softcap,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
+    TWO: gl.constexpr,
+):  # fmt: skip
+    """A tile's softmax, then its P V and the next tile's Q K^T, and the wait for both."""
+    m, l, acc, s, stage, phase = state
+    EVERYBODY: gl.constexpr = 32 + CONSUMERS * 128
+    s, factor = scores(s, tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
+    m, shift, change = follow(s, factor, m)
+    acc = rescale(acc, change)
+    p32, l = exponentials(s, factor, shift, l, change)
+    p = gl.convert_layout(pack(p32, q), gl.DotOperandLayout(0, mma_o, k_width=2))
+    s, acc, following, following_phase = multiply(w, q, p, acc, smem, gates, stage, phase, CONSUMERS, STAGES, mma_s)
+    s = warpgroup_mma_wait(1, [s])
+    arrive(K_FREE + following, EVERYBODY)
+    acc, p = warpgroup_mma_wait(0, [acc, p])
+    arrive(V_FREE + stage, EVERYBODY)
+    return m, l, acc, s, following, following_phase
+
+
+@gluon.jit
 def begin(
-    sinks, sums, at_row, at_out, exists, kept, head, first_hop, mma_s: gl.constexpr, mma_o: gl.constexpr,
+    sinks, sums, at_row, at_out, exists, kept, head, fresh, mma_s: gl.constexpr, mma_o: gl.constexpr,
     SINKS: gl.constexpr,
 ):  # fmt: skip
     """The state ``(maximum, total, weighted)`` that queries start from: nothing, the sinks, or the last hop's."""
@@ -158,7 +298,7 @@ def begin(
     VP: gl.constexpr = at_out.shape[1]
     m = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, mma_s))
     acc = gl.zeros([ROWS, VP], gl.float32, layout=mma_o)
-    if first_hop != 0:
+    if fresh:
         if SINKS:
             m = gl.full([ROWS], LOG2E, gl.float32, layout=m.type.layout) * gl.load(sinks + head).to(gl.float32)
         l = gl.where(m == float("-inf"), 0.0, 1.0)
@@ -195,55 +335,72 @@ def end(state, final, place, lse, sums, at_row, at_out, exists, kept, batch, hea
 
 @gluon.jit
 def block(
-    w: gl.constexpr, state, query, smem, gates, stage, phase, job, lo, hi, scale, softcap, previous, q_free,
+    w: gl.constexpr, state, query, smem, gates, stage, phase, job, ends, scale, softcap, zero, previous, q_free,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
+    IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr,
 ):  # fmt: skip
     """Take all of a block's tiles into its state. ``previous`` is the last block's place, to be freed, or -1."""
     m, l, acc = state
     _, k_smem, v_smem = smem
     _, _, k_ready, v_ready = gates
-    begin_at, before, full, tiles = job
     BLOCK_N: gl.constexpr = k_smem.shape[3]
     VP: gl.constexpr = v_smem.shape[4]
-    masked = tiles - full
     mbarrier.wait(k_ready.index(stage), phase)
     key = k_smem.index(stage).reshape([BLOCK_N, k_smem.shape[4]])
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=mma_s)
     s = warpgroup_mma(query, key.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, [s])
     arrive(K_FREE + stage, 32 + CONSUMERS * 128)
-    start = begin_at + nth(0, before, full, masked) * BLOCK_N
-    p32, alpha, m, l = softmax(s, m, l, start, lo, hi, scale, softcap, mma_s, SOFTCAP, masked > 0)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, mma_o))[:, None]
+    # One thread of each row carries its sum so far, the others begin with 0.
+    parts = row_parts(zeros)
+    column = gl.arange(0, parts.shape[1], layout=gl.SliceLayout(0, parts.type.layout))[None, :]
+    l = gl.where(column == 0, in_parts(l, parts), 0.0)
+    tiles = job[3] + job[7]
+    if IN_TURN:
+        if previous >= 0:  # by now, the last block's output has left its place
+            store_wait(0)
+            mbarrier.arrive(q_free.index(previous))
+        for i in range(tiles - 1):
+            m, l, acc, s, stage, phase = attend_in_turn(
+                w, (m, l, acc, s, stage, phase), query, smem, gates, tile_at(i, job, BLOCK_N, TWO), ends, scale,
+                softcap, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, TWO,
+            )  # fmt: skip
+        last_tile = tile_at(tiles - 1, job, BLOCK_N, TWO)
+    else:
+        last_tile = tile_at(0, job, BLOCK_N, TWO)
+    s, factor = scores(s, last_tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
+    m, shift, change = follow(s, factor, m)
+    p32, l = exponentials(s, factor, shift, l, change)
     p = gl.convert_layout(p32.to(k_smem.dtype), gl.DotOperandLayout(0, mma_o, k_width=2))
-    if previous >= 0:  # by now, the last block's output has left its place
-        store_wait(0)
-        mbarrier.arrive(q_free.index(previous))
-    for i in range(1, tiles):
-        start = begin_at + nth(i, before, full, masked) * BLOCK_N
-        m, l, acc, p, stage, phase = attend(
-            w, (m, l, acc, p, stage, phase), query, smem, gates, start, lo, hi, scale, softcap,
-            CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, i < masked,
-        )  # fmt: skip
+    acc = rescale(acc, change)
+    if not IN_TURN:
+        if previous >= 0:
+            store_wait(0)
+            mbarrier.arrive(q_free.index(previous))
+        for i in range(1, tiles):
+            m, l, acc, p, stage, phase = attend(
+                w, (m, l, acc, p, stage, phase), query, smem, gates, tile_at(i, job, BLOCK_N, TWO), ends, scale,
+                softcap, zero, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, HALVES, TWO,
+            )  # fmt: skip
     mbarrier.wait(v_ready.index(stage), phase)
     acc = warpgroup_mma(p, v_smem.index(stage).reshape([BLOCK_N, VP]), acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, [acc, p])
     arrive(V_FREE + stage, 32 + CONSUMERS * 128)
     stage, phase = advance(stage, phase, STAGES)
-    return (m, l, acc), stage, phase
+    return (m, gl.convert_layout(gl.sum(l, 1), m.type.layout), acc), stage, phase
 
 
 @gluon.jit
 def consume(
     w: gl.constexpr, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
     SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, V: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
+    SOFTCAP: gl.constexpr, SINKS: gl.constexpr, IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``w``: attention of 64 queries of every block."""
     q_smem, _, v_smem = smem
     q_ready, q_free, _, _ = gates
-    row_lo, row_hi = ends
-    queries, heads = sizes
+    row_lo, row_hi, other_lo, other_hi = ends
+    queries, heads, done = sizes
     first_hop, last_hop = hop
     VP: gl.constexpr = v_smem.shape[4]
     mma_s: gl.constexpr = product(BLOCK_N)
@@ -253,25 +410,32 @@ def consume(
 
     stage, phase, slot, slot_phase, previous = 0, 0, 0, 0, -1
     mbarrier.wait(q_ready.index(slot), slot_phase)
-    first, plane, begin_at, before, full, tiles = read(jobs, slot, JOB)
-    while tiles > 0:
+    first, plane, begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2 = read_job(jobs, slot, TWO)
+    while tiles + tiles_2 > 0:
         batch, head = plane // heads, plane % heads
         first += w * ROWS
         rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_s))
         exists = rows < queries
         lo = gl.load(row_lo + rows, mask=exists, other=0)
         hi = gl.load(row_hi + rows, mask=exists, other=0)
+        lo_2 = lo
+        hi_2 = hi
+        if TWO:
+            lo_2 = gl.load(other_lo + rows, mask=exists, other=0)
+            hi_2 = gl.load(other_hi + rows, mask=exists, other=0)
         at_row = plane.to(gl.int64) * queries + rows
         rows_out = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_o))
         columns = gl.arange(0, VP, layout=gl.SliceLayout(0, mma_o))
         at_out = ((batch.to(gl.int64) * queries + rows_out) * heads + head)[:, None] * V + columns[None, :]
         kept = (rows_out < queries)[:, None] & (columns < V)[None, :]
-        state = begin(sinks, sums, at_row, at_out, exists, kept, head, first_hop, mma_s, mma_o, SINKS)
+        fresh = (first_hop != 0) & (head >= done)
+        state = begin(sinks, sums, at_row, at_out, exists, kept, head, fresh, mma_s, mma_o, SINKS)
         place = q_smem.index(slot * CONSUMERS + w)
         query = place.reshape([ROWS, q_smem.shape[4]])
+        job = (begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2)
         state, stage, phase = block(
-            w, state, query, smem, gates, stage, phase, (begin_at, before, full, tiles), lo, hi, scale, softcap,
-            previous, q_free, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP,
+            w, state, query, smem, gates, stage, phase, job, (lo, hi, lo_2, hi_2), scale, softcap, first_hop >> 1,
+            previous, q_free, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, IN_TURN, HALVES, TWO,
         )  # fmt: skip
         end(state, final, place, lse, sums, at_row, at_out, exists, kept, batch, head, first, last_hop)
         if SLOTS > 1:
@@ -281,28 +445,37 @@ def consume(
             mbarrier.arrive(q_free.index(slot))
         slot, slot_phase = advance(slot, slot_phase, SLOTS)
         mbarrier.wait(q_ready.index(slot), slot_phase)
-        first, plane, begin_at, before, full, tiles = read(jobs, slot, JOB)
+        first, plane, begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2 = read_job(jobs, slot, TWO)
     store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["queries", "batches", "first_hop", "last_hop", "heads_at_once", "programs"])
+@gluon.jit(
+    do_not_specialize=[
+        "queries", "heads", "batches", "head_count", "done", "first_hop", "last_hop", "heads_at_once", "programs",
+    ]
+)  # fmt: skip
 def forward_kernel(
-    q, k, v,  # descriptors of [B, H, T, D], [B, G, K, D], [B, G, K, V]
-    row_lo, row_hi,  # int32 [T]
+    q, k, v, row_lo, row_hi,  # descriptors of [B, H, T, D], [B, G, K, D], [B, G, K, V]; int32 [T]
+    other_k, other_v, other_lo, other_hi,  # the same of another owner, read where TWO
     sinks,  # [H], read where SINKS
     final, lse,  # descriptor of [B, H, T, V] in q's dtype, float32 [B, H, T]: written by the last hop
     maximum, total, weighted,  # float32 [B, H, T], [B, H, T], [B, T, H, V]: between hops
     counter,  # int32 [2], zeros, and zeros again afterwards
-    scale, softcap, queries, heads, batches, first_hop, last_hop, heads_at_once, programs,
+    scale, softcap, queries, heads, batches,
+    head_count, done,  # the heads of this launch, and, where TWO, how many of them have seen the owner's keys before
+    first_hop, last_hop, heads_at_once, programs,
     GROUP: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, SLOTS: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
+    REGISTERS: gl.constexpr, SLOTS: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, IN_TURN: gl.constexpr,
+    HALVES: gl.constexpr, TWO: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES <= MAX_STAGES)
     one: gl.constexpr = mbarrier.MBarrierLayout()
     q_smem = gl.allocate_shared_memory(q.dtype, [SLOTS * CONSUMERS] + q.block_type.shape, q.layout)
     k_smem = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
     v_smem = gl.allocate_shared_memory(v.dtype, [STAGES] + v.block_type.shape, v.layout)
-    jobs = gl.allocate_shared_memory(gl.int32, [SLOTS * JOB, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    jobs = gl.allocate_shared_memory(
+        gl.int32, [SLOTS * (JOB_2 if TWO else JOB), 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     q_ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], one)
     q_free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], one)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
@@ -315,42 +488,40 @@ def forward_kernel(
         mbarrier.init(v_ready.index(n), count=1)
     fence_async_shared()
 
-    smem = (q_smem, k_smem, v_smem)
-    gates = (q_ready, q_free, k_ready, v_ready)
-    ends = (row_lo, row_hi)
-    sums = (maximum, total, weighted)
-    sizes = (queries, heads)
-    hop = (first_hop, last_hop)
-    grid = (queries, heads, batches, heads_at_once, programs)
+    smem, gates = (q_smem, k_smem, v_smem), (q_ready, q_free, k_ready, v_ready)
+    owner, other = (k, v, (row_lo, row_hi)), (other_k, other_v, (other_lo, other_hi))
+    ends = (row_lo, row_hi, other_lo, other_hi)
+    sums, sizes, hop = (maximum, total, weighted), (queries, heads, done), (first_hop, last_hop)
+    grid = (queries, heads, head_count, done, batches, heads_at_once, programs)
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (
                 0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
-                SLOTS, BLOCK_N, V, CONSUMERS, STAGES, SOFTCAP, SINKS,
+                SLOTS, BLOCK_N, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
             )),
             (consume, (
                 1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
-                SLOTS, BLOCK_N, V, CONSUMERS, STAGES, SOFTCAP, SINKS,
+                SLOTS, BLOCK_N, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
             )),
             (load_tiles, (
-                q, k, v, smem, gates, jobs, counter, ends, grid, SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES,
+                q, owner, other, smem, gates, jobs, counter, grid, SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (
                 0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
-                SLOTS, BLOCK_N, V, CONSUMERS, STAGES, SOFTCAP, SINKS,
+                SLOTS, BLOCK_N, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
             )),
             (consume, (
                 1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
-                SLOTS, BLOCK_N, V, CONSUMERS, STAGES, SOFTCAP, SINKS,
+                SLOTS, BLOCK_N, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
             )),
             (consume, (
                 2, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
-                SLOTS, BLOCK_N, V, CONSUMERS, STAGES, SOFTCAP, SINKS,
+                SLOTS, BLOCK_N, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
             )),
             (load_tiles, (
-                q, k, v, smem, gates, jobs, counter, ends, grid, SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES,
+                q, owner, other, smem, gates, jobs, counter, grid, SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO,
             )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 32])  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distflash.intervals import Intervals
-from distflash.kernels.base import Hop, KeyGradient, Problem, QueryGradient, Saved, Scores
+from distflash.kernels.base import Hop, KeyGradient, Keys, Problem, QueryGradient, Saved, Scores
 from distflash.kernels.hopper.tiles import BackwardTile, ForwardTile, backward_tile, forward_tile, padded
 from distflash.kernels.triton import Triton
 from distflash.partial import Partial
@@ -60,18 +60,35 @@ class Hopper:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, rows: Intervals, scores: Scores, hop: Hop, into: Partial
     ) -> None:
+        self._forward(q, Keys(k, v, rows), scores, hop, into)
+
+    def forward_some(self, q: Tensor, own: Keys, scores: Scores, kv_heads: int, into: Partial) -> None:
+        self._forward(q, own, scores, Hop(first=True, last=False), into, kv_heads)
+
+    def forward_both(
+        self, q: Tensor, own: Keys, other: Keys, scores: Scores, kv_heads: int, last: bool, into: Partial
+    ) -> None:
+        self._forward(q, own, scores, Hop(first=True, last=last), into, kv_heads, other)
+
+    def _forward(
+        self, q: Tensor, keys: Keys, scores: Scores, hop: Hop, into: Partial, kv_heads: int | None = None,
+        other: Keys | None = None,
+    ) -> None:  # fmt: skip
         from distflash.kernels.hopper import launches
 
-        dim = padded(max(q.shape[-1], v.shape[-1]))
-        tile = self.forward_tile or forward_tile(dim, rows.pairs / (q.shape[1] * k.shape[1]))
+        owners = [keys] if other is None else [keys, other]
+        seen = sum(owner.rows.pairs for owner in owners) / q.shape[1]
+        dim = padded(max(q.shape[-1], keys.v.shape[-1]))
+        tile = self.forward_tile or forward_tile(dim, seen, seen / sum(owner.k.shape[1] for owner in owners))
         with torch.cuda.device(q.device):
-            launches.forward(tile, self._programs(q.device), q, k, v, rows, scores, hop, into).run()
+            programs = self._programs(q.device)
+            launches.forward(tile, programs, q, keys, scores, hop, into, kv_heads, other).run()
 
     def save(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Saved:
         saved = Triton().save(q, out, lse, dout, dlse)
         if not self._fused(q, out):
             return saved
-        return replace(saved, adds_up=True, counter=q.new_zeros(2, dtype=torch.int32))
+        return replace(saved, counter=q.new_zeros(2, dtype=torch.int32))
 
     def backward(
         self,

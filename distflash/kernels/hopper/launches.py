@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from distflash.intervals import Intervals
-from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Saved, Scores
+from distflash.kernels.base import Hop, KeyGradient, Keys, QueryGradient, Saved, Scores
 from distflash.kernels.hopper.backward import backward_kernel
 from distflash.kernels.hopper.forward import forward_kernel
 from distflash.kernels.hopper.tiles import BackwardTile, ForwardTile, padded
@@ -24,25 +24,29 @@ ROWS = 64  # of one warpgroup's matrix instruction
 
 
 def forward(
-    tile: ForwardTile, programs: int, q: Tensor, k: Tensor, v: Tensor, rows: Intervals, scores: Scores, hop: Hop,
-    into: Partial,
+    tile: ForwardTile, programs: int, q: Tensor, keys: Keys, scores: Scores, hop: Hop, into: Partial,
+    kv_heads: int | None = None, other: Keys | None = None,
 ) -> Launch:  # fmt: skip
+    """Of the first ``kv_heads`` key heads only; or, with ``other``, of all heads after those: see `Pairing`."""
     scale = scores.scale
     if scale < 0:  # the kernel takes the maximum before it scales
         q, scale = -q, -scale
     B, T, H, D = q.shape
-    G, V = k.shape[2], v.shape[3]
+    G, V = keys.k.shape[2], keys.v.shape[3]
+    group, some = H // G, G if kv_heads is None else kv_heads
+    heads = H if other else some * group
     sinks, running = scores.sinks, into.running
-    blocks = triton.cdiv(T, tile.consumers * ROWS) * B * H
+    blocks = triton.cdiv(T, tile.consumers * ROWS)
+    programs = min(programs, blocks * B * heads)
+    owner = _owner(keys, tile.block_n)
+    second = _owner(other, tile.block_n) if other else owner
     return Launch(
         kernel=forward_kernel,
-        programs=min(programs, blocks),
+        programs=programs,
         arguments=dict(
             q=_descriptor(q, ROWS, padded(D)),
-            k=_descriptor(k, tile.block_n, padded(D)),
-            v=_descriptor(v, tile.block_n, padded(V)),
-            row_lo=rows.row_lo,
-            row_hi=rows.row_hi,
+            **dict(zip(("k", "v", "row_lo", "row_hi"), owner, strict=True)),
+            **dict(zip(("other_k", "other_v", "other_lo", "other_hi"), second, strict=True)),
             sinks=into.lse if sinks is None else sinks,
             final=_descriptor(into.final, ROWS, padded(V)),
             lse=into.lse,
@@ -55,11 +59,13 @@ def forward(
             queries=T,
             heads=H,
             batches=B,
+            head_count=heads,
+            done=some * group if other else 0,
             first_hop=int(hop.first),
             last_hop=int(hop.last),
-            heads_at_once=heads_at_once(k, v) * (H // G),
-            programs=min(programs, blocks),
-            GROUP=H // G,
+            heads_at_once=group * _neighbours(blocks * group, programs, keys.k, keys.v),
+            programs=programs,
+            GROUP=group,
             V=V,
             BLOCK_N=tile.block_n,
             CONSUMERS=tile.consumers,
@@ -68,6 +74,9 @@ def forward(
             SLOTS=tile.slots,
             SOFTCAP=scores.softcap > 0,
             SINKS=sinks is not None,
+            IN_TURN=tile.in_turn,
+            HALVES=tile.halves,
+            TWO=other is not None,
             num_warps=4,
         ),
     )
@@ -82,10 +91,10 @@ def backward(
     B, T, H, D = q.shape
     _, K, G, V = v.shape
     M, wide = tile.block_m, dkv.dk.dtype != q.dtype
-    blocks = triton.cdiv(K, 2 * ROWS) * B * G
+    programs = min(programs, triton.cdiv(K, 2 * ROWS) * B * G)
     return Launch(
         kernel=backward_kernel,
-        programs=min(programs, blocks),
+        programs=programs,
         arguments=dict(
             q=_descriptor(q, M, padded(D)),
             k=_descriptor(k, ROWS, padded(D)),
@@ -94,7 +103,7 @@ def backward(
             stats=_columns(stats, T, M),
             col_lo=rows.col_lo,
             col_hi=rows.col_hi,
-            dq=_descriptor(dq.sum, ROWS, padded(D) if M > ROWS else padded(D) // 2, tile.swizzle),
+            dq=_descriptor(dq.sum, ROWS, padded(D) // 2, tile.swizzle),
             dk=dkv.dk if wide else _descriptor(dkv.dk, ROWS, padded(D)),
             dv=dkv.dv if wide else _descriptor(dkv.dv, ROWS, padded(V)),
             WIDE=wide,
@@ -104,8 +113,8 @@ def backward(
             keys=K,
             kv_heads=G,
             batches=B,
-            heads_at_once=max(1, heads_at_once(q, saved.dout) // (H // G)),
-            programs=min(programs, blocks),
+            heads_at_once=_neighbours(triton.cdiv(K, 2 * ROWS), programs, *[q, saved.dout] * (H // G)),
+            programs=programs,
             GROUP=H // G,
             D=D,
             V=V,
@@ -118,6 +127,22 @@ def backward(
             num_warps=4,
         ),
     )
+
+
+def _owner(keys: Keys, rows: int) -> tuple[Any, Any, Tensor, Tensor]:
+    """Keys and values in tiles of so many rows, and the ends of the intervals."""
+    k, v = (_descriptor(x, rows, padded(x.shape[3])) for x in (keys.k, keys.v))
+    return k, v, keys.rows.row_lo, keys.rows.row_hi
+
+
+def _neighbours(blocks: int, programs: int, *shared: Tensor) -> int:
+    """How many key heads of so many blocks each to work on at a time: a power of two that fits into the L2 cache.
+
+    Programs side by side that read the same tiles at about the same time have them read from the cache once, so few are
+    best; but enough to keep all programs busy, and long blocks from being begun last.
+    """
+    wanted = min(triton.cdiv(programs, blocks), heads_at_once(*shared))
+    return 1 << (wanted.bit_length() - 1)
 
 
 def _descriptor(x: Tensor, rows: int, columns: int, swizzle: int = 128) -> Any:

@@ -17,6 +17,9 @@ class ForwardTile:
     Attributes:
         registers: of each consumer's threads.
         slots: blocks of queries that have a place in shared memory.
+        in_turn: softmax and products of a warpgroup take turns; otherwise its P V runs under its next softmax, for
+            which there have to be registers.
+        halves: up to the middle of that softmax, rather than to its maximum.
     """
 
     consumers: int
@@ -24,6 +27,8 @@ class ForwardTile:
     stages: int
     registers: int
     slots: int = 2
+    in_turn: bool = False
+    halves: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,20 +52,26 @@ class BackwardTile:
 
 _FORWARD = {
     64: ForwardTile(consumers=2, block_n=128, stages=3, registers=240),
-    128: ForwardTile(consumers=2, block_n=128, stages=2, registers=240),
-    256: ForwardTile(consumers=2, block_n=64, stages=2, registers=240, slots=1),
+    128: ForwardTile(consumers=2, block_n=128, stages=2, registers=240, halves=True),
+    256: ForwardTile(consumers=2, block_n=64, stages=2, registers=240, slots=1, halves=True),
 }
 # Three warpgroups read keys less often, and waste more where masks cut through their tiles.
-_FORWARD_DENSE = _FORWARD | {64: ForwardTile(consumers=3, block_n=128, stages=3, registers=160)}
+_FORWARD_LONG = _FORWARD | {64: ForwardTile(consumers=3, block_n=128, stages=3, registers=160, in_turn=True)}
 _BACKWARD = {
     64: BackwardTile(block_m=64, stages=2, registers=240, in_registers=True, prefetch=True, swizzle=32),
     128: BackwardTile(block_m=64, stages=2, registers=240),
 }
 
 
-def forward_tile(padded_dim: int, density: float) -> ForwardTile:
-    """The shipped tile for the larger padded head dim, and the share of (query, key) pairs that the mask allows."""
-    return (_FORWARD_DENSE if density > 0.75 else _FORWARD)[padded_dim]
+def forward_tile(padded_dim: int, keys: float, density: float = 1.0) -> ForwardTile:
+    """The shipped tile.
+
+    Args:
+        padded_dim: the larger of the padded head dims.
+        keys: how many a query sees on average.
+        density: the share of (query, key) pairs that the mask allows: the lower, the more tiles it cuts through.
+    """
+    return (_FORWARD_LONG if keys * density >= 2048 else _FORWARD)[padded_dim]
 
 
 def backward_tile(padded_dim: int) -> BackwardTile:

@@ -153,7 +153,8 @@ def read_job(jobs, slot, TWO: gl.constexpr):
     if TWO:
         return read(jobs, slot, JOB_2)
     else:
-        return read(jobs, slot, JOB) + (0, 0, 0, 0)
+        none = gl.to_tensor(0)
+        return read(jobs, slot, JOB) + (none, none, none, none)
 
 
 @gluon.jit

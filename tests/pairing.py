@@ -11,7 +11,7 @@ from distflash.partial import Partial, Softmax
 
 @dataclass(frozen=True)
 class Pairing(Reference):
-    """One owner after the other, but by heads, and in no more calls than the real one."""
+    """One owner after the other, by heads; ``taken`` lists what was asked for."""
 
     taken: list[str] = field(default_factory=list, compare=False)
 

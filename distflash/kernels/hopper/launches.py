@@ -27,7 +27,10 @@ def forward(
     tile: ForwardTile, programs: int, q: Tensor, keys: Keys, scores: Scores, hop: Hop, into: Partial,
     kv_heads: int | None = None, other: Keys | None = None,
 ) -> Launch:  # fmt: skip
-    """Of the first ``kv_heads`` key heads only; or, with ``other``, of all heads after those: see `Pairing`."""
+    """Of the first ``kv_heads`` key heads only; or, with ``other``, of all, of which those take the other's keys only.
+
+    See `Pairing`.
+    """
     scale = scores.scale
     if scale < 0:  # the kernel takes the maximum before it scales
         q, scale = -q, -scale

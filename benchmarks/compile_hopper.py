@@ -19,7 +19,7 @@ import multiprocessing
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from triton.runtime import driver
 
 from benchmarks.offline import Assembly, TargetOnly, Tensors, assemble, count_local, table
 from benchmarks.sass import main_loops
-from distflash.kernels.base import Hop, KeyGradient, Keys, QueryGradient, Scores
+from distflash.kernels.base import Hop, KeyGradient, Keys, Scores
 from distflash.kernels.hopper import launches
 from distflash.kernels.hopper.tiles import BackwardTile, ForwardTile, backward_tile, forward_tile
 from distflash.kernels.triton.launches import Launch
@@ -45,6 +45,7 @@ class Shape:
     """One configuration.
 
     Attributes:
+        kernel: forward, backward, or round, which brings dQ from its sums to the inputs' dtype.
         long: queries see many keys, for which there may be tiles of their own.
         two: keys of two owners in one pass.
         wide: dK and dV in float32, as the hops of a ring write them.
@@ -166,15 +167,15 @@ EXPLAINED = (
         "Sums of 256 columns take 128 registers of 240; of two owners' intervals, some ends wait in memory.",
         special="two",
     ),
-    Explanation("backward", "64/64", "outside", ONCE, special="softcap"),
+    Explanation("backward", "64/64", "outside", ONCE),
     Explanation("backward", "128/128", "border", MASKING),
     Explanation("backward", "128/128", "outside", ONCE),
     Explanation(
         "backward",
         "128/128",
         "loop",
-        "dK, dV, S and dP take 192 of 240 registers, operands 32 more: constants of the loop, such as addresses and "
-        "the walk over members of a group, are loaded where they are used.",
+        "dK, dV, P and dP, or the last tile's dQ, take 192 of 240 registers, operands up to 32 more: constants of the "
+        "loop, such as the walk over tiles and members of a group, are loaded where they are used.",
     ),
     Explanation(
         "backward",
@@ -197,6 +198,7 @@ def shapes() -> Iterator[Shape]:
             for wide in (False, True):
                 for special in ({}, {"group": 4}, {"softcap": True}):
                     yield Shape("backward", d, d, dtype, wide=wide, **special)
+            yield Shape("round", d, d, dtype)
         for two in (False, True):
             yield Shape("forward", 192, 128, dtype, two=two)
             yield Shape("forward", 256, 256, dtype, two=two)
@@ -210,10 +212,12 @@ def make_launch(shape: Shape) -> Launch:
         hop, keys = Hop(first=True, last=True), Keys(t.k, t.v, t.intervals)
         some, other = (1, keys) if shape.two else (None, None)
         return launches.forward(shape.tile, PROGRAMS, t.q, keys, scores, hop, t.partial, some, other)
+    sums = launches.query_sums(t.q)
+    if shape.kernel == "round":
+        return launches.round_queries(sums, scores.scale, t.q)
     dtype = torch.float32 if shape.wide else shape.dtype
-    gradient = QueryGradient(torch.empty_like(t.q), torch.empty_like(t.q, dtype=torch.float32))
     share = KeyGradient(torch.empty_like(t.k, dtype=dtype), torch.empty_like(t.v, dtype=dtype))
-    return launches.backward(shape.tile, PROGRAMS, t.saved, t.k, t.v, t.intervals, scores, gradient, share)
+    return launches.backward(shape.tile, PROGRAMS, replace(t.saved, sums=sums), t.k, t.v, t.intervals, scores, share)
 
 
 def compile_shape(shape: Shape) -> Row:
@@ -300,7 +304,7 @@ def unexplained(rows: list[Row], explained: tuple[Explanation, ...] = EXPLAINED)
                 yield f"{row.name}: {count} local loads and stores ({place}), unexplained"
         if row.serialised:
             yield f"{row.name}: the assembler serialises the products"
-        if not row.loops:
+        if row.mma and not row.loops:
             yield f"{row.name}: no main loop found in the machine code"
 
 

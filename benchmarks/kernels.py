@@ -22,7 +22,7 @@ from benchmarks.common import Shape
 from benchmarks.contest import BACKWARD, FORWARD, Contest, Passes, kernel_of, ours, right_for
 from benchmarks.peers import local
 from distflash.kernels.base import Hop, Kernel, KeyGradient, QueryGradient, Scores
-from distflash.partial import Partial, accumulator_dtype
+from distflash.partial import Partial
 
 OURS, PORTABLE, BARE = "distflash", "distflash, portable", "distflash, bare"
 # Whose figures ours are held against.
@@ -47,8 +47,7 @@ def bare(inputs: tuple[Tensor, ...], mask: df.Mask, kernel: Kernel) -> Passes:
     rows = df.ContextParallel(df.transport.Alone()).plan(mask, q.shape[1], q.device).intervals[0]
     scores, only = Scores(q.shape[-1] ** -0.5), Hop(first=True, last=True)
     into = Partial.empty(q, v.shape[-1], hops=1)
-    # The float32 sum is for kernels that add dQ up in memory; others leave it alone in a single hop.
-    dq = QueryGradient(torch.empty_like(q), torch.empty_like(q, dtype=accumulator_dtype(q.dtype)))
+    dq = QueryGradient(torch.empty_like(q), None)
     dkv = KeyGradient(torch.empty_like(k), torch.empty_like(v))
 
     def forward() -> None:

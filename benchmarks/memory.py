@@ -20,6 +20,7 @@ from benchmarks import common
 from benchmarks.common import Shape
 from benchmarks.contest import kernel_of
 from distflash.engine import Plan
+from distflash.kernels.hopper.tiles import QUERIES, padded
 
 FP32 = 4
 COUNTER = 2 * 4  # int32 [2], of a kernel whose programs share out their work as they go
@@ -34,7 +35,7 @@ class Extra:
 
 
 def predict(shape: Shape, plan: Plan, rank: int, itemsize: int, adds_up: bool) -> Extra:
-    """The formula; ``adds_up`` as the kernel's `Saved` says.
+    """The formula; ``adds_up`` if the kernel adds up dQ in memory (the Hopper kernel), in sums of its own.
 
     With B batch, T this rank's tokens, L the longest rank's, H and G query and key heads, D and V head dims,
 
@@ -46,7 +47,8 @@ def predict(shape: Shape, plan: Plan, rank: int, itemsize: int, adds_up: bool) -
              + intervals        24 (T + K) / 2 bytes for every owner worked on: kept for all layers and steps
              + 8                a counter
     backward = 8 row            lse in base 2, and delta = rowsum(dout out)
-             + 4 row D          fp32 sum of dQ, if there is more than one hop, or the kernel adds up in memory
+             + 4 row D          fp32 sum of dQ, if there is more than one hop; always, if the kernel adds up in memory,
+                                of T up to a multiple of 64 and D to a power of two
              + 8                a counter, if it does
              + 2 * 4 keys(T)    fp32 dK and dV of the own keys, and one part arriving, if any other rank works on them
              + A 4 keys(L)      A parts of dK and dV on their way out: 1 for one other owner, 2 (in turns) for more
@@ -69,12 +71,16 @@ def predict(shape: Shape, plan: Plan, rank: int, itemsize: int, adds_up: bool) -
     return Extra(
         forward=merged * FP32 * row * (shape.V + 2) + arriving + intervals + COUNTER,
         backward=2 * FP32 * row
-        + (merged or adds_up) * FP32 * row * shape.D
-        + adds_up * COUNTER
+        + (_sums(shape, T) + COUNTER if adds_up else merged * FP32 * row * shape.D)
         + 2 * shared * FP32 * keys * T
         + away * FP32 * keys * L
         + max(arriving - pending, min(received, 1) * keys * L * itemsize),
     )
+
+
+def _sums(shape: Shape, length: int) -> int:
+    """Bytes of the Hopper kernel's sums of dQ."""
+    return FP32 * shape.B * shape.H * -(-length // QUERIES) * QUERIES * padded(shape.D)
 
 
 def _peak(work: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[int, tuple[torch.Tensor, ...]]:
@@ -95,7 +101,7 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Ext
     q, k, v, dout = common.random_inputs(shape, length, dtype, device)
     forward, (out, lse) = _peak(lambda: df.attention(q, k, v, mask=mask, cp=cp, seq_len=shape.S, return_lse=True))
     backward, _grads = _peak(lambda: torch.autograd.grad(out, (q, k, v), dout))
-    adds_up = kernel_of(cp, (q, k, v), shape.S).save(q, out, lse, dout, None).adds_up
+    adds_up = kernel_of(cp, (q, k, v), shape.S).save(q, out, lse, dout, None).sums is not None
     predicted = predict(shape, cp.plan(mask, shape.S, q.device), cp.rank, q.element_size(), adds_up)
     return predicted, Extra(forward, backward)
 

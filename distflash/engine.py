@@ -103,6 +103,17 @@ class Call:
         starts = len(working) > 1 and working[0].owner == self.transport.rank
         return some if starts and some < kv_heads and self.transport.near else 0
 
+    def heads_apart(self, k: Tensor, enough: int) -> int:
+        """How many key heads work backward on this rank's own keys first; the others come last, under the way home.
+
+        0 where all do so first: where keys are not near (`heads_first`), where those heads do not have ``enough`` keys
+        (see `Pairing`), or where several ranks return gradients, which are added to the own ones as they come. The more
+        ranks, the less of all time the last way home is.
+        """
+        some = self.heads_first(k.shape[2])
+        arrivals = sum(step.home_from is not None for step in self.plan.steps)
+        return some if arrivals <= 1 and k.shape[0] * k.shape[1] * some >= enough else 0
+
     def visit(self, kv: KeyValue) -> Iterator[tuple[Step, Hop, KeyValue]]:
         """The steps of the schedule with their keys, and where among the working ones each stands."""
         working = self.plan.working
@@ -154,18 +165,30 @@ def backward(
     saved = call.kernel.save(q, out, lse, dout, dlse)
     home = call.schedule.homecoming(call.trip, (k, v), dtype)
     hops = len(call.plan.working)
-    summed = hops > 1 or saved.adds_up
+    summed = hops > 1 and saved.sums is None
     dq = QueryGradient(q.new_empty(q.shape), q.new_empty(q.shape, dtype=dtype) if summed else None)
     if not hops:
         dq.final.zero_()
+    pair = call.kernel if isinstance(call.kernel, Pairing) and saved.sums is not None else None
+    some, heads = call.heads_apart(k, pair.enough_keys(k.device)) if pair else 0, k.shape[2]
+    own = None
     for step, hop, (k_held, v_held) in call.visit((k, v)):
-        if step.works:
-            rows = call.plan.intervals[step.owner]
-            dkv = KeyGradient(*home.room(step))
-            keys_done = bind(home.send, step)
-            call.kernel.backward(saved, k_held, v_held, rows, call.scores, hop, dq, dkv, keys_done)
-        else:
+        if not step.works:
             home.send(step)
+            continue
+        keys = Keys(k_held, v_held, call.plan.intervals[step.owner])
+        dkv = KeyGradient(*home.room(step))
+        if pair and some and hop.first:
+            pair.backward_some(saved, keys, call.scores, range(some), hop, dq, dkv)
+            home.send(step)
+            own = keys, dkv
+        else:
+            hop = Hop(hop.first, hop.last and not own)
+            keys_done = bind(home.send, step)
+            call.kernel.backward(saved, keys.k, keys.v, keys.rows, call.scores, hop, dq, dkv, keys_done)
+    if pair and own:
+        keys, dkv = own
+        pair.backward_some(saved, keys, call.scores, range(some, heads), Hop(first=False, last=True), dq, dkv)
     dk, dv = home.finish()
     return dq.final, dk, dv, _sinks_gradient(saved, call.scores.sinks)
 

@@ -25,8 +25,7 @@ class Softmax:
     """A softmax in the making: sums over some keys of ``exp(s - maximum)``, alone and times the values.
 
     Attributes:
-        maximum: ``[...]``, of the scores; ``-inf`` for no key. A kernel may keep it in units of its own, and let it lag
-            behind the maximum as long as nothing overflows.
+        maximum: ``[...]``, of the scores; ``-inf`` for no key. A kernel may keep it in units of its own.
         total: ``[...]``, the sum of exponentials; 0 for no key.
         weighted: ``[..., V]``, the sum of exponentials times values; 0 for no key.
     """

@@ -202,7 +202,7 @@ def run(kernel: Kernel, case: Case, x: Inputs, heads_first: int = 0) -> dict[str
 
     Args:
         heads_first: if not 0, the key heads that take the first two owners one after the other; the others take both at
-            once. See `Pairing`.
+            once. Backward these take the first owner before the others, which take it last. See `Pairing`.
 
     Returns:
         out, lse, dq, dk, dv as `dense` does; dk and dv put together from the owners'.
@@ -233,14 +233,28 @@ def run(kernel: Kernel, case: Case, x: Inputs, heads_first: int = 0) -> dict[str
 
     saved = kernel.save(x.q, into.final, into.lse, x.dout, x.dlse)
     wide = accumulator_dtype(case.dtype)
-    dq = QueryGradient(_poison(x.q), _poison(x.q, wide) if W > 1 or saved.adds_up else None)
+    if saved.sums is not None:
+        saved.sums.fill_(torch.nan)
+    dq = QueryGradient(_poison(x.q), _poison(x.q, wide) if W > 1 and saved.sums is None else None)
     dk, dv = (torch.full(t.shape, torch.nan, device=device, dtype=case.dtype) for t in (x.k, x.v))
+    rest = None
     for hop, (positions, rows, k, v) in zip(hops, parts, strict=True):
         # A hop's share is handed over in float32 where shares are still to be added, else rounded by the kernel.
         share = KeyGradient(_poison(k, wide), _poison(v, wide)) if W > 1 else KeyGradient(_poison(k), _poison(v))
+        if heads_first and saved.sums is not None and hop.first:
+            own = Keys(k, v, rows)
+            kernel.backward_some(saved, own, x.scores, range(heads_first), hop, dq, share)
+            rest = own, positions, share
+            continue
         done: list[bool] = []
+        hop = replace(hop, last=hop.last and not rest)
         kernel.backward(saved, k, v, rows, x.scores, hop, dq, share, lambda: done.append(True))  # noqa: B023
         assert done == [True]
+        dk[:, positions], dv[:, positions] = share.dk.to(case.dtype), share.dv.to(case.dtype)
+    if rest:
+        own, positions, share = rest
+        heads = range(heads_first, x.k.shape[2])
+        kernel.backward_some(saved, own, x.scores, heads, Hop(first=False, last=True), dq, share)
         dk[:, positions], dv[:, positions] = share.dk.to(case.dtype), share.dv.to(case.dtype)
     return {"out": into.final, "lse": into.lse, "dq": dq.final, "dk": dk, "dv": dv}
 

@@ -83,6 +83,7 @@ class Saved:
             no key was seen.
         statistics: lse and delta once more, as the kernel's own loops want them; None if as they are.
         counter: as in `Partial`, for a kernel whose programs add up dQ in memory; else None.
+        sums: of dQ in the accumulator's dtype, between hops, for such a kernel, in an order that only it knows.
     """
 
     q: Tensor
@@ -91,11 +92,7 @@ class Saved:
     delta: Tensor
     statistics: Tensor | None = None
     counter: Tensor | None = None
-
-    @property
-    def adds_up(self) -> bool:
-        """Whether dQ is added up in memory, so that `QueryGradient.sum` is needed even by a single hop."""
-        return self.counter is not None
+    sums: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -104,8 +101,8 @@ class QueryGradient:
 
     Attributes:
         final: ``[B, T, H, D]`` in q's dtype, written by the last hop only.
-        sum: the same in the accumulator's dtype, between hops; None where the only hop is the last
-            (and the kernel does not add up in memory, see `Saved`).
+        sum: the same in the accumulator's dtype, between hops; None where the only hop is the last, or the kernel keeps
+            sums of its own (see `Saved`).
     """
 
     final: Tensor
@@ -173,10 +170,10 @@ class Kernel(Protocol):
 
 @runtime_checkable
 class Pairing(Kernel, Protocol):
-    """A kernel that can take the keys of two owners in one pass, with no state in between.
+    """A kernel that can take the keys of two owners in one pass, with no state in between, and heads by themselves.
 
     A rank's own keys are there from the start. It is enough that some heads attend to them while the first keys are on
-    their way; all others wait, and take both.
+    their way; all others wait, and take both. In a backward pass the others come last, while gradients travel home.
     """
 
     def forward_some(self, q: Tensor, own: Keys, scores: Scores, kv_heads: int, into: Partial) -> None:
@@ -187,4 +184,14 @@ class Pairing(Kernel, Protocol):
         self, q: Tensor, own: Keys, other: Keys, scores: Scores, kv_heads: int, last: bool, into: Partial
     ) -> None:
         """After `forward_some`: the other owner's keys for those heads, the keys of both for all others."""
+        ...
+
+    def backward_some(
+        self, saved: Saved, own: Keys, scores: Scores, heads: range, hop: Hop, dq: QueryGradient, dkv: KeyGradient
+    ) -> None:
+        """`Kernel.backward` for these key heads only, before or after other owners, where ``saved.sums`` are kept."""
+        ...
+
+    def enough_keys(self, device: torch.device) -> int:
+        """How many keys, counted once for each key head, `backward_some` should be given not to leave a GPU idle."""
         ...

@@ -9,7 +9,7 @@ from distflash import masks
 from distflash.intervals import Sharding, build
 from distflash.kernels import Hopper
 from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Scores
-from distflash.kernels.hopper.tiles import forward_tile
+from distflash.kernels.hopper.tiles import backward_tile, forward_tile
 from distflash.layouts import Contiguous
 from distflash.partial import Partial
 from tests import oracle
@@ -64,9 +64,18 @@ def test_tiles_for_many_keys(tile, world_size):
         oracle.check(Hopper(forward_tile=tile), case, "cuda", heads_first=1)
 
 
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_both_ways_of_adding_up(dim, direct):
+    tile = replace(backward_tile(dim), direct=direct)
+    case = oracle.Case("ways", seq_len=1501, heads=4, kv_heads=2, d_qk=dim, d_v=dim, dtype=torch.bfloat16, batch=2)
+    oracle.check(Hopper(backward_tile=tile), case, "cuda")
+    oracle.check(Hopper(backward_tile=tile), replace(case, world_size=2, rank=1), "cuda", heads_first=1)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_reference_that_lags_behind_the_maximum(sign):
-    """Scores that rise, or fall, by less than the slack from tile to tile and by hundreds in all."""
+def test_a_maximum_that_moves(sign):
+    """Scores that rise, or fall, by a little from tile to tile and by hundreds in all."""
     case = oracle.Case("slope", masks.Full(), seq_len=2048, heads=2, d_qk=64, d_v=64, dtype=torch.float16)
     x = oracle.make_inputs(case, "cuda")
     slope = torch.linspace(0, 40 * sign, 2048, device="cuda", dtype=torch.float16).view(1, -1, 1, 1)
@@ -103,7 +112,7 @@ def test_work_is_shared_out_anew_in_every_launch():
         Hopper().forward(q, q, q, rows, scores, hop, into)
         assert into.counter.tolist() == [0, 0]
         saved = Hopper().save(q, into.final, into.lse, q, None)
-        dq = QueryGradient(torch.empty_like(q), torch.empty_like(q, dtype=torch.float32))
+        dq = QueryGradient(torch.empty_like(q), None)
         dkv = KeyGradient(torch.empty_like(q), torch.empty_like(q))
         Hopper().backward(saved, q, q, rows, scores, hop, dq, dkv, lambda: None)
         assert saved.counter.tolist() == [0, 0]

@@ -12,6 +12,7 @@ from tests.dense import Problem, Results
 from tests.gpu import problems
 from tests.ranks import RankError, Ranks
 
+on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 LAYOUTS = [df.Zigzag(), df.Contiguous(), df.Striped()]
 
 
@@ -51,6 +52,24 @@ CASES += [("causal", df.Zigzag(), torch.float16)]
 def test_no_less_exact_than_one_rank(name: str, layout: df.Layout, dtype: torch.dtype, ranks: Ranks) -> None:
     p = dense.in_dtype(problems.PROBLEMS[name], dtype)
     parts = ranks.run(ring_part, p, layout)
+    single = ranks.run(alone, p)[0]
+    assert_no_less_exact(p, dense.join(parts, layout, p.seq_len), single)
+
+
+def held_back_part(p: Problem, layout: df.Layout) -> Results:
+    """Runs as a rank: the part by a kernel of one program, for which few keys are enough to hold some heads back."""
+    kernel = df.kernels.Hopper(margin=torch.cuda.get_device_properties(device()).multi_processor_count - 1)
+    cp = df.ContextParallel(dist.group.WORLD, layout=layout, kernel=kernel)
+    assert p.seq_len // cp.world_size * p.kv_heads // 4 > kernel.enough_keys(device())
+    return problems.to_cpu(dense.on_rank(p, problems.on(dense.make_inputs(p), device()), cp))
+
+
+@pytest.mark.skipif(not on_hopper, reason="no GPU of compute capability 9.0 here")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+@pytest.mark.parametrize("kv_heads", [4, 8])
+def test_heads_that_are_held_back_for_the_way_home(layout: df.Layout, kv_heads: int, ranks: Ranks) -> None:
+    p = Problem(seq_len=901, heads=8, kv_heads=kv_heads, d_qk=64, d_v=64, dtype=torch.bfloat16)
+    parts = ranks.run(held_back_part, p, layout)
     single = ranks.run(alone, p)[0]
     assert_no_less_exact(p, dense.join(parts, layout, p.seq_len), single)
 

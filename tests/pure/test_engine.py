@@ -53,6 +53,20 @@ def test_some_heads_do_not_wait_for_the_first_keys(kv_heads, expected):
     assert sorted(kernel.taken) == sorted(3 * expected)
 
 
+def test_some_heads_go_back_to_own_keys_while_gradients_travel_home():
+    kernel = Pairing()
+    p = Problem(seq_len=40, heads=8, kv_heads=8)
+    on_ranks(p, make_inputs(p), 2, df.Zigzag(), kernel)
+    assert sorted(kernel.taken) == sorted(2 * ["some", "both", "backward 0 to 2", "backward 2 to 8"])
+
+
+def test_no_head_is_held_back_where_there_is_little_work():
+    kernel = Pairing(enough=41)  # of a rank's 20 keys, each counted for two heads
+    p = Problem(seq_len=40, heads=8, kv_heads=8)
+    on_ranks(p, make_inputs(p), 2, df.Zigzag(), kernel)
+    assert sorted(kernel.taken) == sorted(2 * ["some", "both"])
+
+
 def test_no_head_waits_for_keys_from_afar():
     kernel = Pairing()
     p = Problem(seq_len=40, heads=8, kv_heads=8)

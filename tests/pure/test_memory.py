@@ -29,8 +29,11 @@ class Hollow:
 
     def save(self, q, out, lse, dout, dlse):
         stats = torch.empty(2, *lse.shape)
-        counter = q.new_zeros(2, dtype=torch.int32) if self.adds_up else None
-        return Saved(q, dout, lse, stats[1], stats, counter)
+        if not self.adds_up:
+            return Saved(q, dout, lse, stats[1], stats)
+        tiles = -(-q.shape[1] // 64)
+        sums = torch.empty(q.shape[0] * q.shape[2] * tiles, 64, max(64, q.shape[3]))
+        return Saved(q, dout, lse, stats[1], stats, q.new_zeros(2, dtype=torch.int32), sums)
 
     def backward(self, saved, k, v, rows, scores, hop, dq, dkv, keys_done):
         keys_done()

@@ -30,10 +30,10 @@ def pick(program, blocks, heads, heads_at_once):
 
 
 @gluon.jit
-def span(lo, hi, first, last, STEP: gl.constexpr, ALIGN: gl.constexpr):
-    """The tiles of ``STEP`` a block must visit, at least one; see the function of this name in the portable kernel."""
+def span(lo, hi, first, last, least, STEP: gl.constexpr, ALIGN: gl.constexpr):
+    """The tiles of ``STEP`` that a block visits, ``least`` or more; see the portable kernel's function of this name."""
     begin = gl.load(lo + first) // ALIGN * ALIGN
-    tiles = gl.maximum(gl.cdiv(gl.load(hi + last) - begin, STEP), 1)
+    tiles = gl.maximum(gl.cdiv(gl.load(hi + last) - begin, STEP), least)
     before = gl.minimum(gl.cdiv(gl.load(lo + last) - begin, STEP), tiles)
     full = gl.maximum((gl.load(hi + first) - begin) // STEP - before, 0)
     return begin, before, full, tiles
@@ -106,18 +106,22 @@ def in_parts(x, like):
 
 @gluon.constexpr_function
 def rescale_asm(elements):
-    """PTX that multiplies a thread's elements, of two rows in turn, unless no row of the warp has changed."""
+    """PTX that multiplies a thread's elements, of two rows in turn, unless no row of the warp has changed.
+
+    Each multiplication is under a predicate, because one that is not carried out costs next to no power.
+    """
     first, second = f"${2 * elements}", f"${2 * elements + 2}"
     lines = [
-        ".reg .pred changed;",
+        ".reg .pred p, q, any;",
         ".reg .f32 a, b;",
-        f"setp.neu.f32 changed, {first}, 0f00000000;",
-        f"setp.neu.or.f32 changed, {second}, 0f00000000, changed;",
-        "vote.sync.any.pred changed, changed, 0xffffffff;",
-        "@!changed bra DONE;",
+        f"setp.neu.f32 p, {first}, 0f00000000;",
+        f"setp.neu.f32 q, {second}, 0f00000000;",
+        "or.pred any, p, q;",
+        "vote.sync.any.pred any, any, 0xffffffff;",
+        "@!any bra DONE;",
         f"ex2.approx.ftz.f32 a, {first};",
         f"ex2.approx.ftz.f32 b, {second};",
-        *(f"mul.f32 ${n}, ${n}, {'ab'[n // 2 % 2]};" for n in range(elements)),
+        *(f"@{'pq'[n // 2 % 2]} mul.f32 ${n}, ${n}, {'ab'[n // 2 % 2]};" for n in range(elements)),
         "DONE:",
     ]
     return "{" + " ".join(lines) + "}"

@@ -57,15 +57,7 @@ V_FREE = gl.constexpr(12)
 MAX_STAGES = gl.constexpr(4)
 JOB = gl.constexpr(6)  # first, plane, begin, before, full, tiles
 JOB_2 = gl.constexpr(10)  # and the last four for the other owner
-SLACK = gl.constexpr(8.0)  # in base 2
-
-
-@gluon.jit
-def tiles_of(ends, first, last, least, BLOCK_N: gl.constexpr):
-    """`span` of one owner's keys, of which at least so many tiles are visited."""
-    row_lo, row_hi = ends
-    begin, before, full, tiles = span(row_lo, row_hi, first, last, BLOCK_N, 1)
-    return begin, before, full, gl.maximum(tiles, least)
+LOWEST = gl.constexpr(-3.0e38)  # for -inf, of which differences are NaN
 
 
 @gluon.jit
@@ -112,13 +104,13 @@ def load_tiles(
         batch, head = place // head_count, place % head_count
         first = (blocks - 1 - block) * BLOCK_M  # under causal masks later rows see more: longest first
         last = gl.minimum(first + BLOCK_M, queries) - 1
-        begin, before, full, tiles = tiles_of(ends, first, last, 0 if TWO else 1, BLOCK_N)
+        begin, before, full, tiles = span(ends[0], ends[1], first, last, 0 if TWO else 1, BLOCK_N, 1)
         plane = batch * heads + head
         if TWO:
             tiles = gl.where(head < done, 0, tiles)
             full = gl.where(head < done, 0, full)
             least = gl.where(tiles > 0, 0, 1)
-            begin_2, before_2, full_2, tiles_2 = tiles_of(other_ends, first, last, least, BLOCK_N)
+            begin_2, before_2, full_2, tiles_2 = span(other_ends[0], other_ends[1], first, last, least, BLOCK_N, 1)
             mbarrier.wait(q_free.index(slot), slot_phase)
             post(jobs, slot, (first, plane, begin, before, full, tiles, begin_2, before_2, full_2, tiles_2))
         else:
@@ -192,24 +184,15 @@ def scores(s, tile, ends, scale, softcap, layout: gl.constexpr, SOFTCAP: gl.cons
 
 @gluon.jit
 def follow(s, factor, m):
-    """The reference that sums are kept relative to: it follows the maximum when that is 2^SLACK times above it.
-
-    Sums up to 2^SLACK times larger are as exact, and nearly always nothing has to be rescaled.
-
-    Returns:
-        The new reference, the same but finite, and the old one's logarithm relative to it, 0 where nothing changes.
-    """
-    top = row_max(s) * factor
-    m_new = gl.where(top > m + SLACK, top, m)
-    # A row that has seen nothing yet: -inf - -inf would be NaN.
-    shift = gl.where(m_new == float("-inf"), 0.0, m_new)
-    return m_new, shift, m - shift
+    """The maximum, and the logarithm of the last one relative to it, 0 where nothing changes."""
+    m_new = gl.maximum(m, row_max(s) * factor)
+    return m_new, m - m_new
 
 
 @gluon.jit
-def exponentials(s, factor, shift, l, change):
+def exponentials(s, factor, m, l, change):
     """P in float32, and the sums of each thread's part of the rows."""
-    p = gl.exp2(s * factor - shift[:, None])
+    p = gl.exp2(s * factor - m[:, None])
     return p, l * in_parts(gl.exp2(change), l) + row_parts(p)
 
 
@@ -245,15 +228,15 @@ def attend(
     s, acc, following, following_phase = multiply(w, q, p, acc, smem, gates, stage, phase, CONSUMERS, STAGES, mma_s)
     s = warpgroup_mma_wait(1, [s])
     s, factor = scores(s, tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
-    m, shift, change = follow(s, factor, m)
+    m, change = follow(s, factor, m)
     # The assembler would move the wait for P V up to that for Q K^T; an arrival that depends on results holds it.
     if HALVES:
-        left, right = halves(s * factor - shift[:, None])
+        left, right = halves(s * factor - m[:, None])
         left = gl.exp2(left)
         l = l * in_parts(gl.exp2(change), l) + gl.convert_layout(half_parts(left), l.type.layout)
         l = arrive_after(l, K_FREE + following, K_FREE + following + zero, EVERYBODY)
     else:
-        shift = arrive_after(shift, K_FREE + following, K_FREE + following + zero, EVERYBODY)
+        m = arrive_after(m, K_FREE + following, K_FREE + following + zero, EVERYBODY)
     acc, p = warpgroup_mma_wait(0, [acc, p])
     arrive(V_FREE + stage, EVERYBODY)
     acc = rescale(acc, change)
@@ -262,7 +245,7 @@ def attend(
         l = l + gl.convert_layout(half_parts(right), l.type.layout)
         p32 = whole(left, right, s)
     else:
-        p32, l = exponentials(s, factor, shift, l, change)
+        p32, l = exponentials(s, factor, m, l, change)
     p = gl.convert_layout(p32.to(p.dtype), p.type.layout)
     return m, l, acc, p, following, following_phase
 
@@ -277,9 +260,9 @@ def attend_in_turn(
     m, l, acc, s, stage, phase = state
     EVERYBODY: gl.constexpr = 32 + CONSUMERS * 128
     s, factor = scores(s, tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
-    m, shift, change = follow(s, factor, m)
+    m, change = follow(s, factor, m)
     acc = rescale(acc, change)
-    p32, l = exponentials(s, factor, shift, l, change)
+    p32, l = exponentials(s, factor, m, l, change)
     p = gl.convert_layout(pack(p32, q), gl.DotOperandLayout(0, mma_o, k_width=2))
     s, acc, following, following_phase = multiply(w, q, p, acc, smem, gates, stage, phase, CONSUMERS, STAGES, mma_s)
     s = warpgroup_mma_wait(1, [s])
@@ -307,7 +290,7 @@ def begin(
         m = gl.load(maximum + at_row, mask=exists, other=float("-inf"))
         l = gl.load(total + at_row, mask=exists, other=0.0)
         acc = gl.load(weighted + at_out, mask=kept, other=0.0)
-    return m, l, acc
+    return gl.maximum(m, LOWEST), l, acc
 
 
 @gluon.jit
@@ -329,7 +312,7 @@ def end(state, final, place, lse, sums, at_row, at_out, exists, kept, batch, hea
         barrier()
         async_store(final, [batch, head, first, 0], staging)
     else:
-        gl.store(maximum + at_row, m, mask=exists)
+        gl.store(maximum + at_row, gl.where(l > 0.0, m, float("-inf")), mask=exists)
         gl.store(total + at_row, l, mask=exists)
         gl.store(weighted + at_out, acc, mask=kept)
 
@@ -370,10 +353,11 @@ def block(
     else:
         last_tile = tile_at(0, job, BLOCK_N, TWO)
     s, factor = scores(s, last_tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
-    m, shift, change = follow(s, factor, m)
-    p32, l = exponentials(s, factor, shift, l, change)
+    fresh = m == LOWEST
+    m, change = follow(s, factor, m)
+    p32, l = exponentials(s, factor, m, l, change)
     p = gl.convert_layout(p32.to(k_smem.dtype), gl.DotOperandLayout(0, mma_o, k_width=2))
-    acc = rescale(acc, change)
+    acc = rescale(acc, gl.where(fresh, 0.0, change))  # zeros stay zeros
     if not IN_TURN:
         if previous >= 0:
             store_wait(0)

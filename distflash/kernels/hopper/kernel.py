@@ -20,6 +20,8 @@ from distflash.partial import Partial
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257, 8)
+BLOCK = 128  # keys that a program of the backward kernel works on at a time
+ROUNDS = 3  # of blocks: where masks make them unequal, with fewer some programs end long before others
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,9 @@ class Hopper:
         saved = Triton().save(q, out, lse, dout, dlse)
         if not self._fused(q, out):
             return saved
-        return replace(saved, counter=q.new_zeros(2, dtype=torch.int32))
+        from distflash.kernels.hopper import launches
+
+        return replace(saved, counter=q.new_zeros(2, dtype=torch.int32), sums=launches.query_sums(saved.q))
 
     def backward(
         self,
@@ -102,21 +106,36 @@ class Hopper:
         dkv: KeyGradient,
         keys_done: Callable[[], None],
     ) -> None:
+        if saved.sums is None:
+            Triton().backward(saved, k, v, rows, scores, hop, dq, dkv, keys_done)
+        else:
+            self._backward(saved, Keys(k, v, rows), scores, hop, dq, dkv, range(k.shape[2]), keys_done)
+
+    def backward_some(
+        self, saved: Saved, own: Keys, scores: Scores, heads: range, hop: Hop, dq: QueryGradient, dkv: KeyGradient
+    ) -> None:
+        self._backward(saved, own, scores, hop, dq, dkv, heads, lambda: None)
+
+    def enough_keys(self, device: torch.device) -> int:
+        return ROUNDS * BLOCK * self._programs(device)
+
+    def _backward(
+        self, saved: Saved, keys: Keys, scores: Scores, hop: Hop, dq: QueryGradient, dkv: KeyGradient, heads: range,
+        keys_done: Callable[[], None],
+    ) -> None:  # fmt: skip
         from distflash.kernels.hopper import launches
 
-        if not saved.adds_up:
-            Triton().backward(saved, k, v, rows, scores, hop, dq, dkv, keys_done)
-            return
-        assert dq.sum is not None
+        k, v = keys.k, keys.v
+        assert saved.sums is not None
         tile = self.backward_tile or backward_tile(padded(max(k.shape[-1], v.shape[-1])))
         with torch.cuda.device(saved.q.device):
             if hop.first:
-                dq.sum.zero_()
+                saved.sums.zero_()
             programs = self._programs(saved.q.device)
-            launches.backward(tile, programs, saved, k, v, rows, scores, dq, dkv).run()
+            launches.backward(tile, programs, saved, k, v, keys.rows, scores, dkv, heads).run()
             keys_done()
             if hop.last:
-                torch.mul(dq.sum, scores.scale, out=dq.final)
+                launches.round_queries(saved.sums, scores.scale, dq.final).run()
 
     def _fused(self, q: Tensor, out: Tensor) -> bool:
         dims = {padded(q.shape[-1]), padded(out.shape[-1])}

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from distflash.intervals import Intervals
-from distflash.kernels.base import Hop, KeyGradient, Keys, QueryGradient, Saved, Scores
+from distflash.kernels.base import Hop, KeyGradient, Keys, Saved, Scores
 from distflash.kernels.hopper.backward import backward_kernel
 from distflash.kernels.hopper.forward import forward_kernel
-from distflash.kernels.hopper.tiles import BackwardTile, ForwardTile, padded
+from distflash.kernels.hopper.fragments import round_kernel
+from distflash.kernels.hopper.tiles import QUERIES, BackwardTile, ForwardTile, padded
 from distflash.kernels.triton.launches import Launch, aligned, heads_at_once
 from distflash.partial import Partial
 
@@ -87,14 +89,16 @@ def forward(
 
 def backward(
     tile: BackwardTile, programs: int, saved: Saved, k: Tensor, v: Tensor, rows: Intervals, scores: Scores,
-    dq: QueryGradient, dkv: KeyGradient,
+    dkv: KeyGradient, heads: range | None = None,
 ) -> Launch:  # fmt: skip
-    q, stats = saved.q, saved.statistics
-    assert stats is not None and dq.sum is not None
+    """Adds to ``saved.sums``. Of some key heads only, if given."""
+    q, stats, sums = saved.q, saved.statistics, saved.sums
+    assert stats is not None and sums is not None
     B, T, H, D = q.shape
     _, K, G, V = v.shape
     M, wide = tile.block_m, dkv.dk.dtype != q.dtype
-    programs = min(programs, triton.cdiv(K, 2 * ROWS) * B * G)
+    heads = range(G) if heads is None else heads
+    programs = min(programs, triton.cdiv(K, 2 * ROWS) * B * len(heads))
     return Launch(
         kernel=backward_kernel,
         programs=programs,
@@ -106,15 +110,18 @@ def backward(
             stats=_columns(stats, T, M),
             col_lo=rows.col_lo,
             col_hi=rows.col_hi,
-            dq=_descriptor(dq.sum, ROWS, padded(D) // 2, tile.swizzle),
+            dq=sums if tile.direct else _rows(sums.flatten(0, 2)),
             dk=dkv.dk if wide else _descriptor(dkv.dk, ROWS, padded(D)),
             dv=dkv.dv if wide else _descriptor(dkv.dv, ROWS, padded(V)),
             WIDE=wide,
             counter=saved.counter,
             scale=scores.scale,
             softcap=scores.softcap,
+            queries=T,
             keys=K,
             kv_heads=G,
+            first_head=heads.start,
+            head_count=len(heads),
             batches=B,
             heads_at_once=_neighbours(triton.cdiv(K, 2 * ROWS), programs, *[q, saved.dout] * (H // G)),
             programs=programs,
@@ -125,10 +132,28 @@ def backward(
             STAGES=tile.stages,
             REGISTERS=tile.registers,
             IN_REGISTERS=tile.in_registers,
-            PREFETCH=tile.prefetch,
+            DIRECT=tile.direct,
             SOFTCAP=scores.softcap > 0,
             num_warps=4,
         ),
+    )
+
+
+def query_sums(q: Tensor) -> Tensor:
+    """Room for float32 sums of dQ in fragment order, see `fragments`: ``[B * H * tiles, 2, ROWS, DP / 2]``."""
+    B, T, H, D = q.shape
+    return q.new_empty(B * H * triton.cdiv(T, QUERIES), 2, QUERIES, padded(D) // 2, dtype=torch.float32)
+
+
+def round_queries(sums: Tensor, scale: float, out: Tensor) -> Launch:
+    """``out [B, T, H, D] = sums * scale``."""
+    _, T, H, D = out.shape
+    tiles, parts, _, columns = sums.shape
+    assert out.is_contiguous()
+    return Launch(
+        kernel=round_kernel,
+        programs=tiles,
+        arguments=dict(sums=sums, out=out, scale=scale, queries=T, heads=H, D=D, N=columns, PARTS=parts, num_warps=4),
     )
 
 
@@ -148,7 +173,7 @@ def _neighbours(blocks: int, programs: int, *shared: Tensor) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
-def _descriptor(x: Tensor, rows: int, columns: int, swizzle: int = 128) -> Any:
+def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
     """Tiles of rows of one head of ``[B, rows, heads, dim]``; beyond it, zeros are read and nothing is written."""
     x = aligned(x, packed=False)
     B, T, H, D = x.shape
@@ -156,8 +181,14 @@ def _descriptor(x: Tensor, rows: int, columns: int, swizzle: int = 128) -> Any:
     # The stride of a dimension of size 1 may be anything, and is checked all the same.
     sb, st, sh = (s if n > 1 else columns for s, n in ((sb, B), (st, T), (sh, H)))
     block = [1, 1, rows, columns]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.element_size(), rank=4)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=4)
     return TensorDescriptor(x, [B, H, T, D], [sb, sh, st, sd], block, layout)
+
+
+def _rows(sums: Tensor) -> Any:
+    """ROWS of ``[rows, columns]`` at a time, one after the other."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor(sums, list(sums.shape), list(sums.stride()), [ROWS, sums.shape[1]], layout)
 
 
 def _columns(stats: Tensor, length: int, block: int) -> Any:

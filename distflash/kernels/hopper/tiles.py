@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+QUERIES = 64  # sums of dQ are kept in tiles of so many
+
 
 def padded(dim: int) -> int:
     """A head dim as the kernels see it: the next power of two, 64 at least."""
@@ -38,16 +40,14 @@ class BackwardTile:
     Attributes:
         registers: of each consumer's threads.
         in_registers: the block's keys and values stay in registers, where there are enough: shared memory is the limit.
-        prefetch: the next tile's S is computed while this tile's dQ is handed over.
-        swizzle: bytes, of dQ on its way to memory; 32 has no bank conflicts, 128 the larger copies.
+        direct: a warpgroup adds its part of dQ to memory itself, rather than by way of shared memory and another warp.
     """
 
     block_m: int
     stages: int
     registers: int
     in_registers: bool = False
-    prefetch: bool = False
-    swizzle: int = 128
+    direct: bool = False
 
 
 _FORWARD = {
@@ -58,7 +58,7 @@ _FORWARD = {
 # Three warpgroups read keys less often, and waste more where masks cut through their tiles.
 _FORWARD_LONG = _FORWARD | {64: ForwardTile(consumers=3, block_n=128, stages=3, registers=160, in_turn=True)}
 _BACKWARD = {
-    64: BackwardTile(block_m=64, stages=2, registers=240, in_registers=True, prefetch=True, swizzle=32),
+    64: BackwardTile(block_m=64, stages=2, registers=240, in_registers=True, direct=True),
     128: BackwardTile(block_m=64, stages=2, registers=240),
 }
 

@@ -217,7 +217,8 @@ def make_launch(shape: Shape) -> Launch:
         return launches.round_queries(sums, scores.scale, t.q)
     dtype = torch.float32 if shape.wide else shape.dtype
     share = KeyGradient(torch.empty_like(t.k, dtype=dtype), torch.empty_like(t.v, dtype=dtype))
-    return launches.backward(shape.tile, PROGRAMS, replace(t.saved, sums=sums), t.k, t.v, t.intervals, scores, share)
+    saved, heads = replace(t.saved, sums=sums), range(t.k.shape[2])
+    return launches.backward(shape.tile, PROGRAMS, saved, t.k, t.v, t.intervals, scores, share, heads)
 
 
 def compile_shape(shape: Shape) -> Row:

@@ -170,8 +170,7 @@ def backward(
     if not hops:
         dq.final.zero_()
     pair = call.kernel if isinstance(call.kernel, Pairing) and saved.sums is not None else None
-    some, heads = call.heads_apart(k, pair.enough_keys(k.device)) if pair else 0, k.shape[2]
-    own = None
+    some, own = call.heads_apart(k, pair.enough_keys(k.device)) if pair else 0, None
     for step, hop, (k_held, v_held) in call.visit((k, v)):
         if not step.works:
             home.send(step)
@@ -188,7 +187,8 @@ def backward(
             call.kernel.backward(saved, keys.k, keys.v, keys.rows, call.scores, hop, dq, dkv, keys_done)
     if pair and own:
         keys, dkv = own
-        pair.backward_some(saved, keys, call.scores, range(some, heads), Hop(first=False, last=True), dq, dkv)
+        others = range(some, k.shape[2])
+        pair.backward_some(saved, keys, call.scores, others, Hop(first=False, last=True), dq, dkv)
     dk, dv = home.finish()
     return dq.final, dk, dv, _sinks_gradient(saved, call.scores.sinks)
 

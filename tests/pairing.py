@@ -1,13 +1,11 @@
 """The plain-torch kernel as one that takes the keys of two owners in one pass, and heads by themselves, as the Hopper
 kernel does."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from distflash.intervals import Intervals
 from distflash.kernels import Reference
 from distflash.kernels.base import Hop, KeyGradient, Keys, QueryGradient, Saved, Scores
 from distflash.partial import Partial, Softmax, accumulator_dtype
@@ -37,18 +35,7 @@ class Pairing(Reference):
         saved = super().save(q, out, lse, dout, dlse)
         return replace(saved, sums=torch.empty_like(q, dtype=accumulator_dtype(q.dtype)))
 
-    def backward(
-        self,
-        saved: Saved,
-        k: Tensor,
-        v: Tensor,
-        rows: Intervals,
-        scores: Scores,
-        hop: Hop,
-        dq: QueryGradient,
-        dkv: KeyGradient,
-        keys_done: Callable[[], None],
-    ) -> None:
+    def backward(self, saved, k, v, rows, scores, hop, dq, dkv, keys_done):
         assert dq.sum is None
         super().backward(saved, k, v, rows, scores, hop, replace(dq, sum=saved.sums), dkv, keys_done)
 

@@ -122,9 +122,11 @@ def test_other_lengths_do_not_recompile():
     """Hops differ in lengths and in their place in the ring; a compilation between two would stall every rank."""
     from distflash.kernels.hopper.backward import backward_kernel
     from distflash.kernels.hopper.forward import forward_kernel
+    from distflash.kernels.hopper.fragments import round_kernel
 
     def compiled() -> int:
-        return sum(len(c[0]) for kernel in (forward_kernel, backward_kernel) for c in kernel.device_caches.values())
+        kernels = (forward_kernel, backward_kernel, round_kernel)
+        return sum(len(c[0]) for kernel in kernels for c in kernel.device_caches.values())
 
     def call(seq_len: int) -> None:
         case = oracle.Case("any", seq_len=seq_len, heads=4, d_qk=64, d_v=64, dtype=torch.bfloat16, world_size=3, rank=1)

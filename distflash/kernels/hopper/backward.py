@@ -40,8 +40,9 @@ from distflash.kernels.hopper.common import (
 )
 from distflash.kernels.hopper.compat import async_add, async_load, async_store, barrier, store_wait
 from distflash.kernels.hopper.fragments import add, fragments
+from distflash.kernels.hopper.tiles import KEYS
 
-BLOCK_N = gl.constexpr(128)
+BLOCK_N = gl.constexpr(KEYS)
 JOB = gl.constexpr(7)  # first, batch, kv_head, begin, before, full, tiles
 # Hardware barriers, beyond those that the compiler uses; one a warpgroup or a stage.
 DS_READY = gl.constexpr(5)  # of a warpgroup and of two tiles in turn

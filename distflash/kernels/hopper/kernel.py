@@ -14,14 +14,13 @@ from torch import Tensor
 
 from distflash.intervals import Intervals
 from distflash.kernels.base import Hop, KeyGradient, Keys, Problem, QueryGradient, Saved, Scores
-from distflash.kernels.hopper.tiles import BackwardTile, ForwardTile, backward_tile, forward_tile, padded
+from distflash.kernels.hopper.tiles import KEYS, BackwardTile, ForwardTile, backward_tile, forward_tile, padded
 from distflash.kernels.triton import Triton
 from distflash.partial import Partial
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257, 8)
-BLOCK = 128  # keys that a program of the backward kernel works on at a time
-ROUNDS = 3  # of blocks: where masks make them unequal, with fewer some programs end long before others
+ROUNDS = 3  # of blocks of keys: where masks make them unequal, with fewer some programs end long before others
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class Hopper:
         self._backward(saved, own, scores, hop, dq, dkv, heads, lambda: None)
 
     def enough_keys(self, device: torch.device) -> int:
-        return ROUNDS * BLOCK * self._programs(device)
+        return ROUNDS * KEYS * self._programs(device)
 
     def _backward(
         self, saved: Saved, keys: Keys, scores: Scores, hop: Hop, dq: QueryGradient, dkv: KeyGradient, heads: range,

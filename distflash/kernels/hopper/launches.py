@@ -18,7 +18,7 @@ from distflash.kernels.base import Hop, KeyGradient, Keys, Saved, Scores
 from distflash.kernels.hopper.backward import backward_kernel
 from distflash.kernels.hopper.forward import forward_kernel
 from distflash.kernels.hopper.fragments import round_kernel
-from distflash.kernels.hopper.tiles import QUERIES, BackwardTile, ForwardTile, padded
+from distflash.kernels.hopper.tiles import KEYS, QUERIES, BackwardTile, ForwardTile, padded
 from distflash.kernels.triton.launches import Launch, aligned, heads_at_once
 from distflash.partial import Partial
 
@@ -89,25 +89,24 @@ def forward(
 
 def backward(
     tile: BackwardTile, programs: int, saved: Saved, k: Tensor, v: Tensor, rows: Intervals, scores: Scores,
-    dkv: KeyGradient, heads: range | None = None,
+    dkv: KeyGradient, heads: range,
 ) -> Launch:  # fmt: skip
-    """Adds to ``saved.sums``. Of some key heads only, if given."""
+    """Of these key heads; adds to ``saved.sums``."""
     q, stats, sums = saved.q, saved.statistics, saved.sums
     assert stats is not None and sums is not None
     B, T, H, D = q.shape
     _, K, G, V = v.shape
-    M, wide = tile.block_m, dkv.dk.dtype != q.dtype
-    heads = range(G) if heads is None else heads
-    programs = min(programs, triton.cdiv(K, 2 * ROWS) * B * len(heads))
+    blocks, wide = triton.cdiv(K, KEYS), dkv.dk.dtype != q.dtype
+    programs = min(programs, blocks * B * len(heads))
     return Launch(
         kernel=backward_kernel,
         programs=programs,
         arguments=dict(
-            q=_descriptor(q, M, padded(D)),
+            q=_descriptor(q, QUERIES, padded(D)),
             k=_descriptor(k, ROWS, padded(D)),
             v=_descriptor(v, ROWS, padded(V)),
-            dout=_descriptor(saved.dout, M, padded(V)),
-            stats=_columns(stats, T, M),
+            dout=_descriptor(saved.dout, QUERIES, padded(V)),
+            stats=_columns(stats, T, QUERIES),
             col_lo=rows.col_lo,
             col_hi=rows.col_hi,
             dq=sums if tile.direct else _rows(sums.flatten(0, 2)),
@@ -123,12 +122,12 @@ def backward(
             first_head=heads.start,
             head_count=len(heads),
             batches=B,
-            heads_at_once=_neighbours(triton.cdiv(K, 2 * ROWS), programs, *[q, saved.dout] * (H // G)),
+            heads_at_once=_neighbours(blocks, programs, *[q, saved.dout] * (H // G)),
             programs=programs,
             GROUP=H // G,
             D=D,
             V=V,
-            BLOCK_M=M,
+            BLOCK_M=QUERIES,
             STAGES=tile.stages,
             REGISTERS=tile.registers,
             IN_REGISTERS=tile.in_registers,

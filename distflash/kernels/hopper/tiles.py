@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-QUERIES = 64  # sums of dQ are kept in tiles of so many
+# The backward kernel: keys of a program's block, which stay, and queries of a tile, in which sums of dQ are kept, too.
+KEYS = 128
+QUERIES = 64
 
 
 def padded(dim: int) -> int:
@@ -35,7 +37,7 @@ class ForwardTile:
 
 @dataclass(frozen=True)
 class BackwardTile:
-    """128 keys stay, ``block_m`` queries a step, ``stages`` of them in flight.
+    """``stages`` tiles of queries in flight.
 
     Attributes:
         registers: of each consumer's threads.
@@ -43,7 +45,6 @@ class BackwardTile:
         direct: a warpgroup adds its part of dQ to memory itself, rather than by way of shared memory and another warp.
     """
 
-    block_m: int
     stages: int
     registers: int
     in_registers: bool = False
@@ -58,8 +59,8 @@ _FORWARD = {
 # Three warpgroups read keys less often, and waste more where masks cut through their tiles.
 _FORWARD_LONG = _FORWARD | {64: ForwardTile(consumers=3, block_n=128, stages=3, registers=160, in_turn=True)}
 _BACKWARD = {
-    64: BackwardTile(block_m=64, stages=2, registers=240, in_registers=True, direct=True),
-    128: BackwardTile(block_m=64, stages=2, registers=240),
+    64: BackwardTile(stages=2, registers=240, in_registers=True, direct=True),
+    128: BackwardTile(stages=2, registers=240),
 }
 
 

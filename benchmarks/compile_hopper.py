@@ -73,8 +73,8 @@ class Shape:
 
     @property
     def tile(self) -> ForwardTile | BackwardTile:
-        dim = launches.padded(max(self.d_qk, self.d_v))
-        return forward_tile(dim, MANY * self.long) if self.kernel == "forward" else backward_tile(dim)
+        dims = self.d_qk, self.d_v
+        return forward_tile(*dims, MANY * self.long) if self.kernel == "forward" else backward_tile(*dims)
 
     @property
     def dims(self) -> str:
@@ -167,6 +167,19 @@ EXPLAINED = (
         "Sums of 256 columns take 128 registers of 240; of two owners' intervals, some ends wait in memory.",
         special="two",
     ),
+    Explanation("forward", "192/128", "border", MASKING),
+    Explanation("forward", "192/128", "outside", ONCE),
+    Explanation("backward", "192/128", "outside", ONCE),
+    Explanation("backward", "256/256", "outside", ONCE),
+    Explanation("backward", "256/256", "border", MASKING, special="softcap"),
+    Explanation(
+        "backward",
+        "256/256",
+        "loop",
+        "dK or dV takes 128 registers of 240, a part of dQ 32, P, dP and the slope of the softcap 48: constants of the "
+        "loop are loaded where they are used.",
+        special="softcap",
+    ),
     Explanation("backward", "64/64", "outside", ONCE),
     Explanation("backward", "128/128", "border", MASKING),
     Explanation("backward", "128/128", "outside", ONCE),
@@ -191,7 +204,7 @@ def shapes() -> Iterator[Shape]:
     for dtype in (torch.bfloat16, torch.float16):
         for d in (64, 128):
             for long in (False, True):
-                if long and forward_tile(d, MANY) == forward_tile(d, 0.0):
+                if long and forward_tile(d, d, MANY) == forward_tile(d, d, 0.0):
                     continue
                 for special in ({}, {"group": 4}, {"softcap": True}, {"sinks": True}, {"two": True}):
                     yield Shape("forward", d, d, dtype, long=long, **special)
@@ -199,9 +212,12 @@ def shapes() -> Iterator[Shape]:
                 for special in ({}, {"group": 4}, {"softcap": True}):
                     yield Shape("backward", d, d, dtype, wide=wide, **special)
             yield Shape("round", d, d, dtype)
-        for two in (False, True):
-            yield Shape("forward", 192, 128, dtype, two=two)
-            yield Shape("forward", 256, 256, dtype, two=two)
+        for dims in ((192, 128), (256, 256)):
+            for two in (False, True):
+                yield Shape("forward", *dims, dtype, two=two)
+            for special in ({}, {"group": 4}, {"softcap": True}, {"wide": True}):
+                yield Shape("backward", *dims, dtype, **special)
+            yield Shape("round", *dims, dtype)
 
 
 def make_launch(shape: Shape) -> Launch:

@@ -20,7 +20,7 @@ from benchmarks import common
 from benchmarks.common import Shape
 from benchmarks.contest import kernel_of
 from distflash.engine import Plan
-from distflash.kernels.hopper.tiles import QUERIES, padded
+from distflash.kernels.hopper.tiles import QUERIES
 
 FP32 = 4
 COUNTER = 2 * 4  # int32 [2], of a kernel whose programs share out their work as they go
@@ -48,7 +48,7 @@ def predict(shape: Shape, plan: Plan, rank: int, itemsize: int, adds_up: bool) -
              + 8                a counter
     backward = 8 row            lse in base 2, and delta = rowsum(dout out)
              + 4 row D          fp32 sum of dQ, if there is more than one hop; always, if the kernel adds up in memory,
-                                of T up to a multiple of 64 and D to a power of two
+                                of T and D up to a multiple of 64
              + 8                a counter, if it does
              + 2 * 4 keys(T)    fp32 dK and dV of the own keys, and one part arriving, if any other rank works on them
              + A 4 keys(L)      A parts of dK and dV on their way out: 1 for one other owner, 2 (in turns) for more
@@ -80,7 +80,7 @@ def predict(shape: Shape, plan: Plan, rank: int, itemsize: int, adds_up: bool) -
 
 def _sums(shape: Shape, length: int) -> int:
     """Bytes of the Hopper kernel's sums of dQ."""
-    return FP32 * shape.B * shape.H * -(-length // QUERIES) * QUERIES * padded(shape.D)
+    return FP32 * shape.B * shape.H * -(-length // QUERIES) * QUERIES * -(-shape.D // 64) * 64
 
 
 def _peak(work: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[int, tuple[torch.Tensor, ...]]:

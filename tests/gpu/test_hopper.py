@@ -28,7 +28,8 @@ def half(case: oracle.Case) -> oracle.Case:
 
 
 CASES = [half(case) for case in oracle.cases()]
-LONG = [forward_tile(64, 1e6), *(replace(forward_tile(64, 0.0), in_turn=a, halves=b) for a, b in ((1, 0), (0, 1)))]
+SHORT = forward_tile(64, 64, 0.0)
+LONG = [forward_tile(64, 64, 1e6), *(replace(SHORT, in_turn=a, halves=b) for a, b in ((1, 0), (0, 1)))]
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +49,20 @@ def test_two_owners_in_one_pass(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, 128])
-def test_many_tiles(dim, dtype):
-    case = oracle.Case("long", seq_len=4001, heads=4, kv_heads=2, d_qk=dim, d_v=dim, dtype=dtype)
+@pytest.mark.parametrize(("d_qk", "d_v"), [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_many_tiles(d_qk, d_v, dtype):
+    case = oracle.Case("long", seq_len=4001, heads=4, kv_heads=2, d_qk=d_qk, d_v=d_v, dtype=dtype)
     oracle.check(Hopper(), case, "cuda")
+
+
+@pytest.mark.parametrize("softcap", [0.0, 9.0])
+@pytest.mark.parametrize("mask", [masks.Causal(), masks.Window(300, 100)], ids=repr)
+@pytest.mark.parametrize(("d_qk", "d_v"), [(192, 128), (256, 256), (136, 136), (256, 96), (256, 192)])
+def test_wide_heads(d_qk, d_v, mask, softcap):
+    case = oracle.Case("wide heads", mask, seq_len=1501, heads=4, kv_heads=2, d_qk=d_qk, d_v=d_v, dtype=torch.bfloat16)
+    case = replace(case, batch=2, softcap=softcap)
+    oracle.check(Hopper(), case, "cuda")
+    oracle.check(Hopper(), replace(case, world_size=2, rank=1), "cuda", heads_first=1)
 
 
 @pytest.mark.parametrize("tile", LONG, ids=repr)
@@ -67,7 +78,7 @@ def test_tiles_for_many_keys(tile, world_size):
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_both_ways_of_adding_up(dim, direct):
-    tile = replace(backward_tile(dim), direct=direct)
+    tile = replace(backward_tile(dim, dim), direct=direct)
     case = oracle.Case("ways", seq_len=1501, heads=4, kv_heads=2, d_qk=dim, d_v=dim, dtype=torch.bfloat16, batch=2)
     oracle.check(Hopper(backward_tile=tile), case, "cuda")
     oracle.check(Hopper(backward_tile=tile), replace(case, world_size=2, rank=1), "cuda", heads_first=1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distflash.kernels import Hopper, Problem
-from distflash.kernels.hopper.tiles import backward_tile, forward_tile
+from distflash.kernels.hopper.tiles import backward_tile, forward_tile, padded
 
 pytestmark = pytest.mark.pure
 
@@ -30,20 +30,36 @@ def test_short_dtypes_are_no_reason():
     assert "float" not in reasons(dtype=torch.float16)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_tiles_fit_the_hardware(dim):
+@pytest.mark.parametrize(("d_qk", "d_v"), [(64, 64), (128, 128), (192, 128), (256, 128), (256, 256)])
+def test_tiles_fit_the_hardware(d_qk, d_v):
     for keys in (0.0, 2.0**20):
-        tile = forward_tile(dim, keys)
+        tile = forward_tile(d_qk, d_v, keys)
         loading = 24 if tile.consumers == 2 else 32
         assert 128 * (tile.consumers * tile.registers + loading) <= 2**16
-        places = tile.slots * tile.consumers * 64 + 2 * tile.stages * tile.block_n
-        assert 2 * dim * places < 227 * 1024
+        elements = padded(d_qk) * (tile.slots * tile.consumers * 64 + tile.stages * tile.block_n)
+        elements += padded(d_v) * tile.stages * tile.block_n
+        assert 2 * elements < 227 * 1024
         assert tile.registers % 8 == 0
-    if dim <= 128:
-        assert 2 * backward_tile(dim).registers + 24 <= 512
+    assert 2 * backward_tile(d_qk, d_v).registers + 24 <= 512
 
 
 def test_queries_that_see_many_keys_share_them_more():
-    assert forward_tile(64, 16384).consumers > forward_tile(64, 1024).consumers
+    assert forward_tile(64, 64, 16384).consumers > forward_tile(64, 64, 1024).consumers
     # As many keys, and a mask that cuts through most of their tiles.
-    assert forward_tile(64, 4096, density=0.03) == forward_tile(64, 1024)
+    assert forward_tile(64, 64, 4096, density=0.03) == forward_tile(64, 64, 1024)
+
+
+@pytest.mark.parametrize(("d_qk", "d_v"), [(192, 128), (256, 128), (136, 136), (192, 192), (256, 192), (256, 256)])
+def test_warpgroups_share_the_columns_of_wide_queries(d_qk, d_v):
+    from distflash.kernels.hopper.backward_wide import at_once, query_parts
+
+    first, second = (query_parts.fn(w, d_qk, d_v) for w in (0, 1))
+    assert second[0] == 0
+    assert second[1] == first[0]
+    assert sum(first) == -(-d_qk // 64)
+    for w, (part, parts) in enumerate((first, second)):
+        early = at_once.fn(w, d_qk, d_v)
+        assert 1 <= early <= parts
+        for start, width in ((part, early), (part + early, parts - early)):
+            assert width in (0, 1, 2)  # powers of two, which begin at multiples of themselves
+            assert not width or start % width == 0

@@ -9,8 +9,7 @@ need all of it: each computes half of the tile's dQ, which is added to float32 s
 Unlike there, a tile's dQ is computed a tile later, under the next softmax. So tensor cores have work under all that is
 not theirs, and the warpgroups, which meet by their dS only, may be half a tile apart and fill each other's gaps.
 
-[Note: shapes] as in `common`. ``stats`` is float32 ``[2, B * H, T]``: the log-sum-exp in base 2, and delta; see the
-portable kernel.
+Up to a head dim of 128; above, see `backward_wide`. [Note: shapes] as in `backward_parts`.
 """
 
 from triton.experimental import gluon
@@ -22,96 +21,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from distflash.kernels.hopper.common import (
-    LOG2E,
-    ROWS,
-    advance,
-    arrive,
-    leave,
-    next_job,
-    nth,
-    pick,
-    post,
-    product,
-    read,
-    span,
-    sync,
-    tanh,
+from distflash.kernels.hopper.backward_parts import (
+    BOTH,
+    BOTH_AND_WARP,
+    DS_READY,
+    FREE,
+    JOB,
+    MAX_STAGES,
+    load_tiles,
+    place_of,
+    probabilities,
+    store,
 )
-from distflash.kernels.hopper.compat import async_add, async_load, async_store, barrier, store_wait
+from distflash.kernels.hopper.common import ROWS, advance, arrive, nth, product, read, sync
+from distflash.kernels.hopper.compat import async_add, async_store, barrier, store_wait
 from distflash.kernels.hopper.fragments import add, fragments
-from distflash.kernels.hopper.tiles import KEYS
 
-BLOCK_N = gl.constexpr(KEYS)
-JOB = gl.constexpr(7)  # first, batch, kv_head, begin, before, full, tiles
-# Hardware barriers, beyond those that the compiler uses; one a warpgroup or a stage.
-DS_READY = gl.constexpr(5)  # of a warpgroup and of two tiles in turn
+# Hardware barriers, beside those of `backward_parts`; one a warpgroup.
 DQ_READY = gl.constexpr(9)
 DQ_FREE = gl.constexpr(11)
-FREE = gl.constexpr(13)
 DONE = gl.constexpr(15)
-MAX_STAGES = gl.constexpr(2)
-BOTH = gl.constexpr(256)  # threads of both warpgroups
-BOTH_AND_WARP = gl.constexpr(288)
 ONE_AND_WARP = gl.constexpr(160)
-
-
-@gluon.jit
-def load_tiles(
-    q, k, v, dout, stats, smem, gates, jobs, counter, block_ends, heads, batches, heads_at_once, programs,
-    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The loading warp: a block's keys and values, then the queries, their dout and statistics, tile by tile."""
-    q_smem, k_smem, v_smem, dout_smem, stats_smem = smem
-    kv_ready, kv_free, job_ready, job_free, q_ready, dout_ready = gates
-    col_lo, col_hi, keys, kv_heads = block_ends
-    first_head, head_count = heads
-    blocks = gl.cdiv(keys, BLOCK_N)
-    slot, slot_phase, kv_phase, stage, loaded = 0, 1, 1, 0, 0
-    program = gl.program_id(0)
-    while program < blocks * head_count * batches:
-        block, nth_head = pick(program, blocks, head_count * batches, heads_at_once)
-        first = block * BLOCK_N  # under causal masks earlier keys are seen by more: longest first
-        last = gl.minimum(first + BLOCK_N, keys) - 1
-        begin, before, full, tiles = span(col_lo, col_hi, first, last, 1, BLOCK_M, BLOCK_M)
-        batch, kv_head = nth_head // head_count, first_head + nth_head % head_count
-        mbarrier.wait(job_free.index(slot), slot_phase)
-        post(jobs, slot, (first, batch, kv_head, begin, before, full, tiles))
-        mbarrier.arrive(job_ready.index(slot))
-        slot, slot_phase = advance(slot, slot_phase, 2)
-        mbarrier.wait(kv_free, kv_phase)
-        kv_phase ^= 1
-        mbarrier.expect(kv_ready, 2 * k.block_type.nbytes + 2 * v.block_type.nbytes)
-        for w in gl.static_range(2):
-            async_load(k, [batch, kv_head, first + w * ROWS, 0], kv_ready, k_smem.index(w))
-            async_load(v, [batch, kv_head, first + w * ROWS, 0], kv_ready, v_smem.index(w))
-        for member in range(GROUP):
-            head = kv_head * GROUP + member
-            plane = (batch * kv_heads + kv_head) * GROUP + member
-            for i in range(tiles):
-                start = begin + nth(i, before, full, tiles - full) * BLOCK_M
-                if loaded >= STAGES:
-                    sync(FREE + stage, BOTH_AND_WARP)
-                mbarrier.expect(q_ready.index(stage), q.block_type.nbytes + stats.block_type.nbytes)
-                async_load(q, [batch, head, start, 0], q_ready.index(stage), q_smem.index(stage))
-                async_load(stats, [0, plane, start], q_ready.index(stage), stats_smem.index(2 * stage))
-                mbarrier.expect(dout_ready.index(stage), dout.block_type.nbytes + stats.block_type.nbytes)
-                async_load(dout, [batch, head, start, 0], dout_ready.index(stage), dout_smem.index(stage))
-                async_load(stats, [1, plane, start], dout_ready.index(stage), stats_smem.index(2 * stage + 1))
-                loaded += 1
-                stage, _ = advance(stage, 0, STAGES)
-        program = next_job(counter, programs)
-    mbarrier.wait(job_free.index(slot), slot_phase)
-    post(jobs, slot, (0, 0, 0, 0, 0, 0, 0))
-    mbarrier.arrive(job_ready.index(slot))
-    leave(counter, programs)
-
-
-@gluon.jit
-def place_of(i, plane, job, queries, BLOCK_M: gl.constexpr):
-    """Where the tile that is visited as ``i``-th for the head ``plane`` lies among the sums of dQ."""
-    begin, before, full, tiles = job
-    return plane * gl.cdiv(queries, BLOCK_M) + begin // BLOCK_M + nth(i, before, full, tiles - full)
 
 
 @gluon.jit
@@ -141,22 +71,6 @@ def add_queries(
             slot, slot_phase = advance(slot, slot_phase, 2)
             mbarrier.wait(job_ready.index(slot), slot_phase)
             _, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB)
-
-
-@gluon.jit
-def probabilities(s, lse2, start, lo, hi, scale, softcap, layout: gl.constexpr, SOFTCAP: gl.constexpr, masked):
-    """From raw products the softmax, and the derivative of the score by the scaled product (1 but for softcap)."""
-    slope = 1.0
-    if SOFTCAP:
-        t = tanh(s * (scale / softcap))
-        slope = 1.0 - t * t
-        p = gl.exp2(t * (softcap * LOG2E) - lse2[None, :])
-    else:
-        p = gl.exp2(s * (scale * LOG2E) - lse2[None, :])
-    if masked:  # a value of the loop: a tile inside every interval skips this
-        queries = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, layout))[None, :]
-        p = gl.where((queries >= (lo - start)[:, None]) & (queries < (hi - start)[:, None]), p, 0.0)
-    return p, slope
 
 
 @gluon.jit
@@ -253,8 +167,8 @@ def leave_block(
     q_smem, k_smem, v_smem, _, _ = smem
     if WIDE:
         mbarrier.arrive(kv_free)
-        store(dv_out, dv, batch, kv_head, first, keys, kv_heads, V)
-        store(dk_out, dk, batch, kv_head, first, keys, kv_heads, D)
+        store(dv_out, dv, batch, kv_head, first, 0, keys, kv_heads, V)
+        store(dk_out, dk, batch, kv_head, first, 0, keys, kv_heads, D)
     else:  # leave by those places, which are as large
         value = v_smem.index(w)
         value.reshape(dv.shape).store(dv.to(q_smem.dtype))
@@ -330,15 +244,6 @@ def consume(
         slot, slot_phase = advance(slot, slot_phase, 2)
         mbarrier.wait(job_ready.index(slot), slot_phase)
         first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB)
-
-
-@gluon.jit
-def store(out, tile, batch, kv_head, first, keys, kv_heads, DIM: gl.constexpr):
-    """Write a tile into ``[B, K, G, DIM]``."""
-    rows = first + gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, tile.type.layout))
-    columns = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, tile.type.layout))
-    at = ((batch.to(gl.int64) * keys + rows) * kv_heads + kv_head)[:, None] * DIM + columns[None, :]
-    gl.store(out + at, tile, mask=(rows < keys)[:, None] & (columns < DIM)[None, :])
 
 
 @gluon.jit(

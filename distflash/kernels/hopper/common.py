@@ -8,6 +8,7 @@ Scores live in base 2, as in the portable kernel.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -18,6 +19,31 @@ ROWS = gl.constexpr(64)  # of one warpgroup's matrix instruction
 def product(columns):
     """The layout of a warpgroup's product of 64 rows."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.constexpr_function
+def columns_of(dim):
+    """How many columns of a head dim there are to multiply: the tiles in shared memory may be wider."""
+    return (dim + 63) // 64 * 64
+
+
+@gluon.jit
+def strips(x, COLUMNS: gl.constexpr):
+    """The first COLUMNS of a tile in shared memory, in as few parts as can be of a power of two."""
+    if COLUMNS == 192:
+        return x.slice(0, 128, dim=1), x.slice(128, 64, dim=1)
+    else:
+        return (x,)
+
+
+@gluon.jit
+def row_products(a, b, zeros):
+    """Start A B^T, of the strips of A and the same columns of B."""
+    if len(a) == 2:
+        s = warpgroup_mma(a[0], b.slice(0, 128, dim=1).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        return warpgroup_mma(a[1], b.slice(128, 64, dim=1).permute((1, 0)), s, is_async=True)
+    else:
+        return warpgroup_mma(a[0], b.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit

@@ -29,6 +29,7 @@ from distflash.kernels.hopper.common import (
     advance,
     arrive,
     arrive_after,
+    columns_of,
     half_parts,
     halves,
     in_parts,
@@ -43,7 +44,9 @@ from distflash.kernels.hopper.common import (
     rescale,
     row_max,
     row_parts,
+    row_products,
     span,
+    strips,
     sync,
     tanh,
     whole,
@@ -210,7 +213,7 @@ def multiply(
     sync(TURN + w, 256)
     key = k_smem.index(following).reshape([BLOCK_N, k_smem.shape[4]])
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=mma_s)
-    s = warpgroup_mma(q, key.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = row_products(q, key, zeros)
     acc = warpgroup_mma(p, v_smem.index(stage).reshape([BLOCK_N, v_smem.shape[4]]), acc, is_async=True)
     arrive(TURN + (w + 1) % CONSUMERS, 256)
     return s, acc, following, following_phase
@@ -263,7 +266,7 @@ def attend_in_turn(
     m, change = follow(s, factor, m)
     acc = rescale(acc, change)
     p32, l = exponentials(s, factor, m, l, change)
-    p = gl.convert_layout(pack(p32, q), gl.DotOperandLayout(0, mma_o, k_width=2))
+    p = gl.convert_layout(pack(p32, q[0]), gl.DotOperandLayout(0, mma_o, k_width=2))
     s, acc, following, following_phase = multiply(w, q, p, acc, smem, gates, stage, phase, CONSUMERS, STAGES, mma_s)
     s = warpgroup_mma_wait(1, [s])
     arrive(K_FREE + following, EVERYBODY)
@@ -332,7 +335,7 @@ def block(
     mbarrier.wait(k_ready.index(stage), phase)
     key = k_smem.index(stage).reshape([BLOCK_N, k_smem.shape[4]])
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=mma_s)
-    s = warpgroup_mma(query, key.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = row_products(query, key, zeros)
     s = warpgroup_mma_wait(0, [s])
     arrive(K_FREE + stage, 32 + CONSUMERS * 128)
     # One thread of each row carries its sum so far, the others begin with 0.
@@ -378,8 +381,9 @@ def block(
 @gluon.jit
 def consume(
     w: gl.constexpr, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
-    SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, V: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    SOFTCAP: gl.constexpr, SINKS: gl.constexpr, IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr,
+    SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, V: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, IN_TURN: gl.constexpr, HALVES: gl.constexpr,
+    TWO: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``w``: attention of 64 queries of every block."""
     q_smem, _, v_smem = smem
@@ -416,7 +420,7 @@ def consume(
         fresh = (first_hop != 0) & (head >= done)
         state = begin(sinks, sums, at_row, at_out, exists, kept, head, fresh, mma_s, mma_o, SINKS)
         place = q_smem.index(slot * CONSUMERS + w)
-        query = place.reshape([ROWS, q_smem.shape[4]])
+        query = strips(place.reshape([ROWS, q_smem.shape[4]]), columns_of(D))
         job = (begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2)
         state, stage, phase = block(
             w, state, query, smem, gates, stage, phase, job, (lo, hi, lo_2, hi_2), scale, softcap, first_hop >> 1,
@@ -449,9 +453,9 @@ def forward_kernel(
     scale, softcap, queries, heads, batches,
     head_count, done,  # the heads of this launch, and, where TWO, how many of them have seen the owner's keys before
     first_hop, last_hop, heads_at_once, programs,
-    GROUP: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, SLOTS: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, IN_TURN: gl.constexpr,
-    HALVES: gl.constexpr, TWO: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, SLOTS: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
+    IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES <= MAX_STAGES)
     one: gl.constexpr = mbarrier.MBarrierLayout()
@@ -482,11 +486,11 @@ def forward_kernel(
         gl.warp_specialize([
             (consume, (
                 0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
-                SLOTS, BLOCK_N, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
+                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
             )),
             (consume, (
                 1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
-                SLOTS, BLOCK_N, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
+                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
             )),
             (load_tiles, (
                 q, owner, other, smem, gates, jobs, counter, grid, SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO,
@@ -496,15 +500,15 @@ def forward_kernel(
         gl.warp_specialize([
             (consume, (
                 0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
-                SLOTS, BLOCK_N, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
+                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
             )),
             (consume, (
                 1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
-                SLOTS, BLOCK_N, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
+                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
             )),
             (consume, (
                 2, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
-                SLOTS, BLOCK_N, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
+                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
             )),
             (load_tiles, (
                 q, owner, other, smem, gates, jobs, counter, grid, SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO,

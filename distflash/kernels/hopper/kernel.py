@@ -28,8 +28,8 @@ class Hopper:
     """Exact attention in Gluon for sm_90, by row and column intervals; see `distflash.kernels.base.Kernel`.
 
     Forward and backward after FlashAttention-3 (https://arxiv.org/abs/2407.08608). dQ is added up in float32 in global
-    memory, in the order in which blocks of keys come by, so its last bits differ from run to run. Above a head dim of
-    128 the backward pass is the portable kernel's.
+    memory, in the order in which blocks of keys come by, so its last bits differ from run to run. Where values are of
+    64 columns or fewer beside wider keys, the backward pass is the portable kernel's.
 
     Args:
         deterministic: the same bits in every run: the portable kernel's backward pass, which computes seven products a
@@ -79,8 +79,8 @@ class Hopper:
 
         owners = [keys] if other is None else [keys, other]
         seen = sum(owner.rows.pairs for owner in owners) / q.shape[1]
-        dim = padded(max(q.shape[-1], keys.v.shape[-1]))
-        tile = self.forward_tile or forward_tile(dim, seen, seen / sum(owner.k.shape[1] for owner in owners))
+        dims, present = (q.shape[-1], keys.v.shape[-1]), sum(owner.k.shape[1] for owner in owners)
+        tile = self.forward_tile or forward_tile(*dims, seen, seen / present)
         with torch.cuda.device(q.device):
             programs = self._programs(q.device)
             launches.forward(tile, programs, q, keys, scores, hop, into, kv_heads, other).run()
@@ -126,7 +126,7 @@ class Hopper:
 
         k, v = keys.k, keys.v
         assert saved.sums is not None
-        tile = self.backward_tile or backward_tile(padded(max(k.shape[-1], v.shape[-1])))
+        tile = self.backward_tile or backward_tile(k.shape[-1], v.shape[-1])
         with torch.cuda.device(saved.q.device):
             if hop.first:
                 saved.sums.zero_()
@@ -137,8 +137,8 @@ class Hopper:
                 launches.round_queries(saved.sums, scores.scale, dq.final).run()
 
     def _fused(self, q: Tensor, out: Tensor) -> bool:
-        dims = {padded(q.shape[-1]), padded(out.shape[-1])}
-        return not self.deterministic and dims in ({64}, {128})
+        d_qk, d_v = padded(q.shape[-1]), padded(out.shape[-1])
+        return not self.deterministic and (d_qk == d_v or (d_qk, d_v) == (256, 128))
 
     def _programs(self, device: torch.device) -> int:
         return _multiprocessors(device) - self.margin

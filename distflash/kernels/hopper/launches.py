@@ -16,6 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from distflash.intervals import Intervals
 from distflash.kernels.base import Hop, KeyGradient, Keys, Saved, Scores
 from distflash.kernels.hopper.backward import backward_kernel
+from distflash.kernels.hopper.backward_wide import backward_wide_kernel
 from distflash.kernels.hopper.forward import forward_kernel
 from distflash.kernels.hopper.fragments import round_kernel
 from distflash.kernels.hopper.tiles import KEYS, QUERIES, BackwardTile, ForwardTile, padded
@@ -71,6 +72,7 @@ def forward(
             heads_at_once=group * _neighbours(blocks * group, programs, keys.k, keys.v),
             programs=programs,
             GROUP=group,
+            D=D,
             V=V,
             BLOCK_N=tile.block_n,
             CONSUMERS=tile.consumers,
@@ -96,10 +98,12 @@ def backward(
     assert stats is not None and sums is not None
     B, T, H, D = q.shape
     _, K, G, V = v.shape
-    blocks, wide = triton.cdiv(K, KEYS), dkv.dk.dtype != q.dtype
+    blocks, wide = triton.cdiv(K, ROWS if tile.by_columns else KEYS), dkv.dk.dtype != q.dtype
     programs = min(programs, blocks * B * len(heads))
+    as_they_are = wide or tile.by_columns
+    choices: dict[str, Any] = {} if tile.by_columns else dict(WIDE=wide, DIRECT=tile.direct)
     return Launch(
-        kernel=backward_kernel,
+        kernel=backward_wide_kernel if tile.by_columns else backward_kernel,
         programs=programs,
         arguments=dict(
             q=_descriptor(q, QUERIES, padded(D)),
@@ -110,9 +114,8 @@ def backward(
             col_lo=rows.col_lo,
             col_hi=rows.col_hi,
             dq=sums if tile.direct else _rows(sums.flatten(0, 2)),
-            dk=dkv.dk if wide else _descriptor(dkv.dk, ROWS, padded(D)),
-            dv=dkv.dv if wide else _descriptor(dkv.dv, ROWS, padded(V)),
-            WIDE=wide,
+            dk=dkv.dk if as_they_are else _descriptor(dkv.dk, ROWS, padded(D)),
+            dv=dkv.dv if as_they_are else _descriptor(dkv.dv, ROWS, padded(V)),
             counter=saved.counter,
             scale=scores.scale,
             softcap=scores.softcap,
@@ -131,17 +134,19 @@ def backward(
             STAGES=tile.stages,
             REGISTERS=tile.registers,
             IN_REGISTERS=tile.in_registers,
-            DIRECT=tile.direct,
             SOFTCAP=scores.softcap > 0,
+            **choices,
             num_warps=4,
         ),
     )
 
 
 def query_sums(q: Tensor) -> Tensor:
-    """Room for float32 sums of dQ in fragment order, see `fragments`: ``[B * H * tiles, 2, ROWS, DP / 2]``."""
+    """Room for float32 sums of dQ in fragment order, see `fragments`: ``[B * H * tiles, PARTS, ROWS, N]``."""
     B, T, H, D = q.shape
-    return q.new_empty(B * H * triton.cdiv(T, QUERIES), 2, QUERIES, padded(D) // 2, dtype=torch.float32)
+    blocks = triton.cdiv(D, 64)
+    parts = max(2, blocks)
+    return q.new_empty(B * H * triton.cdiv(T, QUERIES), parts, QUERIES, 64 * blocks // parts, dtype=torch.float32)
 
 
 def round_queries(sums: Tensor, scale: float, out: Tensor) -> Launch:

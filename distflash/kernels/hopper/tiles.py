@@ -1,8 +1,8 @@
-"""Which tile sizes the Hopper kernels run with, by padded head dim: measured, see ``benchmarks/NOTES.md``."""
+"""Which tile sizes the Hopper kernels run with, by head dim: measured, see ``benchmarks/NOTES.md``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # The backward kernel: keys of a program's block, which stay, and queries of a tile, in which sums of dQ are kept, too.
 KEYS = 128
@@ -41,14 +41,17 @@ class BackwardTile:
 
     Attributes:
         registers: of each consumer's threads.
-        in_registers: the block's keys and values stay in registers, where there are enough: shared memory is the limit.
+        in_registers: the block's values, and its keys unless ``by_columns``, stay in registers, where there are enough:
+            shared memory is the limit.
         direct: a warpgroup adds its part of dQ to memory itself, rather than by way of shared memory and another warp.
+        by_columns: a block is 64 keys, of which one warpgroup has dK, the other dV; otherwise each has 64 of KEYS.
     """
 
     stages: int
     registers: int
     in_registers: bool = False
     direct: bool = False
+    by_columns: bool = False
 
 
 _FORWARD = {
@@ -58,23 +61,30 @@ _FORWARD = {
 }
 # Three warpgroups read keys less often, and waste more where masks cut through their tiles.
 _FORWARD_LONG = _FORWARD | {64: ForwardTile(consumers=3, block_n=128, stages=3, registers=160, in_turn=True)}
+_FORWARD_NARROW = ForwardTile(consumers=3, block_n=64, stages=2, registers=160, slots=1, in_turn=True)
 _BACKWARD = {
     64: BackwardTile(stages=2, registers=240, in_registers=True, direct=True),
     128: BackwardTile(stages=2, registers=240),
+    256: BackwardTile(stages=2, registers=240, direct=True, by_columns=True),
 }
+_BACKWARD_NARROW = replace(_BACKWARD[256], in_registers=True)
 
 
-def forward_tile(padded_dim: int, keys: float, density: float = 1.0) -> ForwardTile:
-    """The shipped tile.
+def forward_tile(d_qk: int, d_v: int, keys: float, density: float = 1.0) -> ForwardTile:
+    """The shipped tile for these head dims.
 
     Args:
-        padded_dim: the larger of the padded head dims.
+        d_qk, d_v: of queries and keys, and of values, which are no wider when padded.
         keys: how many a query sees on average.
         density: the share of (query, key) pairs that the mask allows: the lower, the more tiles it cuts through.
     """
-    return (_FORWARD_LONG if keys * density >= 2048 else _FORWARD)[padded_dim]
+    if d_qk > 128 and d_v <= 128:
+        return _FORWARD_NARROW
+    return (_FORWARD_LONG if keys * density >= 2048 else _FORWARD)[padded(d_qk)]
 
 
-def backward_tile(padded_dim: int) -> BackwardTile:
-    """The shipped tile for the larger padded head dim."""
-    return _BACKWARD[padded_dim]
+def backward_tile(d_qk: int, d_v: int) -> BackwardTile:
+    """The shipped tile for these head dims."""
+    if 128 < d_qk <= 192 and d_v <= 128:
+        return _BACKWARD_NARROW
+    return _BACKWARD[padded(d_qk)]

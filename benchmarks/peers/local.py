@@ -32,12 +32,15 @@ def sdpa(backend: SDPBackend) -> Candidate:
     return Candidate(attend, heads_first=True)
 
 
-@cache
 def flex() -> Candidate:
-    """FlexAttention, compiled: any mask, from its ends."""
+    """FlexAttention, compiled: any mask, from its ends.
+
+    Compiled anew for every contest: after eight shapes the compiler would give up, and run it uncompiled.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     @lru_cache(4)
     def blocks(mask: df.Mask, length: int, device: torch.device) -> Any:

@@ -56,11 +56,16 @@ def test_no_less_exact_than_one_rank(name: str, layout: df.Layout, dtype: torch.
     assert_no_less_exact(p, dense.join(parts, layout, p.seq_len), single)
 
 
+def of_one_program(p: Problem, where: torch.device) -> df.kernels.Hopper:
+    """A kernel for which a rank's few keys are enough to hold some heads back."""
+    kernel = df.kernels.Hopper(margin=torch.cuda.get_device_properties(where).multi_processor_count - 1)
+    assert p.seq_len // 2 * p.kv_heads // 4 > kernel.enough_keys(where)
+    return kernel
+
+
 def held_back_part(p: Problem, layout: df.Layout) -> Results:
-    """Runs as a rank: the part by a kernel of one program, for which few keys are enough to hold some heads back."""
-    kernel = df.kernels.Hopper(margin=torch.cuda.get_device_properties(device()).multi_processor_count - 1)
-    cp = df.ContextParallel(dist.group.WORLD, layout=layout, kernel=kernel)
-    assert p.seq_len // cp.world_size * p.kv_heads // 4 > kernel.enough_keys(device())
+    """Runs as a rank: the part by such a kernel."""
+    cp = df.ContextParallel(dist.group.WORLD, layout=layout, kernel=of_one_program(p, device()))
     return problems.to_cpu(dense.on_rank(p, problems.on(dense.make_inputs(p), device()), cp))
 
 
@@ -72,6 +77,22 @@ def test_heads_that_are_held_back_for_the_way_home(layout: df.Layout, kv_heads: 
     parts = ranks.run(held_back_part, p, layout)
     single = ranks.run(alone, p)[0]
     assert_no_less_exact(p, dense.join(parts, layout, p.seq_len), single)
+
+
+@pytest.mark.skipif(not on_hopper, reason="no GPU of compute capability 9.0 here")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+@pytest.mark.parametrize(("kv_heads", "d_qk", "d_v"), [(4, 64, 64), (8, 128, 128), (4, 192, 128), (4, 256, 256)])
+def test_two_ranks_of_one_gpu(layout: df.Layout, kv_heads: int, d_qk: int, d_v: int) -> None:
+    """The same order of work, and all its kernels, by simulated ranks."""
+    p = Problem(seq_len=901, heads=8, kv_heads=kv_heads, d_qk=d_qk, d_v=d_v, dtype=torch.bfloat16)
+    x, kernel = problems.on(dense.make_inputs(p), "cuda"), of_one_program(p, torch.device("cuda"))
+
+    def part(transport: df.transport.SimulatedTransport) -> Results:
+        with torch.autograd.set_multithreading_enabled(False):  # or one thread would run the backward of both
+            return problems.to_cpu(dense.on_rank(p, x, df.ContextParallel(transport, layout, kernel=kernel)))
+
+    parts = df.transport.Simulator(2).run(part)
+    assert_no_less_exact(p, dense.join(parts, layout, p.seq_len), problems.to_cpu(dense.on_rank(p, x, None)))
 
 
 def test_one_device_mesh_dimension_is_a_group(ranks: Ranks) -> None:

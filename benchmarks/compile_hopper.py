@@ -122,7 +122,7 @@ class Explanation:
     """Why local loads and stores remain in a kernel at these head dims.
 
     Attributes:
-        place: ``loop``, ``border``, or ``outside`` of main loops.
+        place: ``border``, or ``outside`` of main loops.
         special: only with these special cases; empty for any.
     """
 
@@ -139,64 +139,17 @@ class Explanation:
 
 MASKING = "Masking needs the ends of intervals beside the sums; tiles inside all intervals jump over it."
 ONCE = "What a block needs after its last tile waits in memory, saved and restored once a block and not once a tile."
+# None that every turn of a main loop executes: there is no reason that would be good enough.
 EXPLAINED = (
-    Explanation(
-        "forward",
-        "64/64",
-        "border",
-        "Three warpgroups have 160 registers each, S and P take 96 of them: masking has to save others. Where queries "
-        "see many keys, few tiles are masked.",
-        special="long",
-    ),
-    Explanation("forward", "64/64", "outside", ONCE, special="long"),
-    Explanation(
-        "forward",
-        "64/64",
-        "loop",
-        "Constants of the loop, of which the softcap needs more than three warpgroups have registers for.",
-        special="softcap long",
-    ),
-    Explanation("forward", "128/128", "border", MASKING),
+    Explanation("forward", "64/64", "border", MASKING, special="long two"),
     Explanation("forward", "128/128", "outside", ONCE),
-    Explanation("forward", "256/256", "border", MASKING),
-    Explanation("forward", "256/256", "outside", ONCE),
-    Explanation(
-        "forward",
-        "256/256",
-        "loop",
-        "Sums of 256 columns take 128 registers of 240; of two owners' intervals, some ends wait in memory.",
-        special="two",
-    ),
-    Explanation("forward", "192/128", "border", MASKING),
     Explanation("forward", "192/128", "outside", ONCE),
-    Explanation("backward", "192/128", "outside", ONCE),
-    Explanation("backward", "256/256", "outside", ONCE),
-    Explanation("backward", "256/256", "border", MASKING, special="softcap"),
-    Explanation(
-        "backward",
-        "256/256",
-        "loop",
-        "dK or dV takes 128 registers of 240, a part of dQ 32, P, dP and the slope of the softcap 48: constants of the "
-        "loop are loaded where they are used.",
-        special="softcap",
-    ),
-    Explanation("backward", "64/64", "outside", ONCE),
+    Explanation("forward", "256/256", "outside", ONCE),
+    Explanation("backward", "64/64", "outside", ONCE, special="softcap"),
     Explanation("backward", "128/128", "border", MASKING),
     Explanation("backward", "128/128", "outside", ONCE),
-    Explanation(
-        "backward",
-        "128/128",
-        "loop",
-        "dK, dV, P and dP, or the last tile's dQ, take 192 of 240 registers, operands up to 32 more: constants of the "
-        "loop, such as the walk over tiles and members of a group, are loaded where they are used.",
-    ),
-    Explanation(
-        "backward",
-        "128/128",
-        "loop",
-        "As without, and the slope of the softcap, 32 registers more, is kept from the softmax until dS.",
-        special="softcap",
-    ),
+    Explanation("backward", "192/128", "outside", ONCE, special="softcap"),
+    Explanation("backward", "256/256", "outside", ONCE),
 )
 
 

@@ -45,8 +45,6 @@ def test_tiles_fit_the_hardware(d_qk, d_v):
 
 def test_queries_that_see_many_keys_share_them_more():
     assert forward_tile(64, 64, 16384).consumers > forward_tile(64, 64, 1024).consumers
-    # As many keys, and a mask that cuts through most of their tiles.
-    assert forward_tile(64, 64, 4096, density=0.03) == forward_tile(64, 64, 1024)
 
 
 @pytest.mark.parametrize(("d_qk", "d_v"), [(192, 128), (256, 128), (136, 136), (192, 192), (256, 192), (256, 256)])

@@ -74,13 +74,16 @@ def add_queries(
 
 
 @gluon.jit
-def query_part(w: gl.constexpr, ds_smem, k_smem, turn, WIDTH: gl.constexpr):
-    """Start this warpgroup's part of a tile's dQ = dS K, over all keys of the block: half of the columns."""
+def query_part(w: gl.constexpr, ds_smem, k_smem, turn, zero, WIDTH: gl.constexpr):
+    """Start this warpgroup's part of a tile's dQ = dS K, over all keys of the block: half of the columns.
+
+    ``zero`` is 0; the compiler, if it does not know, forms the descriptors of half of the keys anew for every tile.
+    """
     sync(DS_READY + 2 * turn + w, BOTH)
     dq = gl.zeros([ROWS, WIDTH], gl.float32, layout=product(WIDTH))
     for n in gl.static_range(2):
         part = ds_smem.index(2 * turn + n)
-        key = k_smem.index(n).reshape([ROWS, k_smem.shape[4]]).slice(w * WIDTH, WIDTH, dim=1)
+        key = k_smem.index(n + n * zero).reshape([ROWS, k_smem.shape[4]]).slice(w * WIDTH, WIDTH, dim=1)
         dq = warpgroup_mma(part.permute((1, 0)), key, dq, use_acc=n > 0, is_async=True)
     return dq
 
@@ -101,7 +104,7 @@ def hand_over(w: gl.constexpr, dq, dq_smem, sums, place, DIRECT: gl.constexpr):
 @gluon.jit
 def attend(
     w: gl.constexpr, dk, dv, key, value, stage, phase, turn,
-    smem, exchange, gates, sums, place, start, masked, lo, hi, scale, softcap,
+    smem, exchange, gates, sums, place, start, masked, lo, length, scale, softcap,
     BLOCK_M: gl.constexpr, SOFTCAP: gl.constexpr, IN_REGISTERS: gl.constexpr, DIRECT: gl.constexpr,
     FIRST: gl.constexpr,
 ):  # fmt: skip
@@ -117,6 +120,9 @@ def attend(
     VP: gl.constexpr = v_smem.shape[4]
     dtype: gl.constexpr = q_smem.dtype
     mma_s: gl.constexpr = product(BLOCK_M)
+    # The softcap's slope takes the registers in which dQ would wait under the softmax.
+    DQ_FIRST: gl.constexpr = SOFTCAP and not IN_REGISTERS
+    zero = 0
     if not IN_REGISTERS:
         # 0, but not to the compiler, which would form their descriptors once for all tiles, and have to spill them.
         zero = stage >> 1
@@ -130,11 +136,14 @@ def attend(
     s = warpgroup_mma(key, query.permute((1, 0)), zeros, use_acc=False, is_async=True)
     lse2 = stats_smem.index(2 * stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, mma_s))
     if not FIRST:
-        dq = query_part(w, ds_smem, k_smem, turn ^ 1, DP // 2)
+        dq = query_part(w, ds_smem, k_smem, turn ^ 1, zero, DP // 2)
     s = warpgroup_mma_wait(0 if FIRST else 2, [s])
-    p, slope = probabilities(s, lse2, start, lo, hi, scale, softcap, mma_s, SOFTCAP, masked)
+    if not FIRST and DQ_FIRST:
+        dq = warpgroup_mma_wait(0, [dq])
+        hand_over(w, dq, dq_smem, sums, place, DIRECT)
+    p, sloped = probabilities(s, lse2, start, lo, length, scale, softcap, mma_s, SOFTCAP, masked)
     p16 = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv.type.layout, k_width=2))
-    if not FIRST:
+    if not FIRST and not DQ_FIRST:
         dq = warpgroup_mma_wait(0, [dq])
         hand_over(w, dq, dq_smem, sums, place, DIRECT)
     mbarrier.wait(dout_ready.index(stage), phase)
@@ -142,9 +151,7 @@ def attend(
     dv = warpgroup_mma(p16, gradient, dv, is_async=True)
     delta = stats_smem.index(2 * stage + 1).reshape([BLOCK_M]).load(gl.SliceLayout(0, mma_s))
     dp = warpgroup_mma_wait(1, [dp])
-    ds = p * (dp - delta[None, :])
-    if SOFTCAP:
-        ds = ds * slope
+    ds = sloped * (dp - delta[None, :])
     ds16 = ds.to(dtype)
     # Free since the other warpgroup's dS of the last tile was there: by then it had done with that of the one before.
     ds_smem.index(2 * turn + w).store(ds16)
@@ -204,7 +211,7 @@ def consume(
         first += w * ROWS
         columns = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_s))
         lo = gl.load(col_lo + columns, mask=columns < keys, other=0)
-        hi = gl.load(col_hi + columns, mask=columns < keys, other=0)
+        length = gl.load(col_hi + columns, mask=columns < keys, other=0) - lo
         dk = gl.zeros([ROWS, DP], gl.float32, layout=mma_k)
         dv = gl.zeros([ROWS, VP], gl.float32, layout=mma_v)
         mbarrier.wait(kv_ready, kv_phase)
@@ -218,7 +225,7 @@ def consume(
         plane, place = (batch * kv_heads + kv_head) * GROUP, 0
         dk, dv = attend(
             w, dk, dv, key, value, stage, phase, turn, smem, exchange, gates, sums, place,
-            begin + nth(0, before, full, tiles - full) * BLOCK_M, tiles > full, lo, hi, scale, softcap,
+            begin + nth(0, before, full, tiles - full) * BLOCK_M, tiles > full, lo, length, scale, softcap,
             BLOCK_M, SOFTCAP, IN_REGISTERS, DIRECT, True,
         )  # fmt: skip
         i = 0
@@ -232,10 +239,10 @@ def consume(
             stage, phase = advance(stage, phase, STAGES)
             dk, dv = attend(
                 w, dk, dv, key, value, stage, phase, turn, smem, exchange, gates, sums, place,
-                begin + nth(i, before, full, tiles - full) * BLOCK_M, i < tiles - full, lo, hi, scale, softcap,
+                begin + nth(i, before, full, tiles - full) * BLOCK_M, i < tiles - full, lo, length, scale, softcap,
                 BLOCK_M, SOFTCAP, IN_REGISTERS, DIRECT, False,
             )  # fmt: skip
-        dq = warpgroup_mma_wait(0, [query_part(w, exchange[0], smem[1], turn, DP // 2)])
+        dq = warpgroup_mma_wait(0, [query_part(w, exchange[0], smem[1], turn, 0, DP // 2)])
         hand_over(w, dq, exchange[1], sums, place_of(i, plane, job, queries, BLOCK_M), DIRECT)
         turn ^= 1
         stage, phase = advance(stage, phase, STAGES)

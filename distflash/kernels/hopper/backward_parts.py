@@ -12,6 +12,7 @@ from distflash.kernels.hopper.common import (
     LOG2E,
     ROWS,
     advance,
+    inside,
     leave,
     next_job,
     nth,
@@ -93,19 +94,19 @@ def place_of(i, plane, job, queries, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def probabilities(s, lse2, start, lo, hi, scale, softcap, layout: gl.constexpr, SOFTCAP: gl.constexpr, masked):
-    """From raw products the softmax, and the derivative of the score by the scaled product (1 but for softcap)."""
-    slope = 1.0
+def probabilities(s, lse2, start, lo, length, scale, softcap, layout: gl.constexpr, SOFTCAP: gl.constexpr, masked):
+    """From raw products the softmax, and the same times the derivative of the score by the scaled product."""
     if SOFTCAP:
         t = tanh(s * (scale / softcap))
-        slope = 1.0 - t * t
         p = gl.exp2(t * (softcap * LOG2E) - lse2[None, :])
     else:
         p = gl.exp2(s * (scale * LOG2E) - lse2[None, :])
     if masked:  # a value of the loop: a tile inside every interval skips this
-        queries = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, layout))[None, :]
-        p = gl.where((queries >= (lo - start)[:, None]) & (queries < (hi - start)[:, None]), p, 0.0)
-    return p, slope
+        p = gl.where(inside(lo - start, length, s.shape[1], layout), p, 0.0)
+    sloped = p
+    if SOFTCAP:
+        sloped = p * (1.0 - t * t)
+    return p, sloped
 
 
 @gluon.jit

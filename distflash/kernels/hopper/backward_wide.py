@@ -109,7 +109,7 @@ def wait_for(gradient):
 @gluon.jit
 def attend(
     w: gl.constexpr, gradient, value, stage, phase, turn,
-    smem, exchange, gates, sums, place, start, masked, lo, hi, scale, softcap,
+    smem, exchange, gates, sums, place, start, masked, lo, length, scale, softcap,
     D: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, SOFTCAP: gl.constexpr, IN_REGISTERS: gl.constexpr,
     FIRST: gl.constexpr,
 ):  # fmt: skip
@@ -144,7 +144,7 @@ def attend(
     lse2 = stats_smem.index(2 * stage).reshape([BLOCK_M]).slice(w * HALF, HALF).load(gl.SliceLayout(0, mma_s))
     delta = stats_smem.index(2 * stage + 1).reshape([BLOCK_M]).slice(w * HALF, HALF).load(gl.SliceLayout(0, mma_s))
     s = warpgroup_mma_wait(len(value) if FIRST else len(value) + 1, [s])
-    p, slope = probabilities(s, lse2, start + w * HALF, lo, hi, scale, softcap, mma_s, SOFTCAP, masked)
+    p, sloped = probabilities(s, lse2, start + w * HALF, lo, length, scale, softcap, mma_s, SOFTCAP, masked)
     p_smem.index(turn).slice(w * HALF, HALF).store(p.to(q_smem.dtype).permute((1, 0)))
     if w == 0:
         fence_async_shared()
@@ -156,9 +156,7 @@ def attend(
         if REST > 0:
             rest = query_product(PART + EARLY, REST, ds_smem.index(turn ^ 1), key)
         add_product(PART, dq, sums, place, D)
-    ds = p * (dp - delta[None, :])
-    if SOFTCAP:
-        ds = ds * slope
+    ds = sloped * (dp - delta[None, :])
     ds_smem.index(turn).slice(w * HALF, HALF).store(ds.to(q_smem.dtype).permute((1, 0)))
     if not FIRST and REST > 0:  # before the other warpgroup can be a tile ahead, and write where this reads
         rest = warpgroup_mma_wait(0, [rest])
@@ -215,7 +213,7 @@ def consume(
     while tiles > 0:
         columns = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_s))
         lo = gl.load(col_lo + columns, mask=columns < keys, other=0)
-        hi = gl.load(col_hi + columns, mask=columns < keys, other=0)
+        length = gl.load(col_hi + columns, mask=columns < keys, other=0) - lo
         mbarrier.wait(kv_ready, kv_phase)
         kv_phase ^= 1
         value = (smem[2].index(0).reshape([ROWS, smem[2].shape[4]]),)
@@ -225,7 +223,7 @@ def consume(
         plane, place = (batch * kv_heads + kv_head) * GROUP, 0
         gradient = attend(
             w, no_gradient(D if w == 0 else V), value, stage, phase, turn, smem, exchange, gates, sums, place,
-            begin + nth(0, before, full, tiles - full) * BLOCK_M, tiles > full, lo, hi, scale, softcap,
+            begin + nth(0, before, full, tiles - full) * BLOCK_M, tiles > full, lo, length, scale, softcap,
             D, V, BLOCK_M, SOFTCAP, IN_REGISTERS, True,
         )  # fmt: skip
         i = 0
@@ -239,7 +237,7 @@ def consume(
             stage, phase = advance(stage, phase, STAGES)
             gradient = attend(
                 w, gradient, value, stage, phase, turn, smem, exchange, gates, sums, place,
-                begin + nth(i, before, full, tiles - full) * BLOCK_M, i < tiles - full, lo, hi, scale, softcap,
+                begin + nth(i, before, full, tiles - full) * BLOCK_M, i < tiles - full, lo, length, scale, softcap,
                 D, V, BLOCK_M, SOFTCAP, IN_REGISTERS, False,
             )  # fmt: skip
         leave_block(

@@ -83,6 +83,18 @@ def pack(x, like):
 
 
 @gluon.jit
+def inside(lo, length, COLUMNS: gl.constexpr, layout: gl.constexpr):
+    """Which columns of a product lie in their row's interval, of ``length`` columns from ``lo`` on.
+
+    A thread holds columns 8 j + 2 l and 8 j + 2 l + 1 for its l and every j. Its l is subtracted from ``lo``, which
+    leaves constants in the code instead of a register for every column. What is below ``lo`` is huge as unsigned.
+    """
+    columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))[None, :]
+    mine = columns & 6
+    return (columns - mine - (lo[:, None] - mine)).to(gl.uint32) < length.to(gl.uint32)[:, None]
+
+
+@gluon.jit
 def split(x):
     """Columns of ``x [ROWS, N]`` as ``[ROWS, N / 32, 4, 4, 2]``, of which only the last but one is spread over threads.
 
@@ -239,4 +251,7 @@ def leave(counter, programs):
 
 @gluon.jit
 def tanh(x):
-    return 1.0 - 2.0 / (gl.exp2(x * (2.0 * LOG2E)) + 1.0)
+    # The language's division takes care of small divisors, too; this one is 1 at least.
+    divisor = gl.exp2(x * (2.0 * LOG2E)) + 1.0
+    inverse = gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], gl.float32, True, 1)
+    return 1.0 - 2.0 * inverse

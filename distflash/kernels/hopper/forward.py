@@ -33,6 +33,7 @@ from distflash.kernels.hopper.common import (
     half_parts,
     halves,
     in_parts,
+    inside,
     leave,
     next_job,
     nth,
@@ -171,7 +172,7 @@ def tile_at(i, job, BLOCK_N: gl.constexpr, TWO: gl.constexpr):
 def scores(s, tile, ends, scale, softcap, layout: gl.constexpr, SOFTCAP: gl.constexpr, TWO: gl.constexpr):
     """From raw products ``s [ROWS, N]`` to what, times the factor also returned, are scores in base 2."""
     start, masked, theirs = tile
-    lo, hi, lo_2, hi_2 = ends
+    lo, length, lo_2, length_2 = ends
     factor = scale * LOG2E
     if SOFTCAP:
         s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
@@ -179,9 +180,8 @@ def scores(s, tile, ends, scale, softcap, layout: gl.constexpr, SOFTCAP: gl.cons
     if masked:  # a value of the loop: a tile inside every interval skips this
         if TWO:
             lo = gl.where(theirs, lo_2, lo)
-            hi = gl.where(theirs, hi_2, hi)
-        keys = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, layout))[None, :]
-        s = gl.where((keys >= (lo - start)[:, None]) & (keys < (hi - start)[:, None]), s, float("-inf"))
+            length = gl.where(theirs, length_2, length)
+        s = gl.where(inside(lo - start, length, s.shape[1], layout), s, float("-inf"))
     return s, factor
 
 
@@ -228,6 +228,8 @@ def attend(
     """P V of a tile under the first part of the next one's softmax: up to the maximum, or half of the exponentials."""
     m, l, acc, p, stage, phase = state
     EVERYBODY: gl.constexpr = 32 + CONSUMERS * 128
+    if TWO and acc.shape[1] > 128:
+        zero = stage // MAX_STAGES  # there is no register to keep it in
     s, acc, following, following_phase = multiply(w, q, p, acc, smem, gates, stage, phase, CONSUMERS, STAGES, mma_s)
     s = warpgroup_mma_wait(1, [s])
     s, factor = scores(s, tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
@@ -406,12 +408,12 @@ def consume(
         rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_s))
         exists = rows < queries
         lo = gl.load(row_lo + rows, mask=exists, other=0)
-        hi = gl.load(row_hi + rows, mask=exists, other=0)
+        length = gl.load(row_hi + rows, mask=exists, other=0) - lo
         lo_2 = lo
-        hi_2 = hi
+        length_2 = length
         if TWO:
             lo_2 = gl.load(other_lo + rows, mask=exists, other=0)
-            hi_2 = gl.load(other_hi + rows, mask=exists, other=0)
+            length_2 = gl.load(other_hi + rows, mask=exists, other=0) - lo_2
         at_row = plane.to(gl.int64) * queries + rows
         rows_out = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_o))
         columns = gl.arange(0, VP, layout=gl.SliceLayout(0, mma_o))
@@ -423,8 +425,8 @@ def consume(
         query = strips(place.reshape([ROWS, q_smem.shape[4]]), columns_of(D))
         job = (begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2)
         state, stage, phase = block(
-            w, state, query, smem, gates, stage, phase, job, (lo, hi, lo_2, hi_2), scale, softcap, first_hop >> 1,
-            previous, q_free, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, IN_TURN, HALVES, TWO,
+            w, state, query, smem, gates, stage, phase, job, (lo, length, lo_2, length_2), scale, softcap,
+            first_hop >> 1, previous, q_free, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, IN_TURN, HALVES, TWO,
         )  # fmt: skip
         end(state, final, place, lse, sums, at_row, at_out, exists, kept, batch, head, first, last_hop)
         if SLOTS > 1:

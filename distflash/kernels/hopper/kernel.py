@@ -79,8 +79,7 @@ class Hopper:
 
         owners = [keys] if other is None else [keys, other]
         seen = sum(owner.rows.pairs for owner in owners) / q.shape[1]
-        dims, present = (q.shape[-1], keys.v.shape[-1]), sum(owner.k.shape[1] for owner in owners)
-        tile = self.forward_tile or forward_tile(*dims, seen, seen / present)
+        tile = self.forward_tile or forward_tile(q.shape[-1], keys.v.shape[-1], seen)
         with torch.cuda.device(q.device):
             programs = self._programs(q.device)
             launches.forward(tile, programs, q, keys, scores, hop, into, kv_heads, other).run()

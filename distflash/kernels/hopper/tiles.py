@@ -59,7 +59,7 @@ _FORWARD = {
     128: ForwardTile(consumers=2, block_n=128, stages=2, registers=240, halves=True),
     256: ForwardTile(consumers=2, block_n=64, stages=2, registers=240, slots=1, halves=True),
 }
-# Three warpgroups read keys less often, and waste more where masks cut through their tiles.
+# Three warpgroups read keys less often; of a query's few keys, the larger blocks mask out more.
 _FORWARD_LONG = _FORWARD | {64: ForwardTile(consumers=3, block_n=128, stages=3, registers=160, in_turn=True)}
 _FORWARD_NARROW = ForwardTile(consumers=3, block_n=64, stages=2, registers=160, slots=1, in_turn=True)
 _BACKWARD = {
@@ -70,17 +70,16 @@ _BACKWARD = {
 _BACKWARD_NARROW = replace(_BACKWARD[256], in_registers=True)
 
 
-def forward_tile(d_qk: int, d_v: int, keys: float, density: float = 1.0) -> ForwardTile:
+def forward_tile(d_qk: int, d_v: int, keys: float) -> ForwardTile:
     """The shipped tile for these head dims.
 
     Args:
         d_qk, d_v: of queries and keys, and of values, which are no wider when padded.
         keys: how many a query sees on average.
-        density: the share of (query, key) pairs that the mask allows: the lower, the more tiles it cuts through.
     """
     if d_qk > 128 and d_v <= 128:
         return _FORWARD_NARROW
-    return (_FORWARD_LONG if keys * density >= 2048 else _FORWARD)[padded(d_qk)]
+    return (_FORWARD_LONG if keys >= 2048 else _FORWARD)[padded(d_qk)]
 
 
 def backward_tile(d_qk: int, d_v: int) -> BackwardTile:

@@ -236,7 +236,10 @@ def attend(
     m, change = follow(s, factor, m)
     # The assembler would move the wait for P V up to that for Q K^T; an arrival that depends on results holds it.
     if HALVES:
-        left, right = halves(s * factor - m[:, None])
+        # Halved before the difference, so that the assembler mixes differences and exponentials: 1% of all.
+        left, right = halves(s)
+        m_left, m_right = halves(m[:, None] + gl.zeros_like(s))
+        left, right = left * factor - m_left, right * factor - m_right
         left = gl.exp2(left)
         l = l * in_parts(gl.exp2(change), l) + gl.convert_layout(half_parts(left), l.type.layout)
         l = arrive_after(l, K_FREE + following, K_FREE + following + zero, EVERYBODY)

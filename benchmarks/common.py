@@ -289,6 +289,12 @@ def plain_axes(axes: Any, title: str, y: str, x: str = "") -> None:
         axes.legend(frameon=False, fontsize=8)
 
 
+def legend_above(axes: Any) -> None:
+    """All names in one line beside the title, where there are no bars."""
+    names = axes.get_legend_handles_labels()[1]
+    axes.legend(frameon=False, fontsize=8, ncols=len(names), loc="lower right", bbox_to_anchor=(1, 1))
+
+
 def say(message: str) -> None:
     """Print on the first rank."""
     if not dist.is_initialized() or dist.get_rank() == 0:

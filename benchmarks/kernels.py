@@ -147,6 +147,7 @@ def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
             axes.bar_label(bars, [f"{rate:.0f}" if rate else "" for rate in rates], fontsize=6)
         axes.set_xticks(range(len(rows)), [f"{row['shape']}\n{row['mask']}" for row in rows], fontsize=7)
         common.plain_axes(axes, f"One GPU, {direction}", "TFLOP/s (median)")
+        common.legend_above(axes)
 
 
 def main() -> int:

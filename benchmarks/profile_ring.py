@@ -120,7 +120,7 @@ def draw(figure: Any, spans: list[Span], gaps: list[dict[str, Any]], title: str)
     axes.invert_yaxis()
     common.plain_axes(axes, title, "", "ms")
     axes.grid(False)
-    axes.legend(frameon=False, fontsize=8, ncols=len(trace.KINDS), loc="lower right", bbox_to_anchor=(1, 1))
+    common.legend_above(axes)
 
 
 def main() -> int:

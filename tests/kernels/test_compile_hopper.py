@@ -118,6 +118,14 @@ def test_the_committed_table_covers_what_ships_and_is_explained():
     assert not list(compile_hopper.unexplained(rows))
 
 
+def test_no_main_loop_has_a_local_load_and_none_could_be_explained():
+    _, rows = compile_hopper.read_table()
+    assert not any(row.loop for row in rows)
+    for row in rows:
+        (said,) = compile_hopper.unexplained([replace(row, local=row.local + 1, loop=1)]) if row.mma else ("(loop)",)
+        assert "(loop)" in said
+
+
 def test_a_table_is_read_as_it_was_written(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_hopper, "TABLE", tmp_path / "table.json")
     compile_hopper.write_table([ROW, replace(ROW, special="sinks")])

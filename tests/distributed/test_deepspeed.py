@@ -6,8 +6,6 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
@@ -22,6 +20,7 @@ import distflash as df
 from launch.config import ModelConfig, OptimizerConfig, TrainConfig
 from launch.reporting import read_metrics
 from tests.counting import Counting
+from tests.jobs import finish, start, torchrun
 from tests.ranks import Ranks
 from tests.training import (
     MAX_DOCUMENTS,
@@ -432,19 +431,9 @@ def run_both_jobs(out: Path, name: str, options: dict[str, object], model: dict[
 
 
 def test_job_starts_as_users_start_it(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
     options = "--device cpu --layers 2 --dim 32 --seq-len 193 --batch-size 2 --steps 2 --log-every 1"
-    command = f"-m torch.distributed.run --standalone --nproc-per-node 2 launch/train_deepspeed.py {options}"
-    job = subprocess.run(
-        [sys.executable, *command.split(), "--deepspeed", "launch/configs/zero3.json", "--out", tmp_path],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert job.returncode == 0, job.stdout + job.stderr
-    assert "DeepSpeed: zero3.json, ZeRO-3, 2 micro-batches of 1" in job.stdout
+    options += f" --deepspeed launch/configs/zero3.json --out {tmp_path}"
+    output = finish(start(*torchrun(2), "launch/train_deepspeed.py", *options.split()), timeout=120)
+    assert "DeepSpeed: zero3.json, ZeRO-3, 2 micro-batches of 1" in output
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
     assert (tmp_path / "loss.png").stat().st_size > 10_000

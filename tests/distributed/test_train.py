@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from tests import jobs
+from tests.jobs import finish, torchrun
+
 pytestmark = pytest.mark.timeout(120)
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 MODEL = ("--layers", "2", "--dim", "32", "--heads", "4", "--kv-heads", "2")
 TINY = (*MODEL, "--device", "cpu", "--seq-len", "193", "--batch-size", "2", "--warmup", "2", "--lr", "1e-2")
@@ -28,29 +30,8 @@ TOLERANCE = 4 * STEPS * torch.finfo(torch.float32).eps
 
 def start(ranks: int, *options: object, out: Path) -> subprocess.Popen[str]:
     """Start the job: plain Python on one rank, torchrun on more."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "launch/train.py", *TINY, "--out", out, *options]
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that a hung run can be ended with all its ranks
-    )
-
-
-def finish(job: subprocess.Popen[str], expected: int = 0, timeout: float = 60) -> str:
-    """Wait for the job and return what it printed; a hang or another exit code fails with that text."""
-    try:
-        output, _ = job.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(job.pid, signal.SIGKILL)
-        output, _ = job.communicate()
-        pytest.fail(f"no end after {timeout} s:\n{output}")
-    assert job.returncode == expected, f"exit code {job.returncode} instead of {expected}:\n{output}"
-    return output
+    launcher = torchrun(ranks) if ranks > 1 else [sys.executable]
+    return jobs.start(*launcher, "launch/train.py", *TINY, "--out", out, *options)
 
 
 def train(ranks: int, *options: object, out: Path) -> str:

@@ -1,10 +1,7 @@
 """Models of Transformers over real ranks: logits, loss and every gradient are those of eager attention on one."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distflash as df
+from tests.jobs import finish, start, torchrun
 from tests.tiny_models import CONFIGS, Case, eager, relative, results
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # No number of ranks divides these lengths, and documents end within the ranks' parts.
 LENGTHS = [(37,), (1, 11, 25)]
@@ -223,19 +219,9 @@ SCRIPT += ["--warmup", "2", "--lr", "1e-2", "--vocab-size", "300"]
 
 def train(ranks: int, *options: str, out: Path) -> list[float]:
     """The losses of the steps, as the script prints them."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*launcher, *SCRIPT, *options, "--out", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"median [\d,]+ tokens/s \| peak \d+\.\d+ GiB", done.stdout), done.stdout
-    return [float(loss) for loss in re.findall(r"step \d+/4 \| loss ([\d.]+)", done.stdout)]
+    output = finish(start(*torchrun(ranks), *SCRIPT, *options, "--out", out), timeout=100)
+    assert re.search(r"median [\d,]+ tokens/s \| peak \d+\.\d+ GiB", output), output
+    return [float(loss) for loss in re.findall(r"step \d+/4 \| loss ([\d.]+)", output)]
 
 
 @pytest.mark.timeout(240)

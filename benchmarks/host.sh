@@ -32,7 +32,7 @@ longest_job() { # options of the main job; tries one length after the other, unt
 on_this_host() { # sets sizes for $ranks ranks, then runs everything
     if ((GPUS > 0)); then
         export CUDA_VISIBLE_DEVICES
-        CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((ranks - 1)))
+        CUDA_VISIBLE_DEVICES=$(cut -d, -f "1-$ranks" <<<"$visible")
         local lengths=(65536 131072 524288 1048576) longest=$((ranks * 524288)) common=()
         local job_lengths=($((ranks * 131072)) $((ranks * 262144)) $((ranks * 524288)) $((ranks * 1048576)))
         local job=(--dim 1024 --layers 8 --heads 8 --kv-heads 2 --rope-theta 1e6 --lr 3e-4)
@@ -50,6 +50,7 @@ on_this_host() { # sets sizes for $ranks ranks, then runs everything
     step "main job" longest_job "${job[@]}"
 }
 
+visible=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS - 1)))} # all that the caller shows
 ((GPUS > 0)) || say "no GPU here: a rehearsal on CPU processes"
 for ranks in "${@:-$((GPUS > 1 ? GPUS : 2))}"; do
     ((GPUS == 0 || ranks <= GPUS)) || refuse "$ranks ranks need as many GPUs; there are $GPUS."

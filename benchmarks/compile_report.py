@@ -2,9 +2,10 @@
 
     python -m benchmarks.compile_report --target sm_90 [--quick] [--json PATH]
 
-Registers, spills and local memory traffic, shared memory, tensor-core instructions, and whether the assembler gave up
-on overlapping them. Exits with 1 where float16 or bfloat16 at head dims 64 and 128 on sm_90 is not clean. Compilation
-takes the code of a real launch: tensors without data, and a driver that only names the target.
+Registers, spills and local memory traffic, shared memory, tensor-core instructions, whether the assembler gave up on
+overlapping them, and loads that a loop without steps would begin. Exits with 1 where there are such loads, or where
+float16 or bfloat16 at head dims 64 and 128 on sm_90 is not clean. Compilation takes the code of a real launch: tensors
+without data, and a driver that only names the target.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class Compiled:
     """What became of one shape.
 
     ``spills`` in bytes; ``local`` counts loads and stores of spilled registers; ``serialised`` says that the assembler
-    waits after every tensor-core instruction; ``over`` that it asks for more shared memory than there is.
+    waits after every tensor-core instruction; ``over`` that it asks for more shared memory than there is. ``unguarded``
+    loads by descriptor for a loop are begun even if it has no step, and then nobody waits for them.
     """
 
     kernel: str
@@ -82,6 +84,7 @@ class Compiled:
     shared: int
     mma: int
     serialised: bool
+    unguarded: int
     over: bool
     instructions: int
 
@@ -131,8 +134,24 @@ def compile_shape(shape: Shape, target: Target) -> Compiled:
         special=" ".join(["group"] * (shape.group > 1) + ["softcap", "alibi", "sinks"] * shape.features),
         shared=shared,
         over=shared > target.shared_limit,
+        unguarded=unguarded(made.asm.get("ptx", ""), IN_PLACE[shape.kernel]),
         **read(made.asm),
     )
+
+
+# How many tiles a kernel loads once, before any loop.
+IN_PLACE = {"forward": 1, "dkdv": 2, "dq": 2}
+
+
+def unguarded(ptx: str, in_place: int) -> int:
+    """Loads by descriptor, but for those in place, that depend on nothing but the thread that is to begin them.
+
+    That thread also makes the barriers, so their predicate tells it. A load for a loop has a predicate of its own.
+    """
+    first_thread = re.search(r"@(%p\d+) mbarrier\.init", ptx)
+    if first_thread is None:
+        return 0
+    return re.findall(r"@(%p\d+) mbarrier\.arrive\.expect_tx", ptx).count(first_thread[1]) - in_place
 
 
 def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
@@ -179,13 +198,15 @@ def main() -> int:
         rows.append(row)
         clean = not (row.spills or row.local or row.over or row.serialised)
         if options.target == "sm_90" and shape.must_be_clean and not clean:
-            faults.append(f"{row.kernel} {row.dims} {row.dtype} {row.special}")
+            faults.append(f"not clean: {row.kernel} {row.dims} {row.dtype} {row.special}")
+        if row.unguarded:
+            faults.append(f"loads that nobody may wait for: {row.kernel} {row.dims} {row.dtype} {row.special}")
     print(f"triton {triton.__version__}, {options.target}, {target.shared_limit} bytes of shared memory")
     print(table([asdict(row) for row in rows]))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     for fault in faults:
-        print(f"not clean: {fault}", file=sys.stderr)
+        print(fault, file=sys.stderr)
     return bool(faults)
 
 

@@ -91,6 +91,10 @@ def seat(i, tiles, GROUP: tl.constexpr):
     if GROUP == 1:
         return 0, i
     else:
+        # The loads of a loop's first steps begin above the loop, under the condition that it has these steps; and there
+        # the compiler divides without that condition. From a division by 0 it would conclude that there are tiles, and
+        # load them in any case: nobody would wait for these loads, which arrive in what the epilogue keeps there.
+        tiles = tl.maximum(tiles, 1)
         return i // tiles, i % tiles
 
 

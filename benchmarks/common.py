@@ -62,15 +62,36 @@ def shape_of(options: argparse.Namespace, seq_len: int) -> Shape:
     return Shape(1, seq_len, options.heads, options.kv_heads, options.head_dim, options.head_dim)
 
 
-def start(device: str) -> torch.device:
-    """Join the ranks that torchrun started, if any. Returns this rank's device."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    here = torch.device("cuda", local) if device == "cuda" else torch.device("cpu")
-    if here.type == "cuda":
-        torch.cuda.set_device(here)
+def start(device: str, timed: bool = True) -> torch.device:
+    """Join the ranks that torchrun started, if any. Returns this rank's device.
+
+    Raises:
+        ValueError: ranks outnumber GPUs, and what they do is ``timed``.
+    """
+    local, ranks = (int(os.environ.get(name, n)) for name, n in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and ranks > gpus and timed:
+        raise ValueError(
+            f"--nproc-per-node: got {ranks}, expected at most {gpus}, a GPU for each rank: times mean nothing where "
+            "ranks share one; start fewer ranks, or pass --device cpu"
+        )
+    here = take_gpu(local, ranks) if device == "cuda" else torch.device("cpu")
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if here.type == "cuda" else "gloo", device_id=here if is_gpu(here) else None)
     return here
+
+
+def take_gpu(rank: int, ranks: int) -> torch.device:
+    """GPU n for rank n of the ``ranks`` on this host; those beyond the last GPU begin anew with the first.
+
+    NCCL refuses two ranks of one host on one GPU. It is told that they are on two hosts, and connects them by sockets.
+    """
+    gpus = torch.cuda.device_count()
+    if ranks > gpus:
+        os.environ["NCCL_HOSTID"] = f"{platform.node()}, {rank // gpus}"
+    device = torch.device("cuda", rank % gpus)
+    torch.cuda.set_device(device)
+    return device
 
 
 def is_gpu(device: torch.device) -> bool:

@@ -36,7 +36,7 @@ on_this_host() { # sets sizes for $ranks ranks, then runs everything
         local lengths=(65536 131072 524288 1048576) longest=$((ranks * 524288)) common=()
         local job_lengths=($((ranks * 131072)) $((ranks * 262144)) $((ranks * 524288)) $((ranks * 1048576)))
         local job=(--dim 1024 --layers 8 --heads 8 --kv-heads 2 --rope-theta 1e6 --lr 3e-4)
-        step "tests" "$PYTHON" -m pytest -q -m gpu tests/gpu/test_ring.py
+        step "tests" "$PYTHON" -m pytest -q -m gpu tests/gpu/test_ring.py --ranks "$ranks"
         step "memory" spread -m benchmarks.memory --seq-lens "${lengths[@]}"
     else
         export OMP_NUM_THREADS=1

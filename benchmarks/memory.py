@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.memory
     python -m benchmarks.memory                                          # one GPU, no ring
+    torchrun --standalone --nproc-per-node 8 -m benchmarks.memory        # 8 ranks, on one GPU too, if that has room
 
 Peak bytes of forward beyond q, k, v, out and lse, and of backward beyond those, dout, dq, dk and dv, on each rank.
 """
@@ -139,7 +140,7 @@ def draw(figure: Any, rows: list[dict[str, Any]], ranks: int) -> None:
     axes.set_yscale("log", base=2)
     axes.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
     title = f"Peak memory beyond inputs and results, {ranks} ranks, causal zigzag"
-    common.plain_axes(axes, title, "GiB per GPU", "global tokens S")
+    common.plain_axes(axes, title, "GiB per rank", "global tokens S")
 
 
 def main() -> int:
@@ -152,7 +153,7 @@ def main() -> int:
     if options.device == "cpu":
         print("torch counts memory on GPUs only; tests/pure/test_memory.py checks the formula without one")
         return 1
-    device = common.start(options.device)
+    device = common.start(options.device, timed=False)
     ranks = common.ring().world_size
 
     def shape(seq_len: int) -> Shape:
@@ -164,10 +165,10 @@ def main() -> int:
         rows.append(row_of(shape(seq_len), device, torch.bfloat16))
         report(rows[-1])
     common.save(f"memory-{ranks}", options.out, {"ranks": ranks, "rows": rows}, lambda f: draw(f, rows, ranks))
-    common.finish()
     ratios = [r for row in rows for d in ("forward", "backward") for r in row[d]["ratio"] if r]
     worst = max((abs(r - 1) for r in ratios), default=0.0)
     common.say(f"formula within {worst:.1%} of what was measured")
+    common.finish()
     # Alone there is next to nothing to measure: the caching allocator's granularity decides.
     return int(worst > 0.1 and ranks > 1)
 

@@ -6,6 +6,7 @@ minutes. From the root of the repository, without further options:
     python -m torch.distributed.run --standalone --nproc-per-node 2 launch/train.py --verify
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -165,6 +166,13 @@ class TrainConfig:
         require(not (self.resume and self.overwrite), "--resume", "--overwrite beside it", "one of the two")
         cuda = torch.cuda.is_available()
         require(self.device != "cuda" or cuda, "--device", "cuda", "cpu or auto: torch sees no GPU on this machine")
+        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        require(
+            self.device_type == "cpu" or ranks <= gpus,
+            "--nproc-per-node",
+            ranks,
+            f"at most {gpus}, a GPU for each rank of a host; or pass --device cpu",
+        )
 
     @property
     def device_type(self) -> str:

@@ -28,6 +28,9 @@ hypothesis.settings.load_profile("distflash")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="all combinations where CI takes a covering part of them")
+    parser.addoption(
+        "--ranks", type=int, help="NCCL ranks of tests/gpu, more than GPUs if need be; by default one a GPU, at least 2"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.common import take_gpu
+
 # How long the other ranks may take to fail as well once one has: each may have a message of its own.
 _GRACE = 5.0
 
@@ -49,7 +51,7 @@ class Ranks:
     """``count`` processes in one process group.
 
     Args:
-        backend: "gloo", or "nccl", where rank n takes GPU n.
+        backend: "gloo", or "nccl", where rank n takes GPU n; ranks beyond the last GPU begin anew with the first.
         timeout: seconds that a call of `run` may take.
     """
 
@@ -131,10 +133,7 @@ class Ranks:
 def _serve(pipe: Connection, backend: str, rank: int, count: int, store: str, timeout: float) -> None:
     """A rank's life: join, answer calls until the pipe closes, leave."""
     torch.set_num_threads(1)
-    device = None
-    if backend == "nccl":
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
+    device = take_gpu(rank, count) if backend == "nccl" else None
     limit = timedelta(seconds=timeout)
     dist.init_process_group(
         backend, init_method=f"file://{store}", rank=rank, world_size=count, timeout=limit, device_id=device

@@ -1,4 +1,4 @@
-"""Tests that need a GPU: skipped, with the reason, where there is none, or too few."""
+"""Tests that need a GPU: skipped, with the reason, where there is none."""
 
 from collections.abc import Iterator
 
@@ -14,11 +14,9 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    """As many NCCL ranks as there are GPUs."""
-    found = torch.cuda.device_count()
-    if found < 2:
-        pytest.skip(f"needs at least 2 GPUs, found {found}")
-    started = Ranks(found, "nccl", timeout=120)
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """NCCL ranks, which share GPUs where there are too few; see `benchmarks.common.take_gpu`."""
+    count = request.config.getoption("--ranks") or max(2, torch.cuda.device_count())
+    started = Ranks(count, "nccl", timeout=120)
     yield started
     started.stop()

@@ -1,5 +1,6 @@
 """What benchmarks count, draw and compare, and that nobody who is wrong gets a figure."""
 
+import os
 from itertools import accumulate
 
 import pytest
@@ -180,3 +181,33 @@ def test_the_worst_of_several_is_nan_if_any_is():
 def test_the_kernel_that_a_call_takes():
     kernel = kernels.kernel_of(ALONE, common.random_inputs(SHAPE, SHAPE.S, torch.float32, CPU), SHAPE.S)
     assert isinstance(kernel, df.kernels.Reference)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A host that seems to have two GPUs; returns which of them each `set_device` took."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("NCCL_HOSTID", "this host")
+    return taken
+
+
+def test_ranks_take_gpus_in_turn_and_share_them_as_hosts_of_their_own(two_gpus, monkeypatch):
+    assert [common.take_gpu(rank, 2).index for rank in range(2)] == [0, 1]
+    assert os.environ["NCCL_HOSTID"] == "this host"
+    hosts = []
+    for rank in range(4):
+        assert common.take_gpu(rank, 4).index == rank % 2
+        hosts.append(os.environ["NCCL_HOSTID"])
+    assert hosts[0] == hosts[1] != hosts[2] == hosts[3]
+    assert [device.index for device in two_gpus] == [0, 1, 0, 1, 0, 1]
+
+
+def test_nothing_is_timed_on_shared_gpus(two_gpus, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="--nproc-per-node: got 3, expected at most 2"):
+        common.start("cuda")
+    assert common.start("cpu").type == "cpu"
+    assert common.start("cuda", timed=False).index == 0

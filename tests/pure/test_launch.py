@@ -161,3 +161,14 @@ def test_options_are_refused_by_name(make: object, words: str) -> None:
     assert callable(make)
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="--nproc-per-node: got 3, expected at most 2"):
+        TrainConfig()
+    TrainConfig(device="cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    TrainConfig()

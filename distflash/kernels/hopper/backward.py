@@ -28,9 +28,12 @@ from distflash.kernels.hopper.backward_parts import (
     FREE,
     JOB,
     MAX_STAGES,
+    following,
     load_tiles,
+    make_gates,
     place_of,
     probabilities,
+    seen_by,
     store,
 )
 from distflash.kernels.hopper.common import ROWS, advance, arrive, nth, product, read, sync
@@ -198,7 +201,7 @@ def consume(
 ):  # fmt: skip
     """Warpgroup ``w``: dK and dV of 64 keys of every block."""
     kv_ready, kv_free, job_ready, job_free = gates[0], gates[1], gates[2], gates[3]
-    col_lo, col_hi, keys, kv_heads = block_ends
+    _, _, keys, kv_heads = block_ends
     DP: gl.constexpr = smem[1].shape[4]
     VP: gl.constexpr = smem[2].shape[4]
     mma_s: gl.constexpr = product(BLOCK_M)
@@ -209,9 +212,7 @@ def consume(
     first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB)
     while tiles > 0:
         first += w * ROWS
-        columns = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_s))
-        lo = gl.load(col_lo + columns, mask=columns < keys, other=0)
-        length = gl.load(col_hi + columns, mask=columns < keys, other=0) - lo
+        lo, length = seen_by(first, block_ends, mma_s)
         dk = gl.zeros([ROWS, DP], gl.float32, layout=mma_k)
         dv = gl.zeros([ROWS, VP], gl.float32, layout=mma_v)
         mbarrier.wait(kv_ready, kv_phase)
@@ -231,10 +232,7 @@ def consume(
         i = 0
         for _n in range(1, GROUP * tiles):
             place = place_of(i, plane, job, queries, BLOCK_M)
-            i += 1
-            if GROUP > 1:
-                plane = gl.where(i == tiles, plane + 1, plane)
-                i = gl.where(i == tiles, 0, i)
+            i, plane = following(i, plane, tiles, GROUP)
             turn ^= 1
             stage, phase = advance(stage, phase, STAGES)
             dk, dv = attend(
@@ -283,7 +281,6 @@ def backward_kernel(
     gl.static_assert(STAGES <= MAX_STAGES)
     gl.static_assert(BLOCK_M == ROWS)  # a part of dQ is a product of 64 rows
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q.dtype)
-    one: gl.constexpr = mbarrier.MBarrierLayout()
     q_smem = gl.allocate_shared_memory(q.dtype, [STAGES] + q.block_type.shape, q.layout)
     dout_smem = gl.allocate_shared_memory(q.dtype, [STAGES] + dout.block_type.shape, dout.layout)
     stats_smem = gl.allocate_shared_memory(gl.float32, [2 * STAGES] + stats.block_type.shape, stats.layout)
@@ -294,25 +291,11 @@ def backward_kernel(
     dq_smem = jobs  # where there is none
     if not DIRECT:
         dq_smem = gl.allocate_shared_memory(gl.float32, [2] + dq.block_type.shape, dq.layout)
-    kv_ready = gl.allocate_shared_memory(gl.int64, [1], one)
-    kv_free = gl.allocate_shared_memory(gl.int64, [1], one)
-    job_ready = gl.allocate_shared_memory(gl.int64, [2, 1], one)
-    job_free = gl.allocate_shared_memory(gl.int64, [2, 1], one)
-    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    dout_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    mbarrier.init(kv_ready, count=1)
-    mbarrier.init(kv_free, count=2)
-    for n in gl.static_range(2):
-        mbarrier.init(job_ready.index(n), count=1)
-        mbarrier.init(job_free.index(n), count=2 if DIRECT else 3)
-    for n in gl.static_range(STAGES):
-        mbarrier.init(q_ready.index(n), count=1)
-        mbarrier.init(dout_ready.index(n), count=1)
-    fence_async_shared()
+    gates = make_gates(STAGES, 2 if DIRECT else 3)
+    job_ready, job_free = gates[2], gates[3]
 
     smem = (q_smem, k_smem, v_smem, dout_smem, stats_smem)
     exchange = (ds_smem, dq_smem)
-    gates = (kv_ready, kv_free, job_ready, job_free, q_ready, dout_ready)
     block_ends, heads = (col_lo, col_hi, keys, kv_heads), (first_head, head_count)
     gl.warp_specialize([
         (consume, (

@@ -6,7 +6,7 @@ portable kernel.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from distflash.kernels.hopper.common import (
     LOG2E,
@@ -31,6 +31,28 @@ FREE = gl.constexpr(13)  # of a stage
 MAX_STAGES = gl.constexpr(2)
 BOTH = gl.constexpr(256)  # threads of both warpgroups
 BOTH_AND_WARP = gl.constexpr(288)
+
+
+@gluon.jit
+def make_gates(STAGES: gl.constexpr, JOB_READERS: gl.constexpr):
+    """The barriers between the loading warp, both warpgroups, and whoever else reads jobs."""
+    one: gl.constexpr = mbarrier.MBarrierLayout()
+    kv_ready = gl.allocate_shared_memory(gl.int64, [1], one)
+    kv_free = gl.allocate_shared_memory(gl.int64, [1], one)
+    job_ready = gl.allocate_shared_memory(gl.int64, [2, 1], one)
+    job_free = gl.allocate_shared_memory(gl.int64, [2, 1], one)
+    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+    dout_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+    mbarrier.init(kv_ready, count=1)
+    mbarrier.init(kv_free, count=2)
+    for n in gl.static_range(2):
+        mbarrier.init(job_ready.index(n), count=1)
+        mbarrier.init(job_free.index(n), count=JOB_READERS)
+    for n in gl.static_range(STAGES):
+        mbarrier.init(q_ready.index(n), count=1)
+        mbarrier.init(dout_ready.index(n), count=1)
+    fence_async_shared()
+    return kv_ready, kv_free, job_ready, job_free, q_ready, dout_ready
 
 
 @gluon.jit
@@ -84,6 +106,25 @@ def load_tiles(
     post(jobs, slot, (0, 0, 0, 0, 0, 0, 0))
     mbarrier.arrive(job_ready.index(slot))
     leave(counter, programs)
+
+
+@gluon.jit
+def seen_by(first, block_ends, layout: gl.constexpr):
+    """The interval of queries that see each of the ROWS keys from ``first`` on: where it begins, and its length."""
+    col_lo, col_hi, keys, _ = block_ends
+    columns = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    lo = gl.load(col_lo + columns, mask=columns < keys, other=0)
+    return lo, gl.load(col_hi + columns, mask=columns < keys, other=0) - lo
+
+
+@gluon.jit
+def following(i, plane, tiles, GROUP: gl.constexpr):
+    """The visit after the ``i``-th to the head ``plane``: the heads of a group follow one another."""
+    i += 1
+    if GROUP > 1:
+        plane = gl.where(i == tiles, plane + 1, plane)
+        i = gl.where(i == tiles, 0, i)
+    return i, plane
 
 
 @gluon.jit

@@ -24,9 +24,12 @@ from distflash.kernels.hopper.backward_parts import (
     FREE,
     JOB,
     MAX_STAGES,
+    following,
     load_tiles,
+    make_gates,
     place_of,
     probabilities,
+    seen_by,
     store,
 )
 from distflash.kernels.hopper.common import (
@@ -205,15 +208,13 @@ def consume(
 ):  # fmt: skip
     """Warpgroup ``w``: dK or dV of every block, and its part of dQ."""
     kv_ready, job_ready, job_free = gates[0], gates[2], gates[3]
-    col_lo, col_hi, keys, kv_heads = block_ends
+    _, _, keys, kv_heads = block_ends
     mma_s: gl.constexpr = product(HALF)
     stage, phase, turn, kv_phase, slot, slot_phase = 0, 0, 0, 0, 0, 0
     mbarrier.wait(job_ready.index(slot), slot_phase)
     first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB)
     while tiles > 0:
-        columns = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_s))
-        lo = gl.load(col_lo + columns, mask=columns < keys, other=0)
-        length = gl.load(col_hi + columns, mask=columns < keys, other=0) - lo
+        lo, length = seen_by(first, block_ends, mma_s)
         mbarrier.wait(kv_ready, kv_phase)
         kv_phase ^= 1
         value = (smem[2].index(0).reshape([ROWS, smem[2].shape[4]]),)
@@ -229,10 +230,7 @@ def consume(
         i = 0
         for _n in range(1, GROUP * tiles):
             place = place_of(i, plane, job, queries, BLOCK_M)
-            i += 1
-            if GROUP > 1:
-                plane = gl.where(i == tiles, plane + 1, plane)
-                i = gl.where(i == tiles, 0, i)
+            i, plane = following(i, plane, tiles, GROUP)
             turn ^= 1
             stage, phase = advance(stage, phase, STAGES)
             gradient = attend(
@@ -271,7 +269,6 @@ def backward_wide_kernel(
     gl.static_assert(STAGES <= MAX_STAGES)
     gl.static_assert(BLOCK_M == 2 * HALF)
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, ROWS], q.dtype)
-    one: gl.constexpr = mbarrier.MBarrierLayout()
     q_smem = gl.allocate_shared_memory(q.dtype, [STAGES] + q.block_type.shape, q.layout)
     dout_smem = gl.allocate_shared_memory(q.dtype, [STAGES] + dout.block_type.shape, dout.layout)
     stats_smem = gl.allocate_shared_memory(gl.float32, [2 * STAGES] + stats.block_type.shape, stats.layout)
@@ -280,25 +277,10 @@ def backward_wide_kernel(
     p_smem = gl.allocate_shared_memory(q.dtype, [2, BLOCK_M, ROWS], p_layout)
     ds_smem = gl.allocate_shared_memory(q.dtype, [2, BLOCK_M, ROWS], p_layout)
     jobs = gl.allocate_shared_memory(gl.int32, [2 * JOB, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    kv_ready = gl.allocate_shared_memory(gl.int64, [1], one)
-    kv_free = gl.allocate_shared_memory(gl.int64, [1], one)
-    job_ready = gl.allocate_shared_memory(gl.int64, [2, 1], one)
-    job_free = gl.allocate_shared_memory(gl.int64, [2, 1], one)
-    q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    dout_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    mbarrier.init(kv_ready, count=1)
-    mbarrier.init(kv_free, count=2)
-    for n in gl.static_range(2):
-        mbarrier.init(job_ready.index(n), count=1)
-        mbarrier.init(job_free.index(n), count=2)
-    for n in gl.static_range(STAGES):
-        mbarrier.init(q_ready.index(n), count=1)
-        mbarrier.init(dout_ready.index(n), count=1)
-    fence_async_shared()
+    gates = make_gates(STAGES, 2)
 
     smem = (q_smem, k_smem, v_smem, dout_smem, stats_smem)
     exchange = (p_smem, ds_smem)
-    gates = (kv_ready, kv_free, job_ready, job_free, q_ready, dout_ready)
     block_ends, heads = (col_lo, col_hi, keys, kv_heads), (first_head, head_count)
     gl.warp_specialize([
         (consume, (

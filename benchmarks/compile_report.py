@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.offline import TargetOnly, Tensors, assemble, table
+from benchmarks.ptx import unconditional_loads
 from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Scores
 from distflash.kernels.triton import launches
 from distflash.kernels.triton.launches import Launch
@@ -134,8 +135,7 @@ def compile_shape(shape: Shape, target: Target) -> Compiled:
         special=" ".join(["group"] * (shape.group > 1) + ["softcap", "alibi", "sinks"] * shape.features),
         shared=shared,
         over=shared > target.shared_limit,
-        unguarded=unguarded(made.asm.get("ptx", ""), IN_PLACE[shape.kernel]),
-        **read(made.asm),
+        **read(made.asm, IN_PLACE[shape.kernel]),
     )
 
 
@@ -143,18 +143,7 @@ def compile_shape(shape: Shape, target: Target) -> Compiled:
 IN_PLACE = {"forward": 1, "dkdv": 2, "dq": 2}
 
 
-def unguarded(ptx: str, in_place: int) -> int:
-    """Loads by descriptor, but for those in place, that depend on nothing but the thread that is to begin them.
-
-    That thread also makes the barriers, so their predicate tells it. A load for a loop has a predicate of its own.
-    """
-    first_thread = re.search(r"@(%p\d+) mbarrier\.init", ptx)
-    if first_thread is None:
-        return 0
-    return re.findall(r"@(%p\d+) mbarrier\.arrive\.expect_tx", ptx).count(first_thread[1]) - in_place
-
-
-def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
+def _read_nvidia(asm: dict[str, Any], in_place: int) -> dict[str, Any]:
     made = assemble(asm)
     return dict(
         registers=made.registers,
@@ -162,11 +151,12 @@ def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
         local=made.local,
         mma=made.mma,
         serialised=made.serialised,
+        unguarded=max(0, unconditional_loads(asm["ptx"]) - in_place),  # none by descriptor: none in place either
         instructions=len(made.instructions),
     )
 
 
-def _read_amd(asm: dict[str, Any]) -> dict[str, Any]:
+def _read_amd(asm: dict[str, Any], in_place: int) -> dict[str, Any]:
     text = asm["amdgcn"]
 
     def number(name: str) -> int:
@@ -179,6 +169,7 @@ def _read_amd(asm: dict[str, Any]) -> dict[str, Any]:
         local=sum(name.startswith("scratch_") for name in names),
         mma=sum("mfma" in name for name in names),
         serialised=False,
+        unguarded=0,
         instructions=len(names),
     )
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import distflash as df
 from benchmarks.common import take_gpu
 
 # How long the other ranks may take to fail as well once one has: each may have a message of its own.
@@ -128,6 +129,13 @@ class Ranks:
 
     def _alive(self) -> list[bool]:
         return [worker.process.is_alive() for worker in self._workers]
+
+
+def as_near() -> df.transport.Distributed:
+    """All ranks, as a rank sees them where each has a GPU of one host: on CPUs, or sharing a GPU, they seem far."""
+    transport = df.transport.Distributed(dist.group.WORLD)
+    transport.near = True
+    return transport
 
 
 def _serve(pipe: Connection, backend: str, rank: int, count: int, store: str, timeout: float) -> None:

@@ -8,7 +8,9 @@ import distflash as df
 from distflash.kernels import Reference
 from tests.dense import Problem, assert_exact, assert_no_less_exact, in_dtype, join, make_inputs, on_rank
 from tests.oracle import Blind
+from tests.pairing import Pairing
 from tests.poison import poison_memory
+from tests.ranks import as_near
 
 # Lengths that no number of ranks divides.
 PROBLEMS = {
@@ -44,6 +46,23 @@ def test_exact(world_size, layout, name, ranks_of):
     for dtype in (torch.float32, torch.bfloat16):
         p = in_dtype(p, dtype)
         assert_no_less_exact(p, make_inputs(p), join(ranks.run(part, p, layout), layout, p.seq_len), alone(p))
+
+
+def part_that_holds_heads_back(p, layout):
+    """Runs as a rank: its part by a kernel that takes two owners at once, and what that was asked for."""
+    poison_memory()
+    kernel = Pairing()
+    return on_rank(p, make_inputs(p), df.ContextParallel(as_near(), layout, kernel=kernel)), kernel.taken
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_exact_where_heads_are_held_back(world_size, layout, ranks_of):
+    p = Problem(df.Full(), 61, batch=2, heads=8, kv_heads=8)
+    parts, taken = zip(*ranks_of(world_size).run(part_that_holds_heads_back, p, layout), strict=True)
+    last = ["backward 0 to 2", "backward 2 to 8"] if world_size == 2 else []
+    assert list(taken) == [["some", "both", *last]] * world_size
+    assert_exact(p, make_inputs(p), join(parts, layout, p.seq_len))
 
 
 def part_in_a_ring_of_two(problems):

@@ -10,7 +10,7 @@ import distflash as df
 from tests import dense
 from tests.dense import Problem, Results
 from tests.gpu import problems
-from tests.ranks import RankError, Ranks
+from tests.ranks import RankError, Ranks, as_near
 
 on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 LAYOUTS = [df.Zigzag(), df.Contiguous(), df.Striped()]
@@ -65,7 +65,8 @@ def of_one_program(p: Problem, ranks: int, where: torch.device) -> df.kernels.Ho
 
 def held_back_part(p: Problem, layout: df.Layout) -> Results:
     """Runs as a rank: the part by such a kernel."""
-    cp = df.ContextParallel(dist.group.WORLD, layout=layout, kernel=of_one_program(p, dist.get_world_size(), device()))
+    kernel = of_one_program(p, dist.get_world_size(), device())
+    cp = df.ContextParallel(as_near(), layout=layout, kernel=kernel)
     return problems.to_cpu(dense.on_rank(p, problems.on(dense.make_inputs(p), device()), cp))
 
 

@@ -66,14 +66,14 @@ def start(device: str, timed: bool = True) -> torch.device:
     """Join the ranks that torchrun started, if any. Returns this rank's device.
 
     Raises:
-        ValueError: ranks outnumber GPUs, and what they do is ``timed``.
+        ValueError: there is no GPU, or ranks outnumber GPUs and what they do is ``timed``: shared, times mean nothing.
     """
     local, ranks = (int(os.environ.get(name, n)) for name, n in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     gpus = torch.cuda.device_count()
-    if device == "cuda" and ranks > gpus and timed:
+    if device == "cuda" and ranks > gpus and (timed or gpus == 0):
         raise ValueError(
-            f"--nproc-per-node: got {ranks}, expected at most {gpus}, a GPU for each rank: times mean nothing where "
-            "ranks share one; start fewer ranks, or pass --device cpu"
+            f"--nproc-per-node: got {ranks}, expected at most {gpus}, a GPU for each rank; start fewer ranks, or pass "
+            "--device cpu"
         )
     here = take_gpu(local, ranks) if device == "cuda" else torch.device("cpu")
     if "WORLD_SIZE" in os.environ:

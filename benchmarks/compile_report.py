@@ -48,6 +48,9 @@ TARGETS = {
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), "gfx942", 64 * 1024),
 }
 
+# How many tiles a kernel loads once, before any loop.
+IN_PLACE = {"forward": 1, "dkdv": 2, "dq": 2}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -135,15 +138,13 @@ def compile_shape(shape: Shape, target: Target) -> Compiled:
         special=" ".join(["group"] * (shape.group > 1) + ["softcap", "alibi", "sinks"] * shape.features),
         shared=shared,
         over=shared > target.shared_limit,
-        **read(made.asm, IN_PLACE[shape.kernel]),
+        # Where there are no loads by descriptor, there are none in place either.
+        unguarded=max(0, unconditional_loads(made.asm.get("ptx", "")) - IN_PLACE[shape.kernel]),
+        **read(made.asm),
     )
 
 
-# How many tiles a kernel loads once, before any loop.
-IN_PLACE = {"forward": 1, "dkdv": 2, "dq": 2}
-
-
-def _read_nvidia(asm: dict[str, Any], in_place: int) -> dict[str, Any]:
+def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
     made = assemble(asm)
     return dict(
         registers=made.registers,
@@ -151,12 +152,11 @@ def _read_nvidia(asm: dict[str, Any], in_place: int) -> dict[str, Any]:
         local=made.local,
         mma=made.mma,
         serialised=made.serialised,
-        unguarded=max(0, unconditional_loads(asm["ptx"]) - in_place),  # none by descriptor: none in place either
         instructions=len(made.instructions),
     )
 
 
-def _read_amd(asm: dict[str, Any], in_place: int) -> dict[str, Any]:
+def _read_amd(asm: dict[str, Any]) -> dict[str, Any]:
     text = asm["amdgcn"]
 
     def number(name: str) -> int:
@@ -169,7 +169,6 @@ def _read_amd(asm: dict[str, Any], in_place: int) -> dict[str, Any]:
         local=sum(name.startswith("scratch_") for name in names),
         mma=sum("mfma" in name for name in names),
         serialised=False,
-        unguarded=0,
         instructions=len(names),
     )
 

@@ -193,7 +193,7 @@ def two_gpus(monkeypatch):
     return taken
 
 
-def test_ranks_take_gpus_in_turn_and_share_them_as_hosts_of_their_own(two_gpus, monkeypatch):
+def test_ranks_take_gpus_in_turn_and_share_them_as_hosts_of_their_own(two_gpus):
     assert [common.take_gpu(rank, 2).index for rank in range(2)] == [0, 1]
     assert os.environ["NCCL_HOSTID"] == "this host"
     hosts = []
@@ -211,3 +211,6 @@ def test_nothing_is_timed_on_shared_gpus(two_gpus, monkeypatch):
         common.start("cuda")
     assert common.start("cpu").type == "cpu"
     assert common.start("cuda", timed=False).index == 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="expected at most 0"):
+        common.start("cuda", timed=False)

@@ -107,12 +107,12 @@ class Call:
         """How many key heads work backward on this rank's own keys first; the others come last, under the way home.
 
         0 where all do so first: where keys are not near (`heads_first`), where those heads do not have ``enough`` keys
-        (see `Pairing`), or where several ranks return gradients, which are added to the own ones as they come. The more
-        ranks, the less of all time the last way home is.
+        (see `Pairing`), or where another rank's part of the gradients arrives before the last step. Such a part is added
+        to the buffer of the own gradients, which the heads that come last would then overwrite.
         """
         some = self.heads_first(k.shape[2])
-        arrivals = sum(step.home_from is not None for step in self.plan.steps)
-        return some if arrivals <= 1 and k.shape[0] * k.shape[1] * some >= enough else 0
+        added_before_the_end = any(step.home_from is not None for step in self.plan.steps[:-1])
+        return some if not added_before_the_end and k.shape[0] * k.shape[1] * some >= enough else 0
 
     def visit(self, kv: KeyValue) -> Iterator[tuple[Step, Hop, KeyValue]]:
         """The steps of the schedule with their keys, and where among the working ones each stands."""

@@ -1,4 +1,4 @@
-"""For all tests: a folder's name is its tests' mark, and hypothesis draws the same examples in every run."""
+"""For all tests: a folder's name is its tests' mark, and hypothesis draws the same examples in every run but with --full."""
 
 import os
 from pathlib import Path
@@ -23,11 +23,25 @@ hypothesis.settings.register_profile(
     database=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
+# What `--full` asks for: other examples in every run, and ten times as many, also of a test that says how many it wants
+# by `tests.strategies.examples`.
+hypothesis.settings.register_profile(
+    "distflash-full", hypothesis.settings.get_profile("distflash"), derandomize=False, max_examples=400
+)
 hypothesis.settings.load_profile("distflash")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--full"):
+        hypothesis.settings.load_profile("distflash-full")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="all combinations where CI takes a covering part of them")
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="all combinations where CI takes a covering part of them, and ten times as many fresh random examples",
+    )
     parser.addoption(
         "--ranks", type=int, help="NCCL ranks of tests/gpu, more than GPUs if need be; by default one a GPU, at least 2"
     )

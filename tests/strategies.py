@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from hypothesis import settings
 from hypothesis import strategies as st
 
 import distflash as df
 from tests.dense import Problem
 from tests.oracle import Blind
+
+
+def examples(count: int) -> settings:
+    """So many examples of a test in CI, ten times as many with ``--full``."""
+    return settings(
+        max_examples=count * settings.default.max_examples // settings.get_profile("distflash").max_examples
+    )
+
 
 layouts = st.sampled_from([df.Contiguous(), df.Zigzag(), df.Striped()])
 
@@ -45,12 +54,12 @@ def masks(seq_len: int) -> st.SearchStrategy[df.Mask]:
 @st.composite
 def problems(draw, max_seq_len: int = 40) -> Problem:
     seq_len = draw(st.integers(0, max_seq_len))
-    kv_heads = draw(st.integers(1, 2))
+    kv_heads = draw(st.integers(1, 8))
     return Problem(
         mask=draw(masks(seq_len)),
         seq_len=seq_len,
         batch=draw(st.integers(1, 2)),
-        heads=kv_heads * draw(st.integers(1, 3)),
+        heads=kv_heads * draw(st.integers(1, 3 if kv_heads < 4 else 2)),
         kv_heads=kv_heads,
         d_qk=draw(st.sampled_from([1, 8, 12])),
         d_v=draw(st.sampled_from([1, 8, 5])),

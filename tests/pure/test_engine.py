@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import distflash as df
+from distflash.engine import Call
+from distflash.kernels.base import Scores
 from tests.dense import (
     Problem,
     assert_exact,
@@ -20,7 +22,7 @@ from tests.dense import (
 )
 from tests.oracle import Blind
 from tests.pairing import Pairing
-from tests.strategies import layouts, problems
+from tests.strategies import examples, layouts, problems
 
 # Tiles so small that short sequences have empty, full and cut ones.
 SMALL_TILES = df.kernels.Reference(block_q=5, block_k=7)
@@ -31,15 +33,15 @@ def test_memory_is_poisoned():
     assert torch.ones(3).new_empty(2).isnan().all()
 
 
-@settings(max_examples=120)
+@examples(120)
 @given(problems(), layouts, st.integers(1, 8))
 def test_exact_in_float64(p, layout, world_size):
     x = make_inputs(p)
     assert_exact(p, x, on_ranks(p, x, world_size, layout, SMALL_TILES))
 
 
-@settings(max_examples=60)
-@given(problems(), layouts, st.integers(2, 5))
+@examples(60)
+@given(problems(), layouts, st.integers(2, 8))
 def test_exact_where_two_owners_are_taken_at_once(p, layout, world_size):
     x = make_inputs(p)
     assert_exact(p, x, on_ranks(p, x, world_size, layout, Pairing(block_q=5, block_k=7)))
@@ -60,6 +62,45 @@ def test_some_heads_go_back_to_own_keys_while_gradients_travel_home():
     assert sorted(kernel.taken) == sorted(2 * ["some", "both", "backward 0 to 2", "backward 2 to 8"])
 
 
+@pytest.mark.parametrize(
+    ("mask", "layout", "world_size"),
+    [
+        (df.Causal(), df.Contiguous(), 3),
+        (df.Causal() & df.Documents([0, 7, 8, 33, 48]), df.Zigzag(), 5),
+        (df.Window(6, 0), df.Zigzag(), 4),
+        (df.Window(6, 0), df.Contiguous(), 8),
+    ],
+    ids=repr,
+)
+def test_exact_where_one_part_comes_home_before_the_last_step(mask, layout, world_size):
+    """Where heads were held back all the same, they overwrote that part."""
+    p = Problem(mask, seq_len=48, heads=8, kv_heads=8)
+    x = make_inputs(p)
+    assert_exact(p, x, on_ranks(p, x, world_size, layout, Pairing()))
+
+
+@examples(200)
+@given(problems(), layouts, st.integers(2, 8))
+def test_nothing_is_overwritten_after_something_was_added_to_it(p, layout, world_size):
+    """The order in which a rank's own dK and dV are written and added to, by its plan, for every number of key heads."""
+
+    def events(transport):
+        cp = df.ContextParallel(transport, layout)
+        plan = cp.plan(p.mask, p.seq_len)
+        call = Call(plan, cp.schedule, transport, Pairing(), Scores(1.0))
+        held_back = call.heads_apart(torch.empty(1, cp.seq_local(p.seq_len), p.kv_heads, 1), enough=0)
+        order = []
+        for step, following in zip(plan.steps, (*plan.steps[1:], None), strict=True):
+            if step.works and step.owner == transport.rank:
+                order.append("overwrite")
+            if step.home_from is not None and following is not None:
+                order.append("add")  # when the exchange of the following step begins
+        return [*order, "overwrite"] if held_back else order
+
+    for order in df.transport.Simulator(world_size).run(events):
+        assert "add" not in order or "overwrite" not in order[order.index("add") :]
+
+
 def test_no_head_is_held_back_where_there_is_little_work():
     kernel = Pairing(enough=41)  # of a rank's 20 keys, each counted for two heads
     p = Problem(seq_len=40, heads=8, kv_heads=8)
@@ -77,7 +118,7 @@ def test_no_head_waits_for_keys_from_afar():
     assert not kernel.taken
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(problems(), layouts, st.integers(2, 8), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_no_less_exact_than_one_rank(p, layout, world_size, dtype):
     p = in_dtype(p, dtype)

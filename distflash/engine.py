@@ -107,8 +107,8 @@ class Call:
         """How many key heads work backward on this rank's own keys first; the others come last, under the way home.
 
         0 where all do so first: where keys are not near (`heads_first`), where those heads do not have ``enough`` keys
-        (see `Pairing`), or where another rank's part of the gradients arrives before the last step. Such a part is added
-        to the buffer of the own gradients, which the heads that come last would then overwrite.
+        (see `Pairing`), or where another rank's part of the gradients arrives before the last step. Such a part is
+        added to the buffer of the own gradients, which the heads that come last would then overwrite.
         """
         some = self.heads_first(k.shape[2])
         added_before_the_end = any(step.home_from is not None for step in self.plan.steps[:-1])

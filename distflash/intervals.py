@@ -12,7 +12,7 @@ owner's local key indices. Both ends ascend, so
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class Intervals:
             ``col_lo[j] <= i < col_hi[j]``.
         q_positions, k_positions: int32 ``[T]``, ``[K]``, global positions, for what needs true distance (ALiBi).
         pairs: the exact number of allowed (query, key) pairs, known on the host.
+        unseen: at most two ranges that together hold every key that no query sees, known on the host.
     """
 
     row_lo: Tensor
@@ -66,11 +67,12 @@ class Intervals:
     q_positions: Tensor
     k_positions: Tensor
     pairs: int
+    unseen: tuple[range, ...] = ()
 
     def to(self, device: torch.device) -> Intervals:
         """The same intervals with every tensor on ``device``."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "pairs"}
-        return Intervals(**moved, pairs=self.pairs)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)})
 
 
 def build(sharding: Sharding, rank: int, owner: int) -> Intervals:
@@ -88,7 +90,17 @@ def build(sharding: Sharding, rank: int, owner: int) -> Intervals:
         q_positions=sharding.positions(rank).int(),
         k_positions=sharding.positions(owner).int(),
         pairs=int((row_hi - row_lo).sum()),
+        unseen=_ranges_of(col_lo == col_hi),
     )
+
+
+def _ranges_of(flags: Tensor) -> tuple[range, ...]:
+    """Where bool ``flags [K]`` are set: the ranges, or one from the first to the last if there are more than two."""
+    edges = torch.nn.functional.pad(flags.int(), (1, 1)).diff()
+    starts, stops = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
+    if len(starts) > 2:
+        starts, stops = starts[:1], stops[-1:]
+    return tuple(range(start, stop) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True))
 
 
 def count_pairs(sharding: Sharding) -> Tensor:

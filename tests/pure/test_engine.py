@@ -82,7 +82,7 @@ def test_exact_where_one_part_comes_home_before_the_last_step(mask, layout, worl
 @examples(200)
 @given(problems(), layouts, st.integers(2, 8))
 def test_nothing_is_overwritten_after_something_was_added_to_it(p, layout, world_size):
-    """The order in which a rank's own dK and dV are written and added to, by its plan, for every number of key heads."""
+    """The order in which a rank's own dK and dV are written and added to, by its plan, for any number of key heads."""
 
     def events(transport):
         cp = df.ContextParallel(transport, layout)

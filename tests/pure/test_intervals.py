@@ -45,6 +45,18 @@ def test_ends_are_int32_within_bounds_and_never_move_backwards(sharding, data):
         assert (lo.diff() >= 0).all() and (hi.diff() >= 0).all()
 
 
+@given(shardings(), st.data())
+def test_keys_that_no_query_sees_are_known(sharding, data):
+    rank, owner = (data.draw(st.integers(0, sharding.world_size - 1)) for _ in range(2))
+    got = build(sharding, rank, owner)
+    unseen = (~visible(sharding, rank, owner).any(0)).nonzero().flatten().tolist()
+    listed = [key for keys in got.unseen for key in keys]
+    assert len(got.unseen) <= 2
+    assert set(unseen) <= set(listed)
+    if listed != unseen:  # more than two ranges: all from the first to the last
+        assert got.unseen == (range(unseen[0], unseen[-1] + 1),)
+
+
 @given(shardings())
 def test_count_pairs_counts(sharding):
     ranks = range(sharding.world_size)

@@ -60,7 +60,11 @@ def load_tiles(
     q, k, v, dout, stats, smem, gates, jobs, counter, block_ends, heads, batches, heads_at_once, programs,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: a block's keys and values, then the queries, their dout and statistics, tile by tile."""
+    """The loading warp: a block's keys and values, then the queries, their dout and statistics, tile by tile.
+
+    A block of keys that no query sees is left out: the host has written the zeros of its dK and dV. The tile of queries
+    at which such an interval begins may lie beyond the last one of its head, so nothing may be read there or added.
+    """
     q_smem, k_smem, v_smem, dout_smem, stats_smem = smem
     kv_ready, kv_free, job_ready, job_free, q_ready, dout_ready = gates
     col_lo, col_hi, keys, kv_heads = block_ends
@@ -74,33 +78,34 @@ def load_tiles(
         block, nth_head = pick(program, blocks, head_count * batches, heads_at_once)
         first = block * BLOCK_N  # under causal masks earlier keys are seen by more: longest first
         last = gl.minimum(first + BLOCK_N, keys) - 1
-        begin, before, full, tiles = span(col_lo, col_hi, first, last, 1, BLOCK_M, BLOCK_M)
+        begin, before, full, tiles = span(col_lo, col_hi, first, last, BLOCK_M, BLOCK_M)
         batch, kv_head = nth_head // head_count, first_head + nth_head % head_count
-        mbarrier.wait(job_free.index(slot), slot_phase)
-        post(jobs, slot, (first, batch, kv_head, begin, before, full, tiles))
-        mbarrier.arrive(job_ready.index(slot))
-        slot, slot_phase = advance(slot, slot_phase, 2)
-        mbarrier.wait(kv_free, kv_phase)
-        kv_phase ^= 1
-        mbarrier.expect(kv_ready, PARTS * (k.block_type.nbytes + v.block_type.nbytes))
-        for n in gl.static_range(PARTS):
-            async_load(k, [batch, kv_head, first + n * ROWS, 0], kv_ready, k_smem.index(n))
-            async_load(v, [batch, kv_head, first + n * ROWS, 0], kv_ready, v_smem.index(n))
-        for member in range(GROUP):
-            head = kv_head * GROUP + member
-            plane = (batch * kv_heads + kv_head) * GROUP + member
-            for i in range(tiles):
-                start = begin + nth(i, before, full, tiles - full) * BLOCK_M
-                if loaded >= STAGES:
-                    sync(FREE + stage, BOTH_AND_WARP)
-                mbarrier.expect(q_ready.index(stage), q.block_type.nbytes + stats.block_type.nbytes)
-                async_load(q, [batch, head, start, 0], q_ready.index(stage), q_smem.index(stage))
-                async_load(stats, [0, plane, start], q_ready.index(stage), stats_smem.index(2 * stage))
-                mbarrier.expect(dout_ready.index(stage), dout.block_type.nbytes + stats.block_type.nbytes)
-                async_load(dout, [batch, head, start, 0], dout_ready.index(stage), dout_smem.index(stage))
-                async_load(stats, [1, plane, start], dout_ready.index(stage), stats_smem.index(2 * stage + 1))
-                loaded += 1
-                stage, _ = advance(stage, 0, STAGES)
+        if tiles > 0:
+            mbarrier.wait(job_free.index(slot), slot_phase)
+            post(jobs, slot, (first, batch, kv_head, begin, before, full, tiles))
+            mbarrier.arrive(job_ready.index(slot))
+            slot, slot_phase = advance(slot, slot_phase, 2)
+            mbarrier.wait(kv_free, kv_phase)
+            kv_phase ^= 1
+            mbarrier.expect(kv_ready, PARTS * (k.block_type.nbytes + v.block_type.nbytes))
+            for n in gl.static_range(PARTS):
+                async_load(k, [batch, kv_head, first + n * ROWS, 0], kv_ready, k_smem.index(n))
+                async_load(v, [batch, kv_head, first + n * ROWS, 0], kv_ready, v_smem.index(n))
+            for member in range(GROUP):
+                head = kv_head * GROUP + member
+                plane = (batch * kv_heads + kv_head) * GROUP + member
+                for i in range(tiles):
+                    start = begin + nth(i, before, full, tiles - full) * BLOCK_M
+                    if loaded >= STAGES:
+                        sync(FREE + stage, BOTH_AND_WARP)
+                    mbarrier.expect(q_ready.index(stage), q.block_type.nbytes + stats.block_type.nbytes)
+                    async_load(q, [batch, head, start, 0], q_ready.index(stage), q_smem.index(stage))
+                    async_load(stats, [0, plane, start], q_ready.index(stage), stats_smem.index(2 * stage))
+                    mbarrier.expect(dout_ready.index(stage), dout.block_type.nbytes + stats.block_type.nbytes)
+                    async_load(dout, [batch, head, start, 0], dout_ready.index(stage), dout_smem.index(stage))
+                    async_load(stats, [1, plane, start], dout_ready.index(stage), stats_smem.index(2 * stage + 1))
+                    loaded += 1
+                    stage, _ = advance(stage, 0, STAGES)
         program = next_job(counter, programs)
     mbarrier.wait(job_free.index(slot), slot_phase)
     post(jobs, slot, (0, 0, 0, 0, 0, 0, 0))

@@ -56,10 +56,14 @@ def pick(program, blocks, heads, heads_at_once):
 
 
 @gluon.jit
-def span(lo, hi, first, last, least, STEP: gl.constexpr, ALIGN: gl.constexpr):
-    """The tiles of ``STEP`` that a block visits, ``least`` or more; see the portable kernel's function of this name."""
-    begin = gl.load(lo + first) // ALIGN * ALIGN
-    tiles = gl.maximum(gl.cdiv(gl.load(hi + last) - begin, STEP), least)
+def span(lo, hi, first, last, STEP: gl.constexpr, ALIGN: gl.constexpr):
+    """The tiles of ``STEP`` that a block visits; see the portable kernel's function of this name.
+
+    None where the block's interval is empty: such a block may begin where the tensor ends.
+    """
+    start, stop = gl.load(lo + first), gl.load(hi + last)
+    begin = start // ALIGN * ALIGN
+    tiles = gl.where(stop > start, gl.cdiv(stop - begin, STEP), 0)
     before = gl.minimum(gl.cdiv(gl.load(lo + last) - begin, STEP), tiles)
     full = gl.maximum((gl.load(hi + first) - begin) // STEP - before, 0)
     return begin, before, full, tiles

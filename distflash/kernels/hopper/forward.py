@@ -88,6 +88,16 @@ def load_keys(
 
 
 @gluon.jit
+def at_least_one(begin, tiles, others, BLOCK_N: gl.constexpr):
+    """Where a block's tiles begin, and how many: one if there are none and no ``others``, to keep the pipeline simple.
+
+    That one lies before the first key, where the copy engine reads zeros, whatever the keys hold that nobody sees.
+    """
+    none = tiles + others == 0
+    return gl.where(none, -BLOCK_N, begin), gl.where(none, 1, tiles)
+
+
+@gluon.jit
 def load_tiles(
     q, owner, other, smem, gates, jobs, counter, grid,
     SLOTS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
@@ -108,16 +118,17 @@ def load_tiles(
         batch, head = place // head_count, place % head_count
         first = (blocks - 1 - block) * BLOCK_M  # under causal masks later rows see more: longest first
         last = gl.minimum(first + BLOCK_M, queries) - 1
-        begin, before, full, tiles = span(ends[0], ends[1], first, last, 0 if TWO else 1, BLOCK_N, 1)
+        begin, before, full, tiles = span(ends[0], ends[1], first, last, BLOCK_N, 1)
         plane = batch * heads + head
         if TWO:
             tiles = gl.where(head < done, 0, tiles)
             full = gl.where(head < done, 0, full)
-            least = gl.where(tiles > 0, 0, 1)
-            begin_2, before_2, full_2, tiles_2 = span(other_ends[0], other_ends[1], first, last, least, BLOCK_N, 1)
+            begin_2, before_2, full_2, tiles_2 = span(other_ends[0], other_ends[1], first, last, BLOCK_N, 1)
+            begin_2, tiles_2 = at_least_one(begin_2, tiles_2, tiles, BLOCK_N)
             mbarrier.wait(q_free.index(slot), slot_phase)
             post(jobs, slot, (first, plane, begin, before, full, tiles, begin_2, before_2, full_2, tiles_2))
         else:
+            begin, tiles = at_least_one(begin, tiles, 0, BLOCK_N)
             mbarrier.wait(q_free.index(slot), slot_phase)
             post(jobs, slot, (first, plane, begin, before, full, tiles))
         mbarrier.expect(q_ready.index(slot), CONSUMERS * q.block_type.nbytes)

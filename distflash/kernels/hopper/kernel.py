@@ -129,6 +129,10 @@ class Hopper:
         with torch.cuda.device(saved.q.device):
             if hop.first:
                 saved.sums.zero_()
+            # The kernel leaves out blocks of keys that no query sees.
+            for unseen in keys.rows.unseen:
+                for gradient in (dkv.dk, dkv.dv):
+                    gradient[:, unseen.start : unseen.stop, heads.start : heads.stop].zero_()
             programs = self._programs(saved.q.device)
             launches.backward(tile, programs, saved, k, v, keys.rows, scores, dkv, heads).run()
             keys_done()

@@ -55,11 +55,13 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--value-head-dim", type=int, help="where values have another: 128 beside 192, say")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
 
 
 def shape_of(options: argparse.Namespace, seq_len: int) -> Shape:
-    return Shape(1, seq_len, options.heads, options.kv_heads, options.head_dim, options.head_dim)
+    values = options.value_head_dim or options.head_dim
+    return Shape(1, seq_len, options.heads, options.kv_heads, options.head_dim, values)
 
 
 def start(device: str, timed: bool = True) -> torch.device:

@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.offline import Assembly, TargetOnly, Tensors, assemble, count_local, table
+from benchmarks.ptx import unordered_arrivals
 from benchmarks.sass import main_loops
 from distflash.kernels.base import Hop, KeyGradient, Keys, Scores
 from distflash.kernels.hopper import launches
@@ -145,10 +146,12 @@ EXPLAINED = (
     Explanation("forward", "128/128", "outside", ONCE),
     Explanation("forward", "192/128", "outside", ONCE),
     Explanation("forward", "256/256", "outside", ONCE),
+    Explanation("backward", "64/64", "border", MASKING, special="softcap"),
     Explanation("backward", "64/64", "outside", ONCE, special="softcap"),
     Explanation("backward", "128/128", "border", MASKING),
     Explanation("backward", "128/128", "outside", ONCE),
     Explanation("backward", "192/128", "outside", ONCE, special="softcap"),
+    Explanation("backward", "192/128", "outside", ONCE, special="group"),
     Explanation("backward", "256/256", "outside", ONCE),
 )
 
@@ -192,6 +195,10 @@ def make_launch(shape: Shape) -> Launch:
 
 def compile_shape(shape: Shape) -> Row:
     made = make_launch(shape).compile()
+    if unordered := unordered_arrivals(made.asm["ptx"]):
+        raise ValueError(
+            f"{shape.name}: {unordered} arrivals at a barrier are not ordered after other threads' accesses"
+        )
     assembly = assemble(made.asm)
     always, sometimes, loops = in_loops(assembly)
     return Row(

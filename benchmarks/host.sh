@@ -33,17 +33,20 @@ on_this_host() { # sets sizes for $ranks ranks, then runs everything
     if ((GPUS > 0)); then
         export CUDA_VISIBLE_DEVICES
         CUDA_VISIBLE_DEVICES=$(cut -d, -f "1-$ranks" <<<"$visible")
-        local lengths=(65536 131072 524288 1048576) longest=$((ranks * 524288)) common=()
+        local lengths=(65536 131072 524288 1048576) longest=$((ranks * 524288)) few=16384 common=()
         local job_lengths=($((ranks * 131072)) $((ranks * 262144)) $((ranks * 524288)) $((ranks * 1048576)))
         local job=(--dim 1024 --layers 8 --heads 8 --kv-heads 2 --rope-theta 1e6 --lr 3e-4)
         step "tests" "$PYTHON" -m pytest -q -m gpu tests/gpu/test_ring.py --ranks "$ranks"
         step "memory" spread -m benchmarks.memory --seq-lens "${lengths[@]}"
     else
         export OMP_NUM_THREADS=1
-        local lengths=(256 512) longest=1024 job_lengths=(256 512) job=(--device cpu)
+        local lengths=(256 512) longest=1024 few=64 job_lengths=(256 512) job=(--device cpu)
         local common=(--heads 4 --kv-heads 2 --head-dim 16 --dtype float32 --device cpu --seconds 0.01 --out runs/host)
     fi
     step "ring and its peers" spread -m benchmarks.ring --peers --seq-lens "${lengths[@]}" "${common[@]}"
+    step "head dim 64" spread -m benchmarks.ring --seq-lens $((ranks * few)) "${common[@]}" --head-dim 64 --name "ring-64-$ranks"
+    step "head dims 192 and 128" spread -m benchmarks.ring --seq-lens $((ranks * few)) "${common[@]}" --heads 16 \
+        --kv-heads 16 --head-dim 192 --value-head-dim 128 --name "ring-192-$ranks"
     step "window" spread -m benchmarks.ring --mask window4096 --seq-lens "${lengths[@]}" "${common[@]}"
     step "documents" spread -m benchmarks.ring --mask documents --seq-lens "${lengths[@]}" "${common[@]}"
     step "longest call" spread -m benchmarks.ring --seq-lens "$longest" --name "ring-longest-$ranks" "${common[@]}"

@@ -33,7 +33,7 @@ def main() -> None:
     if arguments.tool == "initcheck":
         command += ["--track-unused-memory", "no"]
     command += [sys.executable, __file__, "--inside", *sys.argv[1:]]
-    sys.exit(subprocess.run(command, env=environment).returncode)
+    sys.exit(subprocess.run(command, env=environment, check=False).returncode)
 
 
 def parse() -> argparse.Namespace:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.jobs import ROOT, finish, start
 
-RECORDS = ("ring-causal-2", "ring-window4096-2", "ring-documents-2", "ring-longest-2")
+RECORDS = tuple(f"ring-{what}-2" for what in ("causal", "64", "192", "window4096", "documents", "longest"))
 
 pytest.importorskip("matplotlib")
 

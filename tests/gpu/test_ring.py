@@ -96,6 +96,32 @@ def test_two_ranks_of_one_gpu(layout: df.Layout, kv_heads: int, d_qk: int, d_v: 
     assert_no_less_exact(p, dense.join(parts, layout, p.seq_len), problems.to_cpu(dense.on_rank(p, x, None)))
 
 
+def assert_as_exact_as_one_rank(got: Results, single: Results, truth: Results) -> None:
+    """Errors against the same attention in float32, where a dense matrix would not fit."""
+    for name in ("out", "dq", "dk", "dv"):
+        error, bar = ((x[name].double() - truth[name].double()).norm() for x in (got, single))
+        assert error <= 1.1 * bar, f"{name}: error {error:.3e}, on one rank {bar:.3e}"
+
+
+@pytest.mark.parametrize("mask", [df.Causal(), df.Window(4095, 0)], ids=repr)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+@pytest.mark.parametrize(("d_qk", "d_v"), [(64, 64), (192, 128), (256, 256)])
+def test_sixteen_thousand_tokens_a_rank(d_qk: int, d_v: int, layout: df.Layout, mask: df.Mask) -> None:
+    """Simulated ranks of one GPU; tensors end where a page of memory does."""
+    p = Problem(mask, seq_len=2**15, heads=4, kv_heads=2, d_qk=d_qk, d_v=d_v, dtype=torch.bfloat16)
+    x = problems.on(dense.make_inputs(p), "cuda")
+
+    def part(transport: df.transport.SimulatedTransport) -> Results:
+        with torch.autograd.set_multithreading_enabled(False):  # or one thread would run the backward of both
+            return problems.to_cpu(dense.on_rank(p, x, df.ContextParallel(transport, layout)))
+
+    got = dense.join(df.transport.Simulator(2).run(part), layout, p.seq_len)
+    wide = replace(x, q=x.q.float(), k=x.k.float(), v=x.v.float(), dout=x.dout.float())
+    truth = dense.on_rank(replace(p, dtype=torch.float32), wide, df.ContextParallel(df.transport.Alone()))
+    single = dense.on_rank(p, x, df.ContextParallel(df.transport.Alone()))
+    assert_as_exact_as_one_rank(got, problems.to_cpu(single), problems.to_cpu(truth))
+
+
 def test_one_device_mesh_dimension_is_a_group(ranks: Ranks) -> None:
     assert set(ranks.run(mesh_world_size)) == {ranks.count}
 

@@ -1,6 +1,6 @@
-"""Under which conditions loads begin, read from PTX as the compiler writes it."""
+"""Under which conditions loads begin, and what arrivals wait for, read from PTX as the compiler writes it."""
 
-from benchmarks.ptx import unconditional_loads
+from benchmarks.ptx import unconditional_loads, unordered_arrivals
 
 # Two tiles in place, then a loop's first two loads, each if the loop has such a step.
 PTX = """
@@ -35,3 +35,24 @@ def test_a_condition_that_is_set_in_two_places():
 
 def test_none_without_descriptors():
     assert unconditional_loads("	cp.async.ca.shared.global [ %r348 + 0 ], [ %rd93 + 0 ], 0x4;") == 0
+
+
+ARRIVALS = """
+	ld.shared.b32 %r1, [%r2];
+	bar.sync 0, 128;
+	@%p1 mbarrier.arrive.shared::cta.b64 _, [%r3];
+	st.shared.b32 [%r4], %r5;
+	bar.warp.sync -1;
+	@%p1 mbarrier.arrive.shared::cta.b64 _, [%r6];
+	@%p2 mbarrier.arrive.expect_tx.shared.b64 _, [%r7], 8192;
+"""
+
+
+def test_arrivals_before_which_threads_meet():
+    assert unordered_arrivals(ARRIVALS) == 0
+
+
+def test_arrivals_that_do_not_wait_for_other_threads():
+    assert unordered_arrivals(ARRIVALS.replace("bar.sync 0, 128;", "wgmma.wait_group.sync.aligned 0;")) == 1
+    assert unordered_arrivals(ARRIVALS.replace("bar.warp.sync -1;", "$L__BB0_3:")) == 1
+    assert unordered_arrivals("	@%p1 mbarrier.arrive.shared::cta.b64 _, [%r3];") == 1

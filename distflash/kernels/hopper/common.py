@@ -4,6 +4,13 @@
 and k, V head dim of v. DP and VP are D and V padded to the next power of two. ROWS queries belong to one warpgroup.
 
 Scores live in base 2, as in the portable kernel.
+
+[Note: who waits for whom] Scalars of a job, and tiles, pass through shared memory. Of the threads that read or write
+there one alone arrives at the mbarrier; before it does, all of them meet: the compiler puts a barrier of the warpgroup,
+or of the warp, between an access to shared memory and the arrival that follows. At the hardware's named barriers every
+thread arrives for itself. The parts of a kernel begin behind a barrier of all threads. compute-sanitizer's racecheck
+does not follow mbarriers between warps, and reports the job's scalars (`post`, `read`) and a kernel's first lines as
+hazards all the same. `benchmarks.compile_hopper` checks the order in the PTX of every kernel.
 """
 
 from triton.experimental import gluon

@@ -30,8 +30,6 @@ def main() -> None:
         return grid(arguments)
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = ["compute-sanitizer", "--tool", arguments.tool, "--error-exitcode", "9", "--print-limit", "20"]
-    if arguments.tool == "initcheck":
-        command += ["--track-unused-memory", "no"]
     command += [sys.executable, __file__, "--inside", *sys.argv[1:]]
     sys.exit(subprocess.run(command, env=environment, check=False).returncode)
 

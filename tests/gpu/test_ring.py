@@ -80,6 +80,31 @@ def test_heads_that_are_held_back_for_the_way_home(layout: df.Layout, kv_heads: 
     assert_no_less_exact(p, dense.join(parts, layout, p.seq_len), single)
 
 
+MASKS = {
+    "causal": lambda n: df.Causal(),
+    "documents": lambda n: df.Causal() & df.Documents([0, n // 11, n // 10, n // 3, n // 2 + 7, n]),
+    "window": lambda n: df.Window(200, 0),
+}
+
+
+@pytest.mark.skipif(not on_hopper, reason="no GPU of compute capability 9.0 here")
+@pytest.mark.parametrize("world_size", [2, 3, 5, 8])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+@pytest.mark.parametrize("mask", MASKS)
+def test_nothing_is_lost_where_heads_are_held_back(mask: str, layout: df.Layout, world_size: int) -> None:
+    """Parts of dK and dV that come home early are not overwritten by the heads that are computed last."""
+    n = 450 * world_size + 1
+    p = Problem(MASKS[mask](n), seq_len=n, heads=8, kv_heads=8, d_qk=64, d_v=64, dtype=torch.bfloat16)
+    x, kernel = problems.on(dense.make_inputs(p), "cuda"), of_one_program(p, world_size, torch.device("cuda"))
+
+    def part(transport: df.transport.SimulatedTransport) -> Results:
+        with torch.autograd.set_multithreading_enabled(False):  # or one thread would run the backward of all
+            return problems.to_cpu(dense.on_rank(p, x, df.ContextParallel(transport, layout, kernel=kernel)))
+
+    parts = df.transport.Simulator(world_size).run(part)
+    assert_no_less_exact(p, dense.join(parts, layout, p.seq_len), problems.to_cpu(dense.on_rank(p, x, None)))
+
+
 @pytest.mark.skipif(not on_hopper, reason="no GPU of compute capability 9.0 here")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
 @pytest.mark.parametrize(("kv_heads", "d_qk", "d_v"), [(4, 64, 64), (8, 128, 128), (4, 192, 128), (4, 256, 256)])

@@ -94,8 +94,8 @@ def ours(cp: df.ContextParallel, seq_len: int) -> Candidate:
 
 def kernel_of(cp: df.ContextParallel, inputs: tuple[Tensor, ...], seq_len: int) -> Kernel:
     """The kernel that a call without further keywords takes."""
-    recipe = cp._recipe(df.Full(), None, 0.0, 0.0)
-    return recipe.call(*inputs[:3], Options(seq_len), agree=False).kernel
+    recipe = cp._calls.recipe(df.Full(), None, 0.0, 0.0)
+    return recipe.kernel(recipe.problem(*inputs[:3], Options(seq_len)))
 
 
 def right_for(inputs: tuple[Tensor, ...], mask: df.Mask, cp: df.ContextParallel, seq_len: int) -> truth.Truth:

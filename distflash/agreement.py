@@ -1,21 +1,24 @@
-"""Ranks that disagree about a call are told so, instead of hanging in it.
+"""Ranks that disagree about a call are told so, instead of hanging in it or mixing two calls up.
 
-Before the first call of every new signature the ranks compare it, field by field: numbers as they are, everything else
-by a digest. A difference raises on every rank, with the rank and the field. Later calls of a known signature cost a
-set look-up on GPUs; on CPUs, where a comparison is cheap beside the work, every call is compared.
+Before a call sends anything, the ranks exchange one message each. It says which kind of call the rank makes, which
+number that call has, and what all ranks must have alike: numbers as they are, everything else as a digest. All messages
+have one width, so ranks in different kinds of call understand each other. Any difference is a `ValueError` on every
+rank.
+
+On CPUs a message is cheap beside the call, so every call is compared, forward and backward. On GPUs only calls with a
+new signature are; a known one costs a set look-up.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from distflash.exact import exact
+from distflash.messages import FORWARD, Message, difference
 from distflash.transport import Transport
 
-Signature = tuple[tuple[str, object], ...]
-
-_REFUSED = "arguments"
-
+Fields = Mapping[str, object]
 
 # Enough for the lengths and masks in use at a time, and a bound where every step brings new documents.
 _REMEMBERED = 1024
@@ -23,77 +26,76 @@ _REMEMBERED = 1024
 
 @dataclass
 class Agreement:
-    """What the ranks of a transport have agreed on so far."""
+    """What the ranks of a transport have agreed on so far.
+
+    Attributes:
+        transport: this rank's.
+        every_call: whether all calls are compared, or only those with a new signature. The same on all ranks.
+        calls: how many attention calls the ranks have made.
+    """
 
     transport: Transport
-    _known: set[int] = field(default_factory=set)
+    every_call: bool
+    calls: int = 0
+    _known: set[tuple[object, ...]] = field(default_factory=set)
 
-    def require(self, signature: Signature) -> None:
-        """Compare signatures over all ranks.
+    def require(
+        self,
+        kind: str,
+        fields: Fields,
+        *,
+        number: int = 0,
+        values: Callable[[], Fields] | None = None,
+        remember: bool = True,
+    ) -> None:
+        """Compare a call over all ranks.
 
         Args:
-            signature: ``(field, value)`` pairs, the same fields in the same order on every rank. A value is hashable,
-                and an int or anything whose repr says all of it.
+            kind: what the call is, in words.
+            fields: the call's signature by name, the same names on every rank; at most `messages.FIELDS` with values.
+            number: the call's number among those of its kind.
+            values: further fields, which are costly to compute or change from step to step. They are compared whenever
+                the signature is, and are not part of what is remembered.
+            remember: whether this signature need not be compared again (unless every call is).
 
         Raises:
-            ValueError: on every rank, if any two ranks differ. It names the ranks, the field and the values.
+            ValueError: on every rank, if any two ranks differ or one refuses. It names the ranks, what differs, and the
+                kinds of call where they differ.
         """
-        known = hash(signature) in self._known
-        if self.transport.world_size == 1 or (known and not self.transport.checks_every_call):
+        if self.transport.world_size == 1:
             return
-        rows = self.transport.gather_ints([0, *(_code(value) for _, value in signature)])
-        refused = [rank for rank, row in enumerate(rows) if row[0]]
-        if refused:
-            raise ValueError(
-                f"{_ranks(refused)} refused this call because of its own arguments and raised the reason; this rank, "
-                f"{self.transport.rank}, stops with it so that nobody waits"
-            )
-        differences = [_difference(n, name, rows, signature) for n, (name, _) in enumerate(signature, start=1)]
-        if any(differences):
-            raise ValueError(
-                "the ranks of this context-parallel group disagree about one call: "
-                + "; ".join(filter(None, differences))
-                + f". This is rank {self.transport.rank}. Call attention on every rank with the same batch size, "
-                "heads, head dims, dtype, mask, layout and seq_len"
-            )
+        remember = remember and not self.every_call
+        key = (kind, *map(exact, fields.values())) if remember else ()
+        if key in self._known:
+            return
+        everything = {**fields, **({} if values is None else values())}
+        self._exchange(Message.about(kind, everything, number), everything)
+        if not remember:
+            return
         if len(self._known) >= _REMEMBERED:
             self._known.clear()  # on every rank at the same call, since all have agreed on the same ones
-        self._known.add(hash(signature))
+        self._known.add(key)
 
-    def refuse(self, fields: int) -> None:
-        """Tell the other ranks, who may be comparing a signature of ``fields`` fields, that this one will raise.
+    def require_next(self, fields: Fields, values: Callable[[], Fields]) -> int:
+        """Compare the forward of the next attention call and return its number. Refused calls have none."""
+        number = self.calls + 1
+        self.require(FORWARD, fields, number=number, values=values)
+        self.calls = number
+        return number
 
-        Where the others may already be past comparing (GPUs, once anything has been agreed on), nothing is sent.
+    def refuse(self, kind: str, *, sure: bool) -> None:
+        """Tell the other ranks, who are comparing, that this one will raise.
+
+        Args:
+            kind: the call that this rank refuses.
+            sure: whether the others compare their call in any case. If not, nothing is sent once they may know its
+                signature (GPUs, as soon as anything has been agreed on): they are then past comparing.
         """
-        if self.transport.world_size > 1 and (self.transport.checks_every_call or not self._known):
-            self.transport.gather_ints([1, *(0 for _ in range(fields))])
+        if self.transport.world_size > 1 and (sure or self.every_call or not self._known):
+            self.transport.gather_ints(Message.refusing(kind, self.calls + 1).packed())
 
-
-def _code(value: object) -> int:
-    if isinstance(value, int):
-        return int(value)
-    kind = type(value)
-    # The plain repr of an object is its address, which is another on every rank.
-    text = f"{kind.__module__}.{kind.__qualname__}" if kind.__repr__ is object.__repr__ else repr(value)
-    digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "big")
-
-
-def _difference(n: int, name: str, rows: list[list[int]], signature: Signature) -> str:
-    codes = [row[n] for row in rows]
-    if len(set(codes)) == 1:
-        return ""
-    mine = signature[n - 1][1]
-    if isinstance(mine, int):
-        return f"{name} is " + ", ".join(f"{code} on rank {rank}" for rank, code in enumerate(codes))
-    groups = [[rank for rank, code in enumerate(codes) if code == kind] for kind in dict.fromkeys(codes)]
-    return f"{name} differs between " + " and ".join(map(_ranks, groups)) + f" (here it is {_short(mine)})"
-
-
-def _ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:100] + " ..." + text[-16:]
+    def _exchange(self, mine: Message, fields: Fields) -> None:
+        rows = self.transport.gather_ints(mine.packed())
+        problem = difference([Message.unpacked(row) for row in rows], self.transport.rank, fields)
+        if problem is not None:
+            raise ValueError(problem)

@@ -6,9 +6,7 @@ dim of v.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,18 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distflash import collectives, groups, ops, validation
 from distflash.agreement import Agreement
-from distflash.engine import Call, Options, Plan
-from distflash.intervals import Sharding
-from distflash.kernels import Hopper, Kernel, Problem, Reference, Triton
-from distflash.kernels.base import Scores
+from distflash.call import Calls
+from distflash.compiled import NO_DATA, Data, Form, split
+from distflash.engine import Plan
+from distflash.kernels import Kernel
 from distflash.layouts import Layout, Zigzag
-from distflash.masks import Full, Key, Mask, from_key
+from distflash.masks import Full, Mask
 from distflash.schedules import Ring, Schedule
 from distflash.transport import Alone, Transport
-
-# Masks and lengths in use at a time: one or two in training, some more in evaluation. Bounds what device memory their
-# intervals hold.
-_PLANS = 16
 
 
 class ContextParallel:
@@ -40,6 +34,13 @@ class ContextParallel:
         layout: which tokens each rank holds.
         schedule: in which order the other ranks' keys arrive.
         kernel: None for the best kernel that supports the call; a kernel given is used, or refused with all reasons.
+        check_every_call: whether the ranks compare every attention call, forward and backward, before it sends
+            anything. A rank that skips a call, or runs the backward of two calls in another order than the others, is
+            then told so (if not, the ranks mix up the two calls' keys or gradients). None for the transport's default:
+            yes on CPUs; no on GPUs, where a comparison costs a collective and waits for the device, and only calls with
+            a new signature are compared. Turn it on there to look for a fault. The same on all ranks.
+
+    Copies of a ContextParallel, as `copy.deepcopy` of a module makes them, are the same object. It cannot be pickled.
 
     Raises:
         ValueError: an argument is of another kind (a string, a class, a mesh of two dimensions).
@@ -51,6 +52,8 @@ class ContextParallel:
         layout: Layout = Zigzag(),
         schedule: Schedule = Ring(),
         kernel: Kernel | None = None,
+        *,
+        check_every_call: bool | None = None,
     ) -> None:
         validation.require_layout(layout)
         validation.require_schedule(schedule)
@@ -59,12 +62,13 @@ class ContextParallel:
         self.schedule = schedule
         self.kernel = kernel
         self.transport = groups.transport_of(group)
-        self.agreement = Agreement(self.transport)
+        if not (check_every_call is None or isinstance(check_every_call, bool)):
+            raise ValueError(f"check_every_call: expected True, False or None, got {check_every_call!r}")
+        every_call = self.transport.checks_every_call if check_every_call is None else check_every_call
+        self._agreement = Agreement(self.transport, every_call)
+        self._calls = Calls(self.transport, layout, schedule, kernel, self._agreement)
         # A string, since torch.compile guards the value of strings and may turn ints into symbols.
         self._name = f"context_parallel_{ops.new_number()}"
-        self._plan = lru_cache(_PLANS)(self._build_plan)
-        self._recipe = lru_cache(_PLANS)(self._build_recipe)
-        self._compiled: list[Recipe] = []
 
     @property
     def rank(self) -> int:
@@ -82,6 +86,49 @@ class ContextParallel:
             f"schedule={self.schedule!r}, kernel={self.kernel!r})"
         )
 
+    def __copy__(self) -> ContextParallel:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> ContextParallel:
+        """The same object: a copy of a module (EMA, a reference model) attends over the same ranks."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a ContextParallel cannot be pickled, nor a module that holds one: its process group belongs to this run. "
+            "Save module.state_dict(), and load it into a module that was made with the next run's ContextParallel"
+        )
+
+    def agree(self, kind: str, **fields: object) -> None:
+        """Have all ranks compare ``fields``, and raise on every rank if they differ. All ranks must call.
+
+        For what every rank of the group must have alike before it goes on: a batch, a setting.
+
+        Args:
+            kind: what is compared, in words of at most 42 bytes. It stands in the error.
+            fields: at most 24 values by name, the same names on every rank: numbers, strings, None, dtypes, tuples and
+                dataclasses of these (masks, layouts), and other objects that have a repr.
+
+        Raises:
+            ValueError: on every rank, if any two ranks differ, one refuses (`refuse`) or one makes another call. It
+                names the ranks, and the fields or the calls that differ.
+        """
+        self._agreement.require(kind, fields, remember=False)
+
+    def refuse(self, problem: str, kind: str = "call", *, in_attention: bool = False) -> NoReturn:
+        """Raise ``ValueError(problem)`` on this rank, and a ValueError that names it on the others, who call `agree`.
+
+        Args:
+            problem: what is wrong, in words.
+            kind: as in `agree`.
+            in_attention: whether the others, instead, call `attention`. On GPUs they do not compare calls whose
+                signature is known, so they are told only before the first call.
+        """
+        if in_attention:
+            self._calls.refuse(problem)
+        self._agreement.refuse(kind, sure=True)
+        raise ValueError(problem)
+
     def seq_local(self, seq_len: int) -> int:
         """How many of ``seq_len`` tokens this rank holds."""
         return self.layout.length(seq_len, self.world_size, self.rank)
@@ -97,15 +144,19 @@ class ContextParallel:
         positions = self.layout.positions(seq_len, self.world_size, self.rank)
         return positions.to(self.transport.device if device is None else device)
 
-    def positions_of(self, x: Tensor, seq_len: int) -> Tensor:
+    def positions_of(self, x: Tensor, seq_len: int | None = None, mask: Mask = Full()) -> Tensor:
         """`positions` of the tokens in ``x [batch, seq_local, ...]``: under `torch.compile` a graph for all lengths.
+
+        Args:
+            x: this rank's tokens.
+            seq_len: the global length. May be left out where all ranks hold equally many tokens or ``mask`` knows it.
+            mask: the mask with which the tokens attend.
 
         Raises:
             ValueError: x does not hold as many tokens as this rank has of ``seq_len``.
         """
-        if not torch.compiler.is_compiling():
-            return self._recipe(Full(), None, 0.0, 0.0).positions(x, seq_len)
-        return ops.positions(x, seq_len, self._compiled_recipe(self._name, Full().key, None, 0.0, 0.0))
+        recipe, data = self._recipe(mask, None, 0.0, 0.0)
+        return ops.positions(x, seq_len, recipe, *data)
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's slice, along ``dim``, of a tensor that every rank holds whole. Differentiable.
@@ -123,7 +174,7 @@ class ContextParallel:
         Raises:
             ValueError: on every rank, if the slices are not what the layout gives each rank.
         """
-        return collectives.unshard(x, dim, self.layout, self.transport)
+        return collectives.unshard(x, dim, self.layout, self._agreement)
 
     def mean(
         self,
@@ -167,124 +218,20 @@ class ContextParallel:
         if (problem := validation.mask_problem(mask)) is not None:
             raise ValueError(problem)
         _require_seq_len(seq_len)
-        return self._plan(mask, seq_len, torch.device(self.transport.device if device is None else device))
+        return self._calls.plan(mask, seq_len, torch.device(self.transport.device if device is None else device))
 
-    def _build_plan(self, mask: Mask, seq_len: int, device: torch.device) -> Plan:
-        sharding = Sharding(mask, self.layout, seq_len, self.world_size)
-        return Plan.build(sharding, self.schedule, self.rank, device)
-
-    def _build_recipe(self, mask: Mask, scale: float | None, softcap: float, dropout_p: float) -> Recipe:
-        recipe = Recipe(self, mask, scale, softcap, dropout_p)
-        recipe.number = ops.register(recipe)
-        return recipe
+    def _recipe(self, mask: Mask, scale: float | None, softcap: float, dropout_p: float) -> tuple[int, Data]:
+        """The number by which an op finds the call's recipe, and what the op is given beside it."""
+        if not torch.compiler.is_compiling():
+            return self._calls.recipe(mask, scale, softcap, dropout_p).number, NO_DATA
+        form, data = split(mask, scale, softcap, dropout_p)
+        return self._template(self._name, *form), data
 
     @torch.compiler.assume_constant_result
-    def _compiled_recipe(self, name: str, mask: Key, scale: float | None, softcap: float, dropout_p: float) -> int:
-        """The number of a recipe, a constant to `torch.compile`, which guards ``name`` and the mask's key.
-
-        A compiled graph holds the number alone, so the recipe is kept for as long as this object.
-        """
+    def _template(self, name: str, *form: Any) -> int:
+        """The number of a template, a constant to `torch.compile`, which guards ``name`` and what the `Form` is of."""
         assert name == self._name
-        recipe = self._recipe(from_key(mask), scale, softcap, dropout_p)
-        self._compiled.append(recipe)
-        return recipe.number
-
-    def _refuse(self, problem: str) -> None:
-        self.agreement.refuse(len(_FIELDS))
-        raise ValueError(problem)
-
-
-_FIELDS = (
-    "batch",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "value head_dim",
-    "dtype",
-    "seq_len",
-    "mask",
-    "layout",
-    "schedule",
-    "scale",
-    "softcap",
-    "sinks",
-    "alibi_slopes",
-)
-
-
-@dataclass(eq=False)
-class Recipe:
-    """What makes an `engine.Call` once the tensors are known. See `distflash.ops`."""
-
-    cp: ContextParallel
-    mask: Mask
-    scale: float | None
-    softcap: float
-    dropout_p: float
-    number: int = field(default=0, init=False)
-
-    def call(self, q: Tensor, k: Tensor, v: Tensor, options: Options, *, agree: bool) -> Call:
-        problem = Problem(
-            device=q.device,
-            dtype=q.dtype,
-            heads=q.shape[2],
-            kv_heads=k.shape[2],
-            d_qk=q.shape[3],
-            d_v=v.shape[3],
-            softcap=self.softcap,
-            alibi=options.alibi_slopes is not None,
-            sinks=options.sinks is not None,
-            dropout_p=self.dropout_p,
-        )
-        self._require_fit("q", q, options.seq_len)
-        kernel = validation.kernel_for(problem, self.cp.kernel, (Hopper(), Triton(), Reference()))
-        if isinstance(kernel, str):
-            self.cp._refuse(kernel)
-        assert not isinstance(kernel, str)
-        if agree:
-            self.cp.agreement.require(self._signature(q.shape[0], problem, options.seq_len))
-        return Call(
-            plan=self.cp._plan(self.mask, options.seq_len, q.device),
-            schedule=self.cp.schedule,
-            transport=self.cp.transport,
-            kernel=kernel,
-            scores=self._scores(problem, options),
-        )
-
-    def positions(self, x: Tensor, seq_len: int) -> Tensor:
-        self._require_fit("x", x, seq_len)
-        return self.cp.positions(seq_len, x.device)
-
-    def _require_fit(self, name: str, x: Tensor, seq_len: int) -> None:
-        """Here, and not in `attention`: under `torch.compile` lengths are symbols there, which layouts would pin."""
-        cp, length = self.cp, x.shape[1]
-        problem = validation.length_problem(name, length, self.mask, seq_len, cp.layout, cp.world_size, cp.rank)
-        if problem is not None:
-            cp._refuse(problem)
-
-    def _scores(self, problem: Problem, options: Options) -> Scores:
-        scale = problem.d_qk**-0.5 if self.scale is None else self.scale
-        slopes = None if options.alibi_slopes is None else options.alibi_slopes.float()
-        return Scores(scale, self.softcap, slopes, options.sinks)
-
-    def _signature(self, batch: int, problem: Problem, seq_len: int) -> tuple[tuple[str, object], ...]:
-        values = (
-            batch,
-            problem.heads,
-            problem.kv_heads,
-            problem.d_qk,
-            problem.d_v,
-            problem.dtype,
-            seq_len,
-            self.mask,
-            self.cp.layout,
-            self.cp.schedule,
-            self.scale,
-            self.softcap,
-            problem.sinks,
-            problem.alibi,
-        )
-        return tuple(zip(_FIELDS, values, strict=True))
+        return self._calls.template(Form(*form)).number
 
 
 def attention(
@@ -333,21 +280,17 @@ def attention(
     cp = _ALONE if cp is None else cp
     if not isinstance(cp, ContextParallel):
         raise ValueError(f"cp: expected a ContextParallel or None, got {cp!r}; make one of the process group first")
-    softcap = 0.0 if softcap is None else float(softcap)
+    softcap = 0.0 if softcap is None else float(softcap) + 0.0  # -0.0 is 0.0
     problem = validation.call_problem(q, k, v, mask, sinks, alibi_slopes, scale, softcap, dropout_p)
     if problem is None:
         problem = validation.device_problem(q, cp.transport)
-    if problem is None:
-        seq_len = validation.seq_len_of(q, mask, cp.world_size) if seq_len is None else seq_len
+    if problem is None and seq_len is not None:
         problem = validation.seq_len_problem(seq_len)
     if problem is not None:
-        cp._refuse(problem)
-    if torch.compiler.is_compiling():
-        number = cp._compiled_recipe(cp._name, mask.key, scale, softcap, dropout_p)
-        out, lse = ops.attention(q, k, v, sinks, alibi_slopes, seq_len, number)
-    else:
-        recipe = cp._recipe(mask, scale, softcap, dropout_p)
-        out, lse = ops.attention(q, k, v, sinks, alibi_slopes, seq_len, recipe.number)
+        cp.refuse(problem, in_attention=True)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks))
+    recipe, data = cp._recipe(mask, None if scale is None else float(scale), softcap, dropout_p)
+    out, lse, _ = ops.attention(q, k, v, sinks, alibi_slopes, seq_len, needs_grad, recipe, *data)
     return (out, lse) if return_lse else out
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distflash.agreement import Agreement
 from distflash.layouts import Layout
 from distflash.transport import Transport
 
@@ -21,9 +22,12 @@ def _along(dim: int, r: range) -> tuple[slice, ...]:
     return (*(slice(None),) * dim, slice(r.start, r.stop, r.step))
 
 
-def unshard(x: Tensor, dim: int, layout: Layout, transport: Transport) -> Tensor:
+def unshard(x: Tensor, dim: int, layout: Layout, agreement: Agreement) -> Tensor:
     """See `ContextParallel.unshard`."""
-    return _Unshard.apply(x, dim % x.dim(), layout, transport)
+    dim = dim % x.dim()
+    shape = tuple(0 if n == dim else size for n, size in enumerate(x.shape))
+    agreement.require("unshard", {"dim": dim, "sizes of x but for dim": shape, "dtype": x.dtype, "layout": layout})
+    return _Unshard.apply(x, dim, layout, agreement)
 
 
 def mean(loss_sum: Tensor, token_count: Tensor | int, transport: Transport, reduction: str) -> Tensor:
@@ -35,7 +39,8 @@ def mean(loss_sum: Tensor, token_count: Tensor | int, transport: Transport, redu
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, layout: Layout, transport: Transport) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, layout: Layout, agreement: Agreement) -> Tensor:
+        transport = agreement.transport
         parts = transport.all_gather(x.contiguous())
         lengths = [part.shape[dim] for part in parts]
         seq_len = sum(lengths)
@@ -46,7 +51,7 @@ class _Unshard(torch.autograd.Function):
                 f"x: ranks hold {lengths} along dimension {dim}, but {layout!r} gives them {expected} of {seq_len}; "
                 "unshard what was sharded by the same layout, along the same dimension"
             )
-        ctx.dim, ctx.transport = dim, transport
+        ctx.dim, ctx.agreement = dim, agreement
         ctx.ranges = layout.ranges(seq_len, W, transport.rank)
         whole = x.new_empty((*x.shape[:dim], seq_len, *x.shape[dim + 1 :]))
         for rank, part in enumerate(parts):
@@ -58,7 +63,8 @@ class _Unshard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        total = ctx.transport.all_reduce(grad.contiguous())
+        ctx.agreement.require("unshard backward", {"shape": tuple(grad.shape)})
+        total = ctx.agreement.transport.all_reduce(grad.contiguous())
         return take(total, ctx.dim, ctx.ranges), None, None, None
 
 

@@ -31,12 +31,12 @@ class Options:
     """What a call carries beside q, k and v.
 
     Attributes:
-        seq_len: the global length S.
+        seq_len: the global length S; None where the mask knows it or all ranks hold equally many tokens.
         sinks: ``[H]`` or None.
         alibi_slopes: ``[H]`` or None.
     """
 
-    seq_len: int
+    seq_len: int | None
     sinks: Tensor | None = None
     alibi_slopes: Tensor | None = None
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
-from operator import index
 from typing import Any
 
 import torch
@@ -59,37 +58,10 @@ class Mask(ABC):
         keys = k_positions[None, :]
         return (keys >= lo[:, None]) & (keys < hi[:, None])
 
-    @property
-    def key(self) -> Key:
-        """The mask as nested tuples of its class and fields, which `from_key` turns into an equal mask.
-
-        `torch.compile` can carry this where it cannot carry an object made inside the compiled function.
-        """
-        return (type(self), *(_plain(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
-
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         return And(self, other)
-
-
-Key = tuple[Any, ...]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mask):
-        return value.key
-    if isinstance(value, tuple):
-        return tuple(_plain(v) for v in value)
-    # index() of a symbolic int is the int itself, which torch.compile then guards.
-    return index(value) if isinstance(value, int) else value
-
-
-def from_key(key: Key) -> Mask:
-    """The mask that has this `Mask.key`."""
-    kind, *values = key
-    mask: Mask = kind(*(from_key(v) if isinstance(v, tuple) and v and isinstance(v[0], type) else v for v in values))
-    return mask
 
 
 @dataclass(frozen=True)
@@ -132,7 +104,12 @@ class Documents(Mask):
 
     Args:
         cu_seqlens: cumulative lengths ``[0, l0, l0 + l1, ..., S]``, as a sequence of ints or an integer tensor
-            ``[documents + 1]`` (a tensor on a GPU is copied to the host once, here: build the mask once a step).
+            ``[documents + 1]`` (a tensor on a GPU is copied to the host once, here: build the mask once a step). In a
+            function that `torch.compile` compiles, a tensor is read and checked by the call, when the graph runs.
+
+    Attributes:
+        boundaries: ``cu_seqlens`` as an int64 tensor on the CPU, which a compiled graph takes as an input, so that one
+            graph serves all documents; None for ints given in a compiled function.
 
     Raises:
         ValueError: it does not start at 0, or does not rise at every step. That it ends at S is checked by the
@@ -140,8 +117,13 @@ class Documents(Mask):
     """
 
     cu_seqlens: tuple[int, ...]
+    boundaries: Tensor | None = field(default=None, init=False, compare=False, repr=False)
 
     def __init__(self, cu_seqlens: Sequence[int] | Tensor) -> None:
+        if torch.compiler.is_compiling() and isinstance(cu_seqlens, Tensor):
+            _require_integers(cu_seqlens)
+            object.__setattr__(self, "boundaries", cu_seqlens)
+            return
         object.__setattr__(self, "cu_seqlens", _as_ints(cu_seqlens))
         ends = self.cu_seqlens
         if len(ends) < 2 or ends[0] != 0:
@@ -155,6 +137,11 @@ class Documents(Mask):
                     f"Documents(cu_seqlens): must rise, but cu_seqlens[{n + 1}] = {stop} follows "
                     f"cu_seqlens[{n}] = {start}; leave out empty documents and pass cumulative lengths, not lengths"
                 )
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "boundaries", torch.tensor(ends, dtype=torch.int64, device="cpu"))
+
+    def __reduce__(self) -> Any:
+        return Documents, (self.cu_seqlens,)
 
     @property
     def seq_len(self) -> int:
@@ -206,6 +193,8 @@ class And(Mask):
     second: Mask
 
     def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():  # lengths are data there; the call, which has them, makes the mask again
+            return
         a, b = self.first.seq_len, self.second.seq_len
         if a is not None and b is not None and a != b:
             raise ValueError(
@@ -230,11 +219,7 @@ def _require_count(owner: str, name: str, value: object, least: int) -> None:
 
 def _as_ints(values: Sequence[int] | Tensor) -> tuple[int, ...]:
     if isinstance(values, Tensor):
-        if values.dim() != 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-            raise ValueError(
-                f"Documents(cu_seqlens): expected a one-dimensional integer tensor, got {values.dtype} with shape "
-                f"{tuple(values.shape)}"
-            )
+        _require_integers(values)
         return tuple(values.tolist())
     if isinstance(values, str):
         raise ValueError(f"Documents(cu_seqlens): expected ints, got the string {values!r}")
@@ -242,6 +227,14 @@ def _as_ints(values: Sequence[int] | Tensor) -> tuple[int, ...]:
     if any(a != b for a, b in zip(ints, values, strict=True)):
         raise ValueError(f"Documents(cu_seqlens): expected whole numbers, got {_short(values)}")
     return ints
+
+
+def _require_integers(values: Tensor) -> None:
+    if values.dim() != 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(
+            f"Documents(cu_seqlens): expected a one-dimensional integer tensor, got {values.dtype} with shape "
+            f"{tuple(values.shape)}"
+        )
 
 
 def _short(values: Sequence[object]) -> str:

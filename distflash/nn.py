@@ -109,6 +109,4 @@ class SelfAttention(nn.Module):
     def _positions(self, x: Tensor, mask: Mask, seq_len: int | None) -> Tensor:
         if self.cp is None:
             return torch.arange(x.shape[1], device=x.device)
-        if seq_len is None:
-            seq_len = x.shape[1] * self.cp.world_size if mask.seq_len is None else mask.seq_len
-        return self.cp.positions_of(x, seq_len)
+        return self.cp.positions_of(x, seq_len, mask)

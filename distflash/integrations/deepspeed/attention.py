@@ -11,9 +11,9 @@ make rotary embeddings, instead of being given ``cp.positions(seq_len)``, has wr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -71,18 +71,29 @@ class DistributedAttention(nn.Module):
         given = [f"argument {n}" for n, x in enumerate(others, start=5) if x is not None]
         given += [name for name, x in named.items() if x is not None]
         if given:
-            raise ValueError(
+            self.refuse(
                 f"{', '.join(given)}: DistributedAttention takes q, k and v alone, and its mask when it is made; "
                 "call it without, or apply rotary embeddings to q and k before"
             )
         order = self.order
         if batch_dim_idx not in (None, order.batch):
-            raise ValueError(f"batch_dim_idx: got {batch_dim_idx}, but {order} was given; make it with another Order")
+            self.refuse(f"batch_dim_idx: got {batch_dim_idx}, but {order} was given; make it with another Order")
         there = (order.batch, order.tokens, order.heads, 3)
-        q, k, v = (_four(name, x).permute(there) for name, x in (("query", query), ("key", key), ("value", value)))
+        q, k, v = (x.permute(there) for x in self.four(query=query, key=key, value=value))
         out = attention(q, k, v, mask=self.mask, cp=self.cp, seq_len=self.seq_len)
         back = sorted(range(4), key=there.__getitem__)
         return out.permute(back)
+
+    def refuse(self, problem: str) -> NoReturn:
+        """Raise ``problem``, and make the other ranks raise, which are in this attention or on their way to it."""
+        self.cp.refuse(problem, in_attention=True)
+
+    def four(self, **named: Tensor) -> Iterator[Tensor]:
+        """The tensors, refused if one does not have four dimensions."""
+        for name, x in named.items():
+            if x.dim() != 4:
+                self.refuse(f"{name}: expected four dimensions, batch, tokens, heads and head dim, got {list(x.shape)}")
+        yield from named.values()
 
 
 def replace_attention(model: nn.Module, kind: type[nn.Module], attention: DistributedAttention) -> None:
@@ -158,7 +169,7 @@ class _Redirection:
         mode = self.running.pop()
         mode.__exit__(None, None, None)
         if not mode.calls and output is not None:  # None: the forward raised
-            raise ValueError(
+            self.attention.refuse(
                 f"kind: {type(module).__name__} made no call of scaled_dot_product_attention in its forward, so its "
                 "attention would have been each rank's own; use replace_attention, or distflash.attention itself"
             )
@@ -189,16 +200,16 @@ class _Mode(TorchFunctionMode):
     ) -> Tensor:
         own = self.attention
         if attn_mask is not None:
-            raise ValueError(
+            own.refuse(
                 "attn_mask: is of this rank's tokens alone; leave it out, and give the mask as an object, such as "
                 "df.Causal(), when DistributedAttention is made"
             )
         if is_causal != self.causal:
-            raise ValueError(
+            own.refuse(
                 f"is_causal: the layer calls attention with is_causal={is_causal}, but was given {own.mask!r}; give it "
                 "the mask that it has, df.Causal() or df.Full(), by itself or & another"
             )
-        q, k, v = (_four(name, x).transpose(1, 2) for name, x in (("query", query), ("key", key), ("value", value)))
+        q, k, v = (x.transpose(1, 2) for x in own.four(query=query, key=key, value=value))
         out = attention(q, k, v, mask=own.mask, cp=own.cp, seq_len=own.seq_len, scale=scale, dropout_p=dropout_p)
         return out.transpose(1, 2)
 
@@ -207,12 +218,6 @@ def _is_causal(mask: Mask, seq_len: int) -> bool:
     """Whether no query sees a later key."""
     positions = torch.arange(seq_len)
     return bool((mask.ends(positions, seq_len)[1].clamp_max(seq_len) <= positions + 1).all())
-
-
-def _four(name: str, x: Tensor) -> Tensor:
-    if x.dim() != 4:
-        raise ValueError(f"{name}: expected four dimensions, batch, tokens, heads and head dim, got {list(x.shape)}")
-    return x
 
 
 def _require_some(found: list[Any], model: nn.Module, kind: type[nn.Module]) -> None:

@@ -14,6 +14,9 @@ from torch import Tensor
 from distflash.api import ContextParallel
 from distflash.masks import Documents
 
+# What the ranks of a ring compare once a batch.
+_KIND = "DeepSpeed batch"
+
 MicroBatch = tuple[Tensor | tuple[Tensor, Tensor], Tensor]
 
 
@@ -51,27 +54,21 @@ class ShardBatch:
                 or differs from what another was given.
         """
         problem, cu_seqlens = _problem(batch, self), None
-        digest = 0 if problem else _digest(batch)
-        rows = self.cp.transport.gather_ints([bool(problem), digest])
         if problem:
-            raise ValueError(problem)
-        self._require_same(rows)
+            self.cp.refuse(problem, _KIND)
+        try:
+            self.cp.agree(_KIND, batch=_digest(batch))
+        except ValueError as difference:
+            raise ValueError(
+                f"batch: {difference}. The ranks of a ring hold one sequence together: give each of them the same "
+                "whole batch (sampler=topology.sampler(dataset), the same seed), and shard it here only"
+            ) from None
         inputs, labels = batch
         tokens, *documents = inputs if isinstance(inputs, tuple | list) else (inputs,)
         part = self.cp.shard(tokens)
         if documents:
             cu_seqlens = self._padded(documents[0])
         return (part if cu_seqlens is None else (part, cu_seqlens)), self.cp.shard(labels)
-
-    def _require_same(self, rows: list[list[int]]) -> None:
-        refused = [rank for rank, (refuses, _) in enumerate(rows) if refuses]
-        if refused:
-            raise ValueError(f"batch: rank {refused[0]} of this ring refused what it was given, and says why")
-        if len({digest for _, digest in rows}) > 1:
-            raise ValueError(
-                "batch: the ranks of a ring were given different ones, but hold one sequence together: give each of "
-                "them the same whole batch (sampler=topology.sampler(dataset), the same seed), and shard it here only"
-            )
 
     def _padded(self, cu_seqlens: Tensor) -> Tensor:
         missing = 0 if self.max_documents is None else self.max_documents + 1 - len(cu_seqlens)
@@ -145,13 +142,13 @@ def _documents_problem(cu_seqlens: Any, how: ShardBatch) -> str | None:
     return None
 
 
-def _digest(batch: Any) -> int:
+def _digest(batch: Any) -> str:
     inputs, labels = batch
     digest = hashlib.blake2b(digest_size=7)
     for x in (*(inputs if isinstance(inputs, tuple | list) else (inputs,)), labels):
         digest.update(f"{x.dtype} {tuple(x.shape)}".encode())
         digest.update(x.detach().cpu().contiguous().numpy().tobytes())
-    return int.from_bytes(digest.digest(), "big")
+    return digest.hexdigest()
 
 
 def _kind(x: Any) -> str:

@@ -98,9 +98,10 @@ class DecoderBlock(nn.Module):
     def _require_length(self, x: Tensor) -> None:
         cp, expected = self.cp, self.cp.seq_local(self.seq_len)
         if x.shape[1] != expected:
-            raise ValueError(
+            cp.refuse(
                 f"tokens: {x.shape[1]} on this rank, but {cp.layout!r} gives rank {cp.rank} of {cp.world_size} "
-                f"{expected} of seq_len={self.seq_len}; shard whole batches, and once, with ShardBatch"
+                f"{expected} of seq_len={self.seq_len}; shard whole batches, and once, with ShardBatch",
+                in_attention=True,
             )
 
 

@@ -64,6 +64,10 @@ class Topology(PipeDataParallelTopology):  # type: ignore[misc]
         self.pipe_rank, place = divmod(dist.get_rank(), self.data * context)
         self.data_rank = place // context
 
+    def __deepcopy__(self, memo: Any) -> Topology:
+        """The same object: a copy of a module that holds one is on the same ranks."""
+        return self
+
     def mean(self, loss_sum: Tensor, token_count: Tensor | int) -> Tensor:
         """The mean over the tokens of all data x context ranks of a loss that each rank has summed over its own.
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from distflash.agreement import Agreement, Signature
 from distflash.api import ContextParallel, attention
 from distflash.integrations.transformers.batch import PASS_ALL, Shard
 from distflash.masks import Causal, Documents, Full, Mask, Window
@@ -79,6 +78,10 @@ _REFUSED = {
 }
 
 
+# What the ranks compare once a batch.
+_KIND = "Transformers batch"
+
+
 class Attention:
     """What the library calls as a layer's attention. Holds the group, and what it has checked last."""
 
@@ -90,9 +93,9 @@ class Attention:
         """`describe_mask`; a rank that refuses tells those that wait in `_check`."""
         try:
             return describe_mask(**asked)
-        except ValueError:
-            Agreement(self.cp.transport).refuse(len(_signature(None)))
-            raise
+        except ValueError as error:
+            problem = str(error)
+        self.cp.refuse(problem, _KIND)
 
     def __call__(
         self,
@@ -116,7 +119,7 @@ class Attention:
         if not self._has_checked(distflash, position_ids):
             self._check(distflash, position_ids, problem)
         elif problem is not None:
-            self.cp._refuse(problem)
+            self.cp.refuse(problem, in_attention=True)
         distflash.trace.attended = True
         q, k, v = (_in_compute_dtype(x).transpose(1, 2) for x in (query, key, value))
         documents: Documents | None = distflash.documents
@@ -134,12 +137,10 @@ class Attention:
     def _check(self, shard: Any, position_ids: Tensor | None, problem: str | None) -> None:
         """Once a batch, in the first layer. All ranks call, and all raise if one has a problem or another batch."""
         problem = self._batch_problem(shard, position_ids) or problem
-        agreement = Agreement(self.cp.transport)
         if problem is not None:
-            agreement.refuse(len(_signature(None)))
-            raise ValueError(problem)
+            self.cp.refuse(problem, _KIND)
         try:
-            agreement.require(_signature(shard))
+            self.cp.agree(_KIND, seq_len=shard.seq_len, documents=shard.documents, **dict(shard.contents))
         except ValueError as difference:
             raise ValueError(
                 f"{difference}. Every rank of a context-parallel group has to be given the same whole batch: samplers "
@@ -169,12 +170,6 @@ class Attention:
         ):
             return f"position_ids: are not those of this rank's tokens in the whole sequence; {PASS_ALL}"
         return None
-
-
-def _signature(shard: Shard | None) -> Signature:
-    if shard is None:
-        return (("seq_len", 0), ("documents", None), ("input_ids", ""), ("labels", ""))
-    return (("seq_len", shard.seq_len), ("documents", shard.documents), *shard.contents)
 
 
 def _layer_problem(query: Tensor, key: Tensor, mask: Any, dropout: float, others: Mapping[str, Any]) -> str | None:

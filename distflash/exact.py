@@ -1,0 +1,37 @@
+"""Keys that are equal only if the values are the same: ``1``, ``1.0`` and ``True`` have three, NaN has one."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from numbers import Integral
+
+
+def exact(value: object) -> object:
+    """A hashable key of ``value``: the same in every process for the same value, and another for any other value.
+
+    Dataclasses are told apart by their fields, other objects by their repr, and objects without a repr by their class.
+    """
+    kind = type(value)
+    if kind is int or kind is str or value is None:
+        return value
+    if kind is tuple:
+        return value if {*map(type, value)} <= {int} else (tuple, *map(exact, value))  # type: ignore[call-overload]
+    if is_dataclass(value) and not isinstance(value, type):
+        return (kind, *(exact(getattr(value, f.name)) for f in fields(value) if f.compare))
+    if isinstance(value, Integral) and kind is not bool:
+        return int(value)
+    # The plain repr of an object is its address, which is another in every process.
+    return (kind, None if kind.__repr__ is object.__repr__ else repr(value))
+
+
+def code(value: object) -> int:
+    """An int64 for ``value``: itself if it is an int that fits, else a digest, which is negative."""
+    key = exact(value)
+    return key if isinstance(key, int) and 0 <= key < 2**63 else _digest(key)
+
+
+@lru_cache(1024)
+def _digest(key: object) -> int:
+    return ~int.from_bytes(blake2b(repr(key).encode(), digest_size=7).digest(), "big")

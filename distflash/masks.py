@@ -247,14 +247,14 @@ class And(Mask):
 def _set_count(mask: Mask, name: str, *, least: int, hint: str = "") -> None:
     """Keep the field ``name`` as a Python int, whatever kind of integer it came as, or refuse it."""
     value = getattr(mask, name)
-    count = _as_int(value)
+    count = as_int(value)
     if count is None or count < least:
         raise ValueError(f"{type(mask).__name__}({name}): expected an int of at least {least}, got {value!r}{hint}")
     if type(value) is not int:
         object.__setattr__(mask, name, count)
 
 
-def _as_int(value: object) -> int | None:
+def as_int(value: object) -> int | None:
     """A Python int, or what stands for one (numpy's integers, an integer tensor of one element); None for others."""
     if isinstance(value, int):
         return None if isinstance(value, bool) else value
@@ -291,8 +291,8 @@ def _as_ints(values: Sequence[SupportsIndex] | Tensor) -> tuple[int, ...]:
 
 
 def _as_whole(value: object) -> int | None:
-    """As `_as_int`, and floats that are whole numbers."""
-    return int(value) if isinstance(value, float) and value.is_integer() else _as_int(value)
+    """As `as_int`, and floats that are whole numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else as_int(value)
 
 
 def _short(values: Sequence[object]) -> str:

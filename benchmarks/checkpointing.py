@@ -84,7 +84,7 @@ class Bench:
         tokens, labels = (self.tokens[:, self.positions.cpu() + n].to(self.device) for n in (0, 1))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model(tokens, self.seq_len)
-        return self.cp.mean(loss_sum(logits, labels), labels.numel())
+        return self.cp.mean(loss_sum(logits, labels), labels.numel(), reduction="sum")
 
     def step(self, way: str) -> None:
         self.model.zero_grad()

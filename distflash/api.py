@@ -6,14 +6,15 @@ dim of v.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NoReturn
+from operator import index
+from typing import Any, Literal, Never, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from distflash import collectives, groups, ops, validation
+from distflash import collectives, groups, keywords, ops, transforms, validation
 from distflash.agreement import Agreement
 from distflash.call import Calls
 from distflash.compiled import NO_DATA, Data, Form, split
@@ -23,6 +24,9 @@ from distflash.layouts import Layout, Zigzag
 from distflash.masks import Full, Mask
 from distflash.schedules import Ring, Schedule
 from distflash.transport import Alone, Transport
+
+# In place of Python's own error for a missing argument comes one that says which of the two to pass.
+_REQUIRED: Any = None
 
 
 class ContextParallel:
@@ -131,7 +135,7 @@ class ContextParallel:
 
     def seq_local(self, seq_len: int) -> int:
         """How many of ``seq_len`` tokens this rank holds."""
-        return self.layout.length(seq_len, self.world_size, self.rank)
+        return self.layout.length(validation.require_seq_len(seq_len), self.world_size, self.rank)
 
     def positions(self, seq_len: int, device: torch.device | str | None = None) -> Tensor:
         """The ascending global positions of this rank's tokens, int64 ``[seq_local]``: for RoPE and the like.
@@ -140,7 +144,7 @@ class ContextParallel:
             seq_len: the global length, at least 0.
             device: by default the group's: the current GPU under NCCL, else the CPU.
         """
-        _require_seq_len(seq_len)
+        seq_len = validation.require_seq_len(seq_len)
         positions = self.layout.positions(seq_len, self.world_size, self.rank)
         return positions.to(self.transport.device if device is None else device)
 
@@ -155,6 +159,10 @@ class ContextParallel:
         Raises:
             ValueError: x does not hold as many tokens as this rank has of ``seq_len``.
         """
+        problem = validation.tokens_problem(x)
+        problem = problem or (None if seq_len is None else validation.seq_len_problem(seq_len))
+        if problem is not None:
+            self.refuse(problem, in_attention=True)
         recipe, data = self._recipe(mask, None, 0.0, 0.0)
         return ops.positions(x, seq_len, recipe, *data)
 
@@ -162,7 +170,11 @@ class ContextParallel:
         """This rank's slice, along ``dim``, of a tensor that every rank holds whole. Differentiable.
 
         The length of ``dim`` is the global length and need not divide by anything.
+
+        Raises:
+            ValueError: x has no such dimension.
         """
+        dim = collectives.dimension(x, dim)
         return collectives.take(x, dim, self.layout.ranges(x.shape[dim], self.world_size, self.rank))
 
     def unshard(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -180,7 +192,8 @@ class ContextParallel:
         self,
         loss_sum: Tensor,
         token_count: Tensor | int,
-        reduction: Literal["sum", "mean"] = "sum",
+        *,
+        reduction: Literal["sum", "mean"] = _REQUIRED,
         group: dist.ProcessGroup | DeviceMesh | Transport | None = None,
     ) -> Tensor:
         """The mean over all ranks' tokens of a loss that each rank has summed over its own. All ranks must call.
@@ -188,8 +201,10 @@ class ContextParallel:
         Args:
             loss_sum: scalar, the sum of this rank's losses.
             token_count: how many losses this rank has summed (tokens that are not ignored); may be 0.
-            reduction: how parameter gradients are combined over the group afterwards: "sum" (an all-reduce), or "mean"
-                as DDP, FSDP and ZeRO do. Either way they come out as the gradient of the value returned.
+            reduction: must be given. How parameter gradients are combined over the group after backward: "mean" where
+                they are averaged, as DDP, FSDP and ZeRO do; "sum" where they are added up, as an all-reduce of your own
+                does, or where ranks share no parameter. Either way they come out as the gradient of the value returned;
+                with the other one they are off by the number of ranks, which Adam hides.
             group: the ranks whose tokens count and over which gradients are combined, where they are more than those
                 that share a sequence: with data parallelism all of data x context, as a process group or a
                 one-dimensional mesh. None: the ranks that share the sequence.
@@ -200,25 +215,20 @@ class ContextParallel:
         Raises:
             ValueError: an argument is of another kind, or the group does not hold all ranks that share the sequence.
         """
-        if reduction not in ("sum", "mean"):
-            raise ValueError(
-                f"reduction: expected 'sum' or 'mean', got {reduction!r}; 'mean' where gradients of parameters are "
-                "averaged over the group after backward (DDP, FSDP, ZeRO), 'sum' where they are added up"
-            )
-        if not isinstance(loss_sum, Tensor) or loss_sum.dim() != 0:
-            raise ValueError(
-                f"loss_sum: expected a scalar tensor, got {getattr(loss_sum, 'shape', loss_sum)!r}; "
-                "sum the losses of this rank's tokens first"
-            )
         everyone = self.transport if group is None else groups.wider_transport(group, self.transport)
+        problem = validation.mean_problem(loss_sum, token_count, reduction)
+        if problem is not None:
+            collectives.refuse_mean(everyone)
+            raise ValueError(problem)
         return collectives.mean(loss_sum, token_count, everyone, reduction)
 
     def plan(self, mask: Mask, seq_len: int, device: torch.device | str | None = None) -> Plan:
         """What this rank does in a call: steps, hops, exact pair counts, intervals. Cached; asks no other rank."""
-        if (problem := validation.mask_problem(mask)) is not None:
+        problem = validation.mask_problem(mask) or validation.seq_len_problem(seq_len)
+        problem = problem or validation.documents_problem(mask, seq_len)
+        if problem is not None:
             raise ValueError(problem)
-        _require_seq_len(seq_len)
-        return self._calls.plan(mask, seq_len, torch.device(self.transport.device if device is None else device))
+        return self._calls.plan(mask, index(seq_len), torch.device(self.transport.device if device is None else device))
 
     def _recipe(self, mask: Mask, scale: float | None, softcap: float, dropout_p: float) -> tuple[int, Data]:
         """The number by which an op finds the call's recipe, and what the op is given beside it."""
@@ -242,12 +252,13 @@ def attention(
     mask: Mask = Full(),
     cp: ContextParallel | None = None,
     seq_len: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: float | Tensor | None = None,
+    softcap: float | Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    **unknown: Never,
 ) -> Any:
     """Exact attention of this rank's queries over the keys of all ranks, softmax(q k^T * scale + mask) v.
 
@@ -259,14 +270,16 @@ def attention(
         mask: which keys a query sees. Combine with ``&``.
         cp: the group that holds the sequence; None: this device holds all of it.
         seq_len: the global length. May be left out where all ranks hold equally many tokens or the mask knows it.
-        scale: multiplies ``q k^T``; ``d_qk ** -0.5`` by default.
-        softcap: scores become ``softcap * tanh(score / softcap)``; None or 0 for none.
+        scale: multiplies ``q k^T``; ``d_qk ** -0.5`` by default. A real number, which may be a tensor ``[]``; no
+            gradient: multiply q by what is learned, and by numbers that differ between heads.
+        softcap: scores become ``softcap * tanh(score / softcap)``; None or 0 for none. A real number, no gradient.
         alibi_slopes: ``[heads]``; ``slope * |i - j|`` of global positions is subtracted from the scores
             (https://arxiv.org/abs/2108.12409). No gradient.
         sinks: ``[heads]``, one more logit per head in the softmax's denominator, which has no value. Differentiable:
             each rank's gradient is its own queries' part.
         dropout_p: must be 0; attention dropout is not supported.
         return_lse: also return the log-sum-exp of the scores. Differentiable.
+        unknown: none. Keywords of other attention functions are refused with the way to write them here.
 
     Returns:
         out ``[batch, seq_local, heads, d_v]`` in q's dtype; with ``return_lse`` also lse
@@ -274,29 +287,27 @@ def attention(
         gradients 0.
 
     Raises:
-        ValueError: an argument is wrong, no kernel supports the call, or ranks disagree; nothing has been computed or
-            sent then.
+        ValueError: an argument is wrong, no kernel supports the call, ranks disagree, or a transform asks for another
+            derivative than a backward pass (forward-mode AD, torch.func.grad); nothing has been computed or sent then.
     """
     cp = _ALONE if cp is None else cp
     if not isinstance(cp, ContextParallel):
         raise ValueError(f"cp: expected a ContextParallel or None, got {cp!r}; make one of the process group first")
-    softcap = 0.0 if softcap is None else float(softcap) + 0.0  # -0.0 is 0.0
-    problem = validation.call_problem(q, k, v, mask, sinks, alibi_slopes, scale, softcap, dropout_p)
-    if problem is None:
-        problem = validation.device_problem(q, cp.transport)
-    if problem is None and seq_len is not None:
-        problem = validation.seq_len_problem(seq_len)
+    problem = (
+        keywords.problem(unknown)
+        or transforms.problem(q=q, k=k, v=v, sinks=sinks, scale=scale, softcap=softcap)
+        or validation.call_problem(q, k, v, mask, sinks, alibi_slopes, scale, softcap, dropout_p)
+        or validation.device_problem(q, cp.transport)
+        or (None if seq_len is None else validation.seq_len_problem(seq_len))
+    )
     if problem is not None:
         cp.refuse(problem, in_attention=True)
+    seq_len, scale = None if seq_len is None else index(seq_len), validation.as_number(scale)
+    softcap, dropout_p = ((validation.as_number(x) or 0.0) + 0.0 for x in (softcap, dropout_p))  # -0.0 is 0.0
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks))
-    recipe, data = cp._recipe(mask, None if scale is None else float(scale), softcap, dropout_p)
+    recipe, data = cp._recipe(mask, scale, softcap, dropout_p)
     out, lse, _ = ops.attention(q, k, v, sinks, alibi_slopes, seq_len, needs_grad, recipe, *data)
     return (out, lse) if return_lse else out
-
-
-def _require_seq_len(seq_len: object) -> None:
-    if not isinstance(seq_len, int) or isinstance(seq_len, bool) or seq_len < 0:
-        raise ValueError(f"seq_len: expected the global length, an int of at least 0, got {seq_len!r}")
 
 
 # What cp=None stands for. One object, so that its plans and compiled graphs are kept from call to call.

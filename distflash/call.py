@@ -135,7 +135,7 @@ class Recipe(_Fillable):
         layout, transport = self.calls.layout, self.calls.transport
         W, rank = transport.world_size, transport.rank
         seq_len = validation.seq_len_of(x, self.mask, W) if seq_len is None else seq_len
-        problem = validation.length_problem(name, x.shape[1], self.mask, seq_len, layout, W, rank)
+        problem = validation.length_problem(name, x.shape, self.mask, seq_len, layout, W, rank)
         return self.calls.refuse(problem) if problem is not None else seq_len
 
     def problem(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Problem:
@@ -155,13 +155,15 @@ class Recipe(_Fillable):
 
     def _call(self, problem: Problem, seq_len: int, kernel: Kernel, options: Options) -> Call:
         scale = problem.d_qk**-0.5 if self.scale is None else self.scale
-        slopes = None if options.alibi_slopes is None else options.alibi_slopes.float()
+        # Kernels read one number after the other, whatever the strides.
+        slopes = None if options.alibi_slopes is None else options.alibi_slopes.float().contiguous()
+        sinks = None if options.sinks is None else options.sinks.contiguous()
         return Call(
             plan=self.calls.plan(self.mask, seq_len, problem.device),
             schedule=self.calls.schedule,
             transport=self.calls.transport,
             kernel=kernel,
-            scores=Scores(scale, self.softcap, slopes, options.sinks),
+            scores=Scores(scale, self.softcap, slopes, sinks),
         )
 
     def _signature(self, batch: int, problem: Problem, seq_len: int, needs_grad: bool) -> dict[str, object]:

@@ -13,12 +13,14 @@ owner's local key indices. Both ends ascend, so
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from itertools import chain, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distflash.layouts import Layout
-from distflash.masks import Mask
+from distflash.masks import FAR, Mask
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,14 @@ class Sharding:
         return self.layout.length(self.seq_len, self.world_size, rank)
 
     def ends(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The global ends ``(lo, hi)``, int64 ``[T]``, of the queries that ``rank`` holds."""
-        lo, hi = self.mask.ends(self.positions(rank), self.seq_len)
+        """The global ends ``(lo, hi)``, int64 ``[T]``, of the queries that ``rank`` holds.
+
+        Raises:
+            ValueError: the mask's ends are not what `Mask.ends` promises.
+        """
+        positions = self.positions(rank)
+        lo, hi = self.mask.ends(positions, self.seq_len)
+        _require_ends(self.mask, positions, lo, hi)
         return lo.clamp(0, self.seq_len), hi.clamp(0, self.seq_len)
 
     def local(self, ends: tuple[Tensor, Tensor], owner: int) -> tuple[Tensor, Tensor]:
@@ -72,7 +80,50 @@ class Intervals:
     def to(self, device: torch.device) -> Intervals:
         """The same intervals with every tensor on ``device``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)})
+        moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
+
+
+def _require_ends(mask: Mask, positions: Tensor, lo: Tensor, hi: Tensor) -> None:
+    """Refuse ends by which keys would be left out silently: a mask of the user's own may break its promises."""
+    for name, end in (("lo", lo), ("hi", hi)):
+        if end.shape != positions.shape or end.dtype != torch.int64:
+            raise ValueError(
+                f"mask: {mask!r}.ends returned {name} as {end.dtype} {list(end.shape)}; expected int64 "
+                f"{list(positions.shape)}, one number per query"
+            )
+        falls = (end.diff() < 0).nonzero()
+        if len(falls):
+            n = int(falls[0])
+            raise ValueError(
+                f"mask: {mask!r}.ends returned {name} = {int(end[n])} for the query at {int(positions[n])} and "
+                f"{int(end[n + 1])} for that at {int(positions[n + 1])}; expected numbers that never decrease"
+            )
+    # Both ends ascend, so the first and the last are the extremes.
+    if len(positions) and (lo[-1] > FAR or hi[0] < -FAR):
+        raise ValueError(
+            f"mask: {mask!r}.ends returned {int(lo[-1])} <= key < {int(hi[0])}, which has wrapped around at int64's "
+            "limits; clamp large numbers before adding them to positions, and give an empty interval as lo = hi"
+        )
+
+
+def _require_cover(sharding: Sharding) -> None:
+    """Refuse a layout by which tokens would be lost, or counted twice, silently."""
+    layout, S, W = sharding.layout, sharding.seq_len, sharding.world_size
+    held = [[r for r in layout.ranges(S, W, rank) if len(r)] for rank in range(W)]
+    ascend = all(r.step > 0 for ranges in held for r in ranges) and all(
+        before[-1] < after[0] for ranges in held for before, after in pairwise(ranges)
+    )
+    covers = sum(map(len, chain(*held))) == S and sum(map(_sum, chain(*held))) == S * (S - 1) // 2
+    if not (ascend and covers):
+        raise ValueError(
+            f"layout: {layout!r}.ranges gives the {W} ranks {held} of seq_len={S}; expected ascending ranges that hold "
+            f"each of the {S} positions once"
+        )
+
+
+def _sum(r: range) -> int:
+    return len(r) * (r[0] + r[-1]) // 2
 
 
 def build(sharding: Sharding, rank: int, owner: int) -> Intervals:
@@ -108,7 +159,11 @@ def count_pairs(sharding: Sharding) -> Tensor:
 
     Exact, and known on every rank without asking any other: from it follow which hops are made, the balance between
     ranks and the floating-point operations.
+
+    Raises:
+        ValueError: the layout or the mask, which may be the user's own, breaks its promises.
     """
+    _require_cover(sharding)
     ranks = range(sharding.world_size)
     # All ranks' queries in one tensor, rank after rank: W small passes instead of W x W tiny ones.
     lo, hi = (torch.cat(ends) for ends in zip(*map(sharding.ends, ranks), strict=True))

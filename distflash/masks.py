@@ -8,13 +8,17 @@ partial, transposing for the keys' backward) follows from these two facts; see `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from operator import index
+from typing import Any, Never, SupportsIndex
 
 import torch
 from torch import Tensor
+
+# Farther than any position: adding it to one, or subtracting it, stays within int64. Larger numbers mean no limit too.
+FAR = 2**62
 
 
 class Mask(ABC):
@@ -33,7 +37,8 @@ class Mask(ABC):
 
         Returns:
             ``(lo, hi)``, int64 ``[n]`` each, both non-decreasing. They may reach outside ``[0, S)`` and an
-            interval may be empty (``hi <= lo``): `intervals` clamps them.
+            interval may be empty (``hi <= lo``): `intervals` clamps them, and refuses ends that decrease or that have
+            wrapped around at int64's limits.
         """
 
     @property
@@ -63,6 +68,13 @@ class Mask(ABC):
             return NotImplemented
         return And(self, other)
 
+    def __bool__(self) -> Never:
+        # `a and b` is b alone: without this, a would be dropped in silence.
+        raise ValueError(
+            f"mask: {self!r} has no truth value; combine masks with `a & b`, not `a and b`, and test for a missing one "
+            "with `mask is None`"
+        )
+
 
 @dataclass(frozen=True)
 class Full(Mask):
@@ -84,18 +96,22 @@ class Causal(Mask):
 class Window(Mask):
     """A query sees ``left`` keys before itself, itself, and ``right`` keys after: ``[i - left, i + right + 1)``.
 
-    A causal sliding window of ``w`` keys, the query's own among them, is ``Window(w - 1, 0)``.
+    A causal sliding window of ``w`` keys, the query's own among them, is ``Window(w - 1, 0)``. A side without a limit
+    is ``sys.maxsize``: ``Window(sys.maxsize, 0)`` is `Causal`.
+
+    Raises:
+        ValueError: a side is not an int of at least 0 (-1 stands for "no limit" elsewhere, and is refused here).
     """
 
     left: int
     right: int = 0
 
     def __post_init__(self) -> None:
-        _require_count("Window", "left", self.left, 0)
-        _require_count("Window", "right", self.right, 0)
+        _set_count(self, "left", least=0, hint="; for no limit write sys.maxsize")
+        _set_count(self, "right", least=0, hint="; for no limit write sys.maxsize")
 
     def ends(self, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-        return positions - self.left, positions + self.right + 1
+        return positions - min(self.left, FAR), positions + min(self.right, FAR) + 1
 
 
 @dataclass(frozen=True)
@@ -103,42 +119,47 @@ class Documents(Mask):
     """Packed documents: a query sees the keys of its own document and no other.
 
     Args:
-        cu_seqlens: cumulative lengths ``[0, l0, l0 + l1, ..., S]``, as a sequence of ints or an integer tensor
-            ``[documents + 1]`` (a tensor on a GPU is copied to the host once, here: build the mask once a step). In a
-            function that `torch.compile` compiles, a tensor is read and checked by the call, when the graph runs.
+        cu_seqlens: cumulative lengths ``[0, l0, l0 + l1, ..., S]``, as integers in a sequence, an array or a tensor
+            ``[documents + 1]`` (a tensor on a GPU is copied to the host once, here: build the mask once a step).
+            Repeated values are empty documents or padding at the end, and are left out of the mask. In a function that
+            `torch.compile` compiles, a tensor is read and checked by the call, when the graph runs.
 
     Attributes:
         boundaries: ``cu_seqlens`` as an int64 tensor on the CPU, which a compiled graph takes as an input, so that one
             graph serves all documents; None for ints given in a compiled function.
 
     Raises:
-        ValueError: it does not start at 0, or does not rise at every step. That it ends at S is checked by the
+        ValueError: it does not start at 0, decreases, or is not made of integers. That it ends at S is checked by the
             call, which knows S.
     """
 
     cu_seqlens: tuple[int, ...]
     boundaries: Tensor | None = field(default=None, init=False, compare=False, repr=False)
 
-    def __init__(self, cu_seqlens: Sequence[int] | Tensor) -> None:
+    def __init__(self, cu_seqlens: Sequence[SupportsIndex] | Tensor) -> None:
         if torch.compiler.is_compiling() and isinstance(cu_seqlens, Tensor):
             _require_integers(cu_seqlens)
             object.__setattr__(self, "boundaries", cu_seqlens)
             return
-        object.__setattr__(self, "cu_seqlens", _as_ints(cu_seqlens))
-        ends = self.cu_seqlens
+        ends = _as_ints(cu_seqlens)
         if len(ends) < 2 or ends[0] != 0:
             raise ValueError(
                 f"Documents(cu_seqlens): expected at least [0, S], starting at 0, got {_short(ends)}; "
                 "pass cumulative lengths such as [0, 3, 8] for documents of 3 and 5 tokens"
             )
         for n, (start, stop) in enumerate(pairwise(ends)):
-            if stop <= start:
+            if stop < start:
                 raise ValueError(
-                    f"Documents(cu_seqlens): must rise, but cu_seqlens[{n + 1}] = {stop} follows "
-                    f"cu_seqlens[{n}] = {start}; leave out empty documents and pass cumulative lengths, not lengths"
+                    f"Documents(cu_seqlens): must not decrease, but cu_seqlens[{n + 1}] = {stop} follows "
+                    f"cu_seqlens[{n}] = {start}; pass cumulative lengths, not lengths, and pad by repeating the last"
                 )
+        if ends[-1] > FAR:
+            raise ValueError(f"Documents(cu_seqlens): expected at most 2**62 tokens, got {ends[-1]}")
+        # Equal masks are equal objects, however they were padded: plans and compiled graphs go by the mask.
+        stops = tuple(stop for start, stop in pairwise(ends) if stop > start)
+        object.__setattr__(self, "cu_seqlens", (0, *(stops or (0,))))
         if not torch.compiler.is_compiling():
-            object.__setattr__(self, "boundaries", torch.tensor(ends, dtype=torch.int64, device="cpu"))
+            object.__setattr__(self, "boundaries", torch.tensor(self.cu_seqlens, dtype=torch.int64, device="cpu"))
 
     def __reduce__(self) -> Any:
         return Documents, (self.cu_seqlens,)
@@ -161,10 +182,10 @@ class PrefixLM(Mask):
     length: int
 
     def __post_init__(self) -> None:
-        _require_count("PrefixLM", "length", self.length, 0)
+        _set_count(self, "length", least=0)
 
     def ends(self, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(positions), (positions + 1).clamp_min(self.length)
+        return torch.zeros_like(positions), (positions + 1).clamp_min(min(self.length, FAR))
 
 
 @dataclass(frozen=True)
@@ -174,11 +195,12 @@ class Chunked(Mask):
     size: int
 
     def __post_init__(self) -> None:
-        _require_count("Chunked", "size", self.size, 1)
+        _set_count(self, "size", least=1)
 
     def ends(self, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-        start = torch.div(positions, self.size, rounding_mode="floor") * self.size
-        return start, start + self.size
+        size = min(self.size, FAR)
+        start = torch.div(positions, size, rounding_mode="floor") * size
+        return start, start + size
 
 
 @dataclass(frozen=True)
@@ -212,21 +234,51 @@ class And(Mask):
         return torch.maximum(lo_a, lo_b), torch.minimum(hi_a, hi_b)
 
 
-def _require_count(owner: str, name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{owner}({name}): expected an int of at least {least}, got {value!r}")
+def _set_count(mask: Mask, name: str, *, least: int, hint: str = "") -> None:
+    """Keep the field ``name`` as a Python int, whatever kind of integer it came as, or refuse it."""
+    value = getattr(mask, name)
+    count = as_int(value)
+    if count is None or count < least:
+        raise ValueError(f"{type(mask).__name__}({name}): expected an int of at least {least}, got {value!r}{hint}")
+    if type(value) is not int:
+        object.__setattr__(mask, name, count)
 
 
-def _as_ints(values: Sequence[int] | Tensor) -> tuple[int, ...]:
+def as_int(value: object) -> int | None:
+    """A Python int, or what stands for one (numpy's integers, an integer tensor of one element); None for others."""
+    if isinstance(value, int):
+        return None if isinstance(value, bool) else value
+    try:
+        return None if _is_bool(value) else index(value)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):  # a float, a string; a tensor of floats, of several numbers, or without data
+        return None
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+
+
+def _as_ints(values: Sequence[SupportsIndex] | Tensor) -> tuple[int, ...]:
     if isinstance(values, Tensor):
         _require_integers(values)
+        if values.is_meta:
+            raise ValueError("Documents(cu_seqlens): is on meta and holds no numbers; pass a tensor with data")
         return tuple(values.tolist())
-    if isinstance(values, str):
-        raise ValueError(f"Documents(cu_seqlens): expected ints, got the string {values!r}")
-    ints = tuple(int(v) for v in values)
-    if any(a != b for a, b in zip(ints, values, strict=True)):
-        raise ValueError(f"Documents(cu_seqlens): expected whole numbers, got {_short(values)}")
-    return ints
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise ValueError(
+            f"Documents(cu_seqlens): expected whole numbers such as [0, 3, 8], got {values!r}; pass cumulative "
+            "lengths as a sequence, an array or a tensor"
+        )
+    values = tuple(values)
+    ints = tuple(_as_whole(v) for v in values)
+    if None in ints:
+        raise ValueError(f"Documents(cu_seqlens): expected whole numbers such as [0, 3, 8], got {_short(values)}")
+    return ints  # type: ignore[return-value]
+
+
+def _as_whole(value: object) -> int | None:
+    """As `as_int`, and floats that are whole numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else as_int(value)
 
 
 def _require_integers(values: Tensor) -> None:

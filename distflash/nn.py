@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+from math import inf
+from numbers import Real
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from distflash import validation
 from distflash.api import ContextParallel, attention
 from distflash.masks import Causal, Mask
 
@@ -20,23 +24,55 @@ class RotaryEmbedding(nn.Module):
 
     Args:
         head_dim: even.
-        theta: the base of the wave lengths.
+        theta: the base of the wave lengths, a positive number.
+
+    Raises:
+        ValueError: an argument is of another kind.
     """
 
     def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
         super().__init__()
+        _require_count("head_dim", head_dim)
         if head_dim % 2:
-            raise ValueError(f"head_dim: rotary embedding needs an even head_dim, got {head_dim}")
-        self.head_dim = head_dim
-        self.theta = theta
+            raise ValueError(f"head_dim: rotary embedding needs an even head_dim, got {head_dim}; or rope_theta=None")
+        if not isinstance(theta, Real) or not 0 < theta < inf:
+            raise ValueError(f"rope_theta: expected a positive number such as 10000.0, got {theta!r}")
+        self.head_dim: int = head_dim
+        self.theta: float = float(theta)
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate ``q [B, T, H, D]`` and ``k [B, T, G, D]`` by ``positions``, int64 ``[T]`` or ``[B, T]``."""
+        """Rotate ``q [B, T, H, D]`` and ``k [B, T, G, D]`` by ``positions``, int64 ``[T]`` or ``[B, T]``.
+
+        Raises:
+            ValueError: shapes do not fit one another; positions of another length would be broadcast silently.
+        """
+        for name, x in (("q", q), ("k", k)):
+            if x.dim() != 4 or x.shape[3] != self.head_dim:
+                raise ValueError(
+                    f"{name}: expected [batch, tokens, heads, head_dim={self.head_dim}], got {list(x.shape)}"
+                )
+        _require_positions(positions, q.shape[0], q.shape[1])
         # float64: at position 2^20 float32 resolves angles of the shortest wave to a sixteenth of a radian.
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=q.device) / self.head_dim
         angles = positions.to(torch.float64)[..., None] * self.theta**-exponents
         cos, sin = (f(angles).to(torch.float32)[..., None, :] for f in (torch.cos, torch.sin))
         return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _require_positions(positions: object, batch: int, tokens: int) -> None:
+    expected = f"positions: expected integers [{tokens}] or [{batch}, {tokens}], global positions of q's tokens"
+    if not isinstance(positions, Tensor):
+        raise ValueError(f"{expected}, got {type(positions).__name__}; cp.positions(seq_len) gives them")
+    fits = positions.dim() in (1, 2) and positions.shape[-1] == tokens
+    if fits and positions.dim() == 2:
+        fits = positions.shape[0] == 1 or positions.shape[0] == batch
+    if not fits or positions.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{expected}, got {positions.dtype} {list(positions.shape)}; cp.positions(seq_len) gives them")
+
+
+def _require_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -55,6 +91,9 @@ class SelfAttention(nn.Module):
         rope_theta: base of the rotary embedding; None for none.
         mask: which keys a query sees, unless `forward` is told otherwise.
         cp: the group that holds the sequence; None: this device holds all of it.
+
+    Raises:
+        ValueError: an argument is of another kind, or the heads do not fit one another.
     """
 
     def __init__(
@@ -70,12 +109,19 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
+        for name, count in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads)):
+            _require_count(name, count)
+        if (problem := validation.mask_problem(mask)) is not None:
+            raise ValueError(problem)
+        if cp is not None and not isinstance(cp, ContextParallel):
+            raise ValueError(f"cp: expected a ContextParallel or None, got {cp!r}; make one: df.ContextParallel(group)")
         if head_dim is None and dim % heads:
             raise ValueError(f"heads: {heads} does not divide dim={dim}; choose another or give head_dim")
         if heads % kv_heads:
             raise ValueError(f"kv_heads: {kv_heads} does not divide heads={heads}")
         self.heads, self.kv_heads = heads, kv_heads
         self.head_dim = dim // heads if head_dim is None else head_dim
+        _require_count("head_dim", self.head_dim)
         self.mask, self.cp = mask, cp
         self.q_proj = nn.Linear(dim, heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
@@ -95,9 +141,10 @@ class SelfAttention(nn.Module):
             ``[B, T, dim]``.
 
         Raises:
-            ValueError: ``x`` was not sharded, and whatever `attention` raises.
+            ValueError: ``x`` was not sharded or has another shape, and whatever `attention` raises.
         """
         mask = self.mask if mask is None else mask
+        self._require_fit(x, mask)
         split = "batch tokens (heads dim) -> batch tokens heads dim"
         q, k, v = (rearrange(p(x), split, dim=self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope is not None:
@@ -105,6 +152,18 @@ class SelfAttention(nn.Module):
             q, k = self.rope(q, k, positions)
         out = attention(q, k, v, mask=mask, cp=self.cp, seq_len=seq_len)
         return self.o_proj(rearrange(out, "batch tokens heads dim -> batch tokens (heads dim)"))
+
+    def _require_fit(self, x: object, mask: object) -> None:
+        dim = self.q_proj.in_features
+        problem = validation.mask_problem(mask) or validation.tokens_problem(x)
+        if problem is None:
+            assert isinstance(x, Tensor)
+            if x.dim() != 3 or x.shape[2] != dim or not x.is_floating_point():
+                problem = f"x: expected a floating-point tensor [batch, seq_local, dim={dim}], got {validation.came(x)}"
+        if problem is not None and self.cp is not None:
+            self.cp.refuse(problem, in_attention=True)
+        if problem is not None:
+            raise ValueError(problem)
 
     def _positions(self, x: Tensor, mask: Mask, seq_len: int | None) -> Tensor:
         if self.cp is None:

@@ -7,23 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf
+from numbers import Real
+from operator import index
 
+import torch
 from torch import Tensor
 
 from distflash.kernels import Kernel, Problem
 from distflash.layouts import Layout
-from distflash.masks import Mask
+from distflash.masks import Mask, as_int
 from distflash.transport import Transport
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ORDER = "[batch, seq_local, heads, head_dim]"
+# Positions and the ends of intervals are int32.
+MAX_SEQ_LEN = 2**31 - 1
+# What kernels compute in: a smaller scale would be 0 there, a larger one infinite.
+SMALLEST, LARGEST = (float(n) for n in (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max))
 
 
 def tensors_problem(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """What is wrong with the shapes, dtypes or devices of q, k and v; None if nothing is."""
+    """What is wrong with the kinds, shapes, dtypes or devices of q, k and v; None if nothing is."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            return f"{name}: expected a tensor, got {type(x).__name__}"
+        if (problem := _kind_problem(name, x)) is not None:
+            return problem
         if x.dim() != 4:
-            expected = "[batch, seq_local, heads, head_dim]"
-            return f"{name}: expected four dimensions {expected}, got shape {tuple(x.shape)}"
+            return f"{name}: expected four dimensions {ORDER}, got shape {tuple(x.shape)}"
+    if q.dtype not in DTYPES:
+        return f"q: expected float16, bfloat16, float32 or float64, got {q.dtype}; cast it, with q.bfloat16() say"
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             return f"{name}: has dtype {x.dtype} but q has {q.dtype}; cast them to one dtype"
@@ -32,9 +43,42 @@ def tensors_problem(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return _shapes_problem(q, k, v)
 
 
+def _kind_problem(name: str, x: object) -> str | None:
+    """Whether it is a tensor of the plain kind, whose elements lie at strides."""
+    if not isinstance(x, Tensor):
+        return f"{name}: expected a tensor, got {came(x)}"
+    if _is_distributed(x):
+        return f"{name}: is a DTensor; pass this rank's part of it, {name}.to_local(), or {name}.full_tensor()"
+    if x.is_nested:
+        return f"{name}: is a nested tensor; pack its sequences into one, and say where they end by df.Documents"
+    if x.layout != torch.strided:
+        return f"{name}: has layout {x.layout}; pass a dense tensor, {name}.to_dense()"
+    return None
+
+
+def _is_distributed(x: Tensor) -> bool:
+    """Whether it is a DTensor, whose module takes long to import."""
+    return hasattr(x, "to_local") and hasattr(x, "device_mesh")
+
+
+def came(value: object) -> str:
+    """What came in place of what was expected, in a few words: no tensor is printed, or copied from a GPU."""
+    is_number = isinstance(value, Tensor) and value.is_cpu and not value.dim()
+    if not is_number and hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, Real):
+        return f"a {type(value).__name__} of {value.dtype} {list(value.shape)}"  # type: ignore[attr-defined]
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:80]} ... ({type(value).__name__})"
+
+
 def _shapes_problem(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    order = "; the order of dimensions is [batch, seq_local, heads, head_dim]"
+    order = f"; the order of dimensions is {ORDER}"
     (B, T, H, D), (_, _, G, _) = q.shape, k.shape
+    if k.shape[1] == v.shape[1] != T and k.shape[2] == v.shape[2] == H and k.shape[1] and T % k.shape[1] == 0:
+        # As many tokens and other numbers of heads, if the two had changed places.
+        return (
+            f"q, k, v: look heads-first, [batch, heads, seq_local, head_dim], with {T} query heads, {k.shape[1]} "
+            f"key/value heads and {H} tokens; pass q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2){order}"
+        )
     if k.shape[0] != B or v.shape[0] != B:
         return f"k, v: batch sizes {k.shape[0]} and {v.shape[0]} differ from q's {B}{order}"
     if k.shape[1] != T or v.shape[1] != T:
@@ -63,8 +107,8 @@ def call_problem(
     mask: Mask,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
-    scale: float | None,
-    softcap: float,
+    scale: float | Tensor | None,
+    softcap: float | Tensor | None,
     dropout_p: float,
 ) -> str | None:
     """What is wrong with a call's arguments, but for their length; None if nothing is."""
@@ -76,28 +120,67 @@ def call_problem(
     return problem or numbers_problem(scale, softcap, dropout_p)
 
 
-def numbers_problem(scale: float | None, softcap: float, dropout_p: float) -> str | None:
+def numbers_problem(scale: object, softcap: object, dropout_p: object) -> str | None:
     """What is wrong with the numbers that form scores."""
+    problem = _real_problem("scale", scale, "multiply q by it instead, and pass scale=1.0")
+    problem = problem or _real_problem("softcap", softcap, "softcap is not differentiable here; pass float(softcap)")
+    problem = problem or _real_problem("dropout_p", dropout_p, "attention dropout is not supported; leave it out")
+    if problem is not None:
+        return problem
     # At 0 a masked score would be -inf * 0.
-    if scale is not None and not 0 < abs(scale) < inf:
-        return f"scale: expected a finite number other than 0, or None for d_qk ** -0.5, got {scale}"
-    if not 0 <= softcap < inf:
-        return f"softcap: expected a positive number, or None for none, got {softcap}"
-    if not 0 <= dropout_p < 1:
-        return f"dropout_p: expected a probability of at least 0 and below 1, got {dropout_p}"
+    if scale is not None and not SMALLEST <= abs(_as_float(scale)) <= LARGEST:
+        return (
+            f"scale: expected a finite number other than 0 (in float32), or None for d_qk ** -0.5, got {came(scale)}; "
+            "where scores are scaled already, pass scale=1.0"
+        )
+    if softcap is not None and _as_float(softcap) != 0 and not SMALLEST <= _as_float(softcap) <= LARGEST:
+        return f"softcap: expected a positive number (in float32), or None for none, got {came(softcap)}"
+    if dropout_p is None or not 0 <= _as_float(dropout_p) < 1:
+        return f"dropout_p: expected a probability of at least 0 and below 1, got {came(dropout_p)}"
     return None
+
+
+def _real_problem(name: str, value: object, remedy: str) -> str | None:
+    """Whether ``value`` is one real number, or None, and loses nothing by being taken for one."""
+    if value is None or isinstance(value, float):
+        return None
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            return f"{name}: requires a gradient, which would be dropped; {remedy}, or {name}.detach() for a constant"
+        real = value.is_floating_point() or value.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
+        if real and value.dim() == 0 and not value.is_meta and not _is_distributed(value):
+            return None
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        return None
+    return f"{name}: expected one real number for all heads, got {came(value)}; {remedy}"
+
+
+def _as_float(value: object) -> float:
+    if isinstance(value, float):
+        return value
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return inf
+
+
+def as_number(value: float | Tensor | None) -> float | None:
+    """A number that `numbers_problem` has found nothing wrong with, as Python's own."""
+    return None if value is None else _as_float(value)
 
 
 def per_head_problem(name: str, x: Tensor | None, q: Tensor, grad: bool) -> str | None:
     """What is wrong with a tensor of one number per query head (sinks, alibi_slopes)."""
     if x is None:
         return None
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        return f"{name}: expected a floating-point tensor [heads], got {x!r}"
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+        return f"{name}: expected a floating-point tensor [heads], got {came(x)}"
+    if (problem := _kind_problem(name, x)) is not None:
+        return problem
     if tuple(x.shape) != (q.shape[2],):
         return f"{name}: expected shape [{q.shape[2]}], one per query head, got {list(x.shape)}"
     if x.device != q.device:
-        return f"{name}: is on {x.device} but q is on {q.device}"
+        return f"{name}: is on {x.device} but q is on {q.device}; move it to q's device"
     if x.requires_grad and not grad:
         return f"{name}: requires a gradient, but none is computed for it; pass {name}.detach()"
     return None
@@ -105,7 +188,16 @@ def per_head_problem(name: str, x: Tensor | None, q: Tensor, grad: bool) -> str 
 
 def device_problem(q: Tensor, transport: Transport) -> str | None:
     """Whether the group can send what is on q's device."""
-    if transport.world_size == 1 or transport.carries(q.device):
+    if transport.world_size == 1:
+        return None
+    if q.is_meta:
+        return "q: is on meta and holds no data to send; pass cp=None to find out shapes"
+    if q.is_cuda and transport.device.type == "cuda" and q.device != transport.device:
+        return (
+            f"q: is on {q.device}, but this process group sends from {transport.device}; call torch.cuda.set_device "
+            "with this rank's GPU before the ContextParallel is made, and put q, k and v there"
+        )
+    if transport.carries(q.device):
         return None
     return (
         f"q: is on {q.device}, whose tensors this process group cannot send; move q, k and v to "
@@ -120,23 +212,88 @@ def seq_len_of(q: Tensor, mask: Mask, world_size: int) -> int:
 
 def seq_len_problem(seq_len: object) -> str | None:
     """Whether it can be a length at all."""
-    return None if isinstance(seq_len, int) else f"seq_len: expected the global length, an int, got {seq_len!r}"
+    words = "seq_len: expected the global length, an int of at least 0"
+    if as_int(seq_len) is None:
+        return f"{words}, got {came(seq_len)}"
+    # Under torch.compile it may be a symbol, which a comparison would bound; `length_problem` sees the number.
+    if torch.compiler.is_compiling() or 0 <= index(seq_len) <= MAX_SEQ_LEN:  # type: ignore[arg-type]
+        return None
+    return f"{words} and at most {MAX_SEQ_LEN}, got {seq_len}"
+
+
+def documents_problem(mask: Mask, seq_len: int) -> str | None:
+    """Whether a mask that knows the global length knows this one."""
+    if mask.seq_len is None or mask.seq_len == seq_len:
+        return None
+    return f"mask: cu_seqlens end at {mask.seq_len} but seq_len is {seq_len}; they must end at S"
+
+
+def require_seq_len(seq_len: object) -> int:
+    """The length as Python's int, or a ValueError."""
+    if (problem := seq_len_problem(seq_len)) is not None:
+        raise ValueError(problem)
+    return index(seq_len)  # type: ignore[arg-type]
 
 
 def length_problem(
-    name: str, length: int, mask: Mask, seq_len: int, layout: Layout, world_size: int, rank: int
+    name: str, shape: Sequence[int], mask: Mask, seq_len: int, layout: Layout, world_size: int, rank: int
 ) -> str | None:
-    """Whether the ``length`` tokens in argument ``name`` are those that the layout gives this rank of ``seq_len``."""
-    if mask.seq_len is not None and mask.seq_len != seq_len:
-        return f"mask: cu_seqlens end at {mask.seq_len} but seq_len is {seq_len}; they must end at S"
+    """Whether argument ``name``, of shape ``[batch, tokens, ...]``, holds this rank's tokens of ``seq_len``."""
+    if (problem := seq_len_problem(seq_len)) is not None:
+        return problem
+    if (problem := documents_problem(mask, seq_len)) is not None:
+        return problem
     expected = layout.length(seq_len, world_size, rank)
-    if length != expected:
+    if shape[1] == expected:
+        return None
+    if len(shape) == 4 and shape[2] == expected:
         return (
-            f"{name}: {length} local tokens, but {layout!r} gives rank {rank} of {world_size} {expected} of "
-            f"seq_len={seq_len}; shard with cp.shard or cp.positions(seq_len), and pass seq_len where ranks hold "
-            "different numbers of tokens"
+            f"{name}: looks heads-first, [batch, heads, seq_local, head_dim], with {shape[1]} heads and {expected} "
+            f"tokens on rank {rank} of {world_size}; the order of dimensions is {ORDER}: pass q.transpose(1, 2), "
+            "k.transpose(1, 2) and v.transpose(1, 2)"
         )
-    return None
+    return (
+        f"{name}: {shape[1]} local tokens, but {layout!r} gives rank {rank} of {world_size} {expected} of "
+        f"seq_len={seq_len}; shard with cp.shard or cp.positions(seq_len), and pass seq_len where ranks hold "
+        "different numbers of tokens"
+    )
+
+
+def tokens_problem(x: object) -> str | None:
+    """Whether it is a tensor ``[batch, tokens, ...]``."""
+    if (problem := _kind_problem("x", x)) is not None:
+        return problem
+    assert isinstance(x, Tensor)
+    return None if x.dim() >= 2 else f"x: expected a tensor [batch, seq_local, ...], got shape {tuple(x.shape)}"
+
+
+def mean_problem(loss_sum: object, token_count: object, reduction: object) -> str | None:
+    """What is wrong with the arguments of `ContextParallel.mean`."""
+    if not isinstance(reduction, str) or reduction not in ("sum", "mean"):
+        given = "is missing" if reduction is None else f"expected 'sum' or 'mean', got {came(reduction)}"
+        return (
+            f"reduction: {given}; it says how gradients of parameters are combined over these ranks after backward: "
+            "write reduction='mean' where they are averaged (DDP, FSDP2, FSDP, DeepSpeed ZeRO), reduction='sum' where "
+            "they are added up (all_reduce of p.grad by hand) or where no parameter is shared"
+        )
+    if not isinstance(loss_sum, Tensor) or loss_sum.dim() != 0 or not loss_sum.is_floating_point():
+        return (
+            f"loss_sum: expected a scalar tensor of floating-point dtype, got {came(loss_sum)}; "
+            "sum the losses of this rank's tokens first"
+        )
+    if isinstance(token_count, Tensor):
+        fine = token_count.numel() == 1 and not token_count.is_complex() and not token_count.is_meta
+        if fine and token_count.requires_grad:
+            return "token_count: requires a gradient, which would be dropped; pass token_count.detach()"
+    else:
+        real = isinstance(token_count, Real) and not isinstance(token_count, bool)
+        fine = real and 0 <= _as_float(token_count) < inf
+    if fine:
+        return None
+    return (
+        f"token_count: expected the number of losses in loss_sum, at least 0, got {came(token_count)}; "
+        "with ignored labels it is (labels != -100).sum()"
+    )
 
 
 def kernel_for(problem: Problem, asked: Kernel | None, known: Sequence[Kernel]) -> Kernel | str:
@@ -156,7 +313,7 @@ def kernel_for(problem: Problem, asked: Kernel | None, known: Sequence[Kernel]) 
 def require_layout(layout: object) -> None:
     """Refuse what is no layout, a name above all."""
     if not isinstance(layout, Layout):
-        raise ValueError(f"layout: expected a Layout such as df.Zigzag(), got {layout!r}{_hint(layout)}")
+        raise ValueError(f"layout: expected a Layout such as df.Zigzag(), got {came(layout)}{_hint(layout)}")
 
 
 def require_schedule(schedule: object) -> None:
@@ -164,7 +321,7 @@ def require_schedule(schedule: object) -> None:
     if not all(callable(getattr(schedule, name, None)) for name in ("steps", "visit", "homecoming")) or isinstance(
         schedule, type
     ):
-        raise ValueError(f"schedule: expected a Schedule such as df.Ring(), got {schedule!r}{_hint(schedule)}")
+        raise ValueError(f"schedule: expected a Schedule such as df.Ring(), got {came(schedule)}{_hint(schedule)}")
 
 
 def require_kernel(kernel: object) -> None:
@@ -172,7 +329,7 @@ def require_kernel(kernel: object) -> None:
     names = ("not_supported_reasons", "forward", "save", "backward")
     if kernel is not None and (isinstance(kernel, type) or not all(callable(getattr(kernel, n, None)) for n in names)):
         raise ValueError(
-            f"kernel: expected a kernel such as df.kernels.Triton(), or None for the best that fits, got {kernel!r}"
+            f"kernel: expected a kernel such as df.kernels.Triton(), or None for the best that fits, got {came(kernel)}"
             f"{_hint(kernel)}"
         )
 
@@ -181,7 +338,21 @@ def mask_problem(mask: object) -> str | None:
     """Whether it is a mask at all."""
     if isinstance(mask, Mask):
         return None
-    return f"mask: expected a Mask such as df.Causal(), got {mask!r}{_hint(mask)}"
+    return f"mask: expected a Mask such as df.Causal(), got {came(mask)}{_hint(mask) or _mask_hint(mask)}"
+
+
+def _mask_hint(mask: object) -> str:
+    if mask is None or isinstance(mask, bool):
+        return "; a causal mask is df.Causal(), and none is df.Full()"
+    if isinstance(mask, tuple | list):
+        return "; combine masks with &, as in df.Causal() & df.Window(1023)"
+    if isinstance(mask, int):
+        return "; a causal window of w keys is df.Window(w - 1)"
+    return (
+        "; masks are objects, which every rank can evaluate at its own positions: df.Causal(), df.Window(left, right), "
+        "df.Documents(cu_seqlens), df.PrefixLM(length), df.Chunked(size), combined with &; a rule of your own is a "
+        "subclass of df.Mask with `ends`"
+    )
 
 
 def _hint(value: object) -> str:

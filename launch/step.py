@@ -46,6 +46,6 @@ class Step:
         if self.cp is None:
             loss = total / labels.numel()
         else:
-            loss = self.cp.mean(total, labels.numel(), self.reduction, group=dist.group.WORLD)
+            loss = self.cp.mean(total, labels.numel(), reduction=self.reduction, group=dist.group.WORLD)
         loss.backward()
         return loss.detach()

@@ -172,7 +172,7 @@ class Step:
         )
         with self.attention.shard(tokens.to(self.device), labels.to(self.device)) as (inputs, mine):
             total = model(inputs, mine)
-            loss = self.cp.mean(total, mine.numel(), "mean", group=self.everyone)
+            loss = self.cp.mean(total, mine.numel(), reduction="mean", group=self.everyone)
             loss.backward()
         return loss.detach()
 

@@ -31,7 +31,7 @@ def step(checkpoint, fsdp, compiled):
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh)
     total = loss_sum(model(tokens[:, positions], S), tokens[:, positions + 1])
-    loss = cp.mean(total, len(positions), "mean" if fsdp else "sum")
+    loss = cp.mean(total, len(positions), reduction="mean" if fsdp else "sum")
     loss.backward()
     hops = len(cp.plan(df.Causal(), S).working)
     return [loss.detach(), *(whole(p.grad) for p in model.parameters())], kernel.forwards, hops

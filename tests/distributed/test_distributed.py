@@ -69,7 +69,7 @@ def unshard_and_mean(layout, seq_len):
     mine = cp.shard(x)
     mine.retain_grad()
     whole = cp.unshard(mine)
-    mean = cp.mean(mine.sum(), mine.numel())
+    mean = cp.mean(mine.sum(), mine.numel(), reduction="sum")
     (whole.sum() + mean).backward()
     expected = cp.world_size + 1 / x.numel()
     return torch.equal(whole, x), float(mean - x.mean()), float((mine.grad - expected).abs().sum())

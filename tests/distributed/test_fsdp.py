@@ -105,7 +105,7 @@ def sharded(optimizer, layout, reduction="mean", steps=STEPS, hybrid=False):
 
     def loss_of_step(step):
         tokens, labels = (x[:, positions] for x in batch_of(step, row))
-        return cp.mean(*sum_and_count(model, tokens, labels, mask_of(step, row)), reduction, group=everyone)
+        return cp.mean(*sum_and_count(model, tokens, labels, mask_of(step, row)), reduction=reduction, group=everyone)
 
     return train(model, OPTIMIZERS[optimizer](model.parameters()), loss_of_step, steps)
 
@@ -149,9 +149,9 @@ def refusals():
     cp, loss = df.ContextParallel(mesh["context"]), torch.zeros(())
     attempts = {
         "part of the world": lambda: df.ContextParallel(init_device_mesh("cpu", (3,))).world_size,
-        "data alone": lambda: cp.mean(loss, 1, "mean", group=mesh["data"]),
-        "two dimensions": lambda: cp.mean(loss, 1, "mean", group=mesh),
-        "an operation": lambda: cp.mean(loss, 1, dist.ReduceOp.AVG, group=dist.group.WORLD),
+        "data alone": lambda: cp.mean(loss, 1, reduction="mean", group=mesh["data"]),
+        "two dimensions": lambda: cp.mean(loss, 1, reduction="mean", group=mesh),
+        "an operation": lambda: cp.mean(loss, 1, reduction=dist.ReduceOp.AVG, group=dist.group.WORLD),
     }
     return {name: told(attempt) for name, attempt in attempts.items()}
 
@@ -172,4 +172,4 @@ def test_refusals_say_what_to_do(ranks_of):
         data, context = [rank % 2, rank % 2 + 2], [rank // 2 * 2, rank // 2 * 2 + 1]
         assert f"group: holds ranks {data}, but ranks {context} share a sequence" in text["data alone"]
         assert 'flatten it: mesh["data", "context"]._flatten()' in text["two dimensions"]
-        assert "'mean' where gradients of parameters are averaged" in text["an operation"]
+        assert "reduction='mean' where they are averaged (DDP, FSDP2" in text["an operation"]

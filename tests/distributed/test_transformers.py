@@ -131,7 +131,7 @@ def wrapped_on_rank(case, wrap):
         out = wrapped(**tf.shard_batch(case.inputs(), cp))
         out.loss.backward()
         gradients = {name: getattr(p.grad, "full_tensor", p.grad.clone)() for name, p in model.named_parameters()}
-        return {"loss": cp.mean(out.loss.detach(), 1), **gradients}
+        return {"loss": cp.mean(out.loss.detach(), 1, reduction="mean"), **gradients}
     finally:
         tf.unregister()
 

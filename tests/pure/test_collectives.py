@@ -72,7 +72,7 @@ def test_mean_and_its_gradient(counts, reduction, as_tensor):
     def work(cp):
         mine = losses[cp.rank].clone().requires_grad_()
         count = torch.tensor(len(mine)) if as_tensor else len(mine)
-        mean = cp.mean(mine.sum(), count, reduction)
+        mean = cp.mean(mine.sum(), count, reduction=reduction)
         mean.backward()
         return mean.detach(), mine.grad
 
@@ -89,19 +89,50 @@ def test_mean_keeps_the_digits_of_many_losses():
     sums = [2.0**24, 1.0, 1.0]
 
     def work(cp):
-        return cp.mean(torch.tensor(sums[cp.rank]), 1)
+        return cp.mean(torch.tensor(sums[cp.rank]), 1, reduction="sum")
 
     assert all(mean == torch.tensor((2.0**24 + 2) / 3) and mean.dtype == torch.float32 for mean in run(3, work))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((torch.zeros(()), 1, "average"), "reduction: expected 'sum' or 'mean', got 'average'"),
-        ((torch.zeros(3), 1), "loss_sum: expected a scalar tensor"),
-        ((1.0, 1), "loss_sum: expected a scalar tensor"),
-    ],
-)
-def test_mean_refuses(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        df.ContextParallel(df.transport.Alone()).mean(*arguments)
+def test_the_second_derivative_of_unshard():
+    """Its backward pass is a collective, too: of the sum of all ranks' losses."""
+    x = torch.randn(2, 5, dtype=torch.float64)
+
+    def work(cp):
+        mine = cp.shard(x).requires_grad_()
+        (first,) = torch.autograd.grad(cp.unshard(mine).pow(3).sum(), mine, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), mine)
+        return first.detach(), second, cp.shard(x)
+
+    for first, second, mine in run(3, work):
+        torch.testing.assert_close(first, 3 * 3 * mine**2, rtol=1e-12, atol=1e-12)
+        # The first is 9 x^2, its square 81 x^4.
+        torch.testing.assert_close(second, 4 * 81 * mine**3, rtol=1e-12, atol=1e-12)
+
+
+def test_forward_mode_is_refused_by_torch():
+    cp = df.ContextParallel(df.transport.Alone())
+    for function in (cp.unshard, lambda x: cp.mean(x.sum(), 1, reduction="sum")):
+        with pytest.raises(RuntimeError, match="jvp"):
+            torch.func.jvp(function, (torch.ones(1, 3),), (torch.ones(1, 3),))
+
+
+def test_a_count_of_nan_is_never_a_loss_of_zero():
+    """On CPUs ranks look at it and raise; where that would be slow, the loss is NaN."""
+
+    nan = torch.tensor(torch.nan)
+    with pytest.raises(
+        ValueError, match="token_count: a rank refused its arguments and raised the reason, or has counted"
+    ):
+        run(2, lambda cp: cp.mean(torch.zeros(()), nan if cp.rank else 3, reduction="mean"))
+    assert df.ContextParallel(df.transport.Alone()).mean(torch.zeros(()), nan, reduction="mean").isnan()
+
+
+def test_a_rank_whose_slice_is_none_stops_the_others():
+    def work(cp):
+        words = "x: expected a tensor, got list" if cp.rank else "rank 1 refused this call"
+        with pytest.raises(ValueError, match=words):
+            cp.unshard([1] if cp.rank else torch.zeros(1, 4))
+        assert cp.unshard(torch.zeros(1, 4)).shape == (1, 8)
+
+    run(2, work)

@@ -1,3 +1,6 @@
+from dataclasses import dataclass
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,3 +71,78 @@ def test_pairs_beyond_32_bits():
     pairs = count_pairs(Sharding(df.Causal(), df.Zigzag(), 2**18, 2))
     assert pairs.sum() == 2**18 * (2**18 + 1) // 2
     assert build(Sharding(df.Full(), df.Contiguous(), 2**17, 1), 0, 0).pairs == 2**34
+
+
+@dataclass(frozen=True)
+class Lookahead(df.Mask):
+    """A user's own mask, whose ends wrap around at int64's limits for large n."""
+
+    n: int
+
+    def ends(self, positions, seq_len):
+        return torch.zeros_like(positions), positions + 1 + self.n
+
+
+@dataclass(frozen=True)
+class Ends(df.Mask):
+    """Of these numbers, whatever they are."""
+
+    lo: tuple
+    hi: tuple
+    dtype: torch.dtype = torch.int64
+
+    def ends(self, positions, seq_len):
+        return tuple(torch.tensor(end, dtype=self.dtype) for end in (self.lo, self.hi))
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (
+            Lookahead(2**63 - 1),
+            r"mask: Lookahead\(n=9223372036854775807\).ends .*wrapped around at int64's limits; clamp",
+        ),
+        (Ends((0, 0, 0), (1, 3, 2)), "hi = 3 for the query at 1 and 2 for that at 2; expected numbers that never"),
+        (Ends((0, 2, 1), (3, 3, 3)), "lo = 2 for the query at 1 and 1 for that at 2; expected numbers that never"),
+        (Ends((0, 0), (3, 3)), r"lo as torch.int64 \[2\]; expected int64 \[3\], one number per query"),
+        (Ends((0, 0, 0), (3, 3, 3), torch.int32), r"lo as torch.int32 \[3\]; expected int64 \[3\]"),
+    ],
+    ids=repr,
+)
+def test_a_mask_that_breaks_its_promises_is_refused(mask, words):
+    for work in (count_pairs, lambda s: build(s, 0, 0)):
+        with pytest.raises(ValueError, match=words):
+            work(Sharding(mask, df.Contiguous(), 3, 1))
+
+
+def test_ends_far_outside_are_clamped():
+    assert count_pairs(Sharding(Lookahead(2**62), df.Contiguous(), 3, 1)).tolist() == [[9]]
+    assert count_pairs(Sharding(Ends((-(2**63),) * 3, (2**63 - 1,) * 3), df.Contiguous(), 3, 1)).tolist() == [[9]]
+
+
+@dataclass(frozen=True)
+class Ranges(df.Layout):
+    """Of these ranges by rank, whatever they are."""
+
+    of_ranks: tuple
+
+    def ranges(self, seq_len, world_size, rank):
+        return self.of_ranks[rank]
+
+
+@pytest.mark.parametrize(
+    "of_ranks",
+    [
+        ((range(0, 3),), (range(4, 6),)),
+        ((range(0, 3),), (range(2, 5),)),
+        ((range(4, 6), range(0, 2)), (range(2, 4),)),
+        ((range(2, -1, -1),), (range(3, 6),)),
+        ((range(0, 3), range(2, 3)), (range(4, 6),)),
+    ],
+    ids=["a position is missing", "a position is held twice", "not in order", "descending", "overlapping"],
+)
+def test_a_layout_that_breaks_its_promises_is_refused(of_ranks):
+    with pytest.raises(
+        ValueError, match=r"layout: Ranges\(.*expected ascending ranges that hold each of the 6 positions"
+    ):
+        count_pairs(Sharding(df.Full(), Ranges(of_ranks), 6, 2))

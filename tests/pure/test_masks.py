@@ -1,6 +1,8 @@
 import copy
 import pickle
+import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -86,11 +88,26 @@ def test_different_masks_differ():
 
 
 @pytest.mark.parametrize("cu_seqlens", [(0, 3, 8), [0, 3, 8], range(0, 9, 4), torch.tensor([0, 3, 8]),
-                                        torch.tensor([0, 3, 8], dtype=torch.int32), [0, 3.0, 8]])  # fmt: skip
+                                        torch.tensor([0, 3, 8], dtype=torch.int32), [0, 3.0, 8], np.array([0, 3, 8]),
+                                        np.array([0, 3, 8], dtype=np.int32), list(np.array([0, 3, 8])),
+                                        [0, torch.tensor(3), 8], torch.tensor([0, 3, 8]).numpy()])  # fmt: skip
 def test_documents_take_ints_in_any_form(cu_seqlens):
     mask = df.Documents(cu_seqlens)
     assert mask.cu_seqlens == tuple(int(v) for v in cu_seqlens) and all(type(v) is int for v in mask.cu_seqlens)
     assert mask.seq_len == (df.Causal() & mask).seq_len == 8
+
+
+@pytest.mark.parametrize(
+    "cu_seqlens", [[0, 3, 3, 8], [0, 0, 3, 8], [0, 3, 8, 8, 8], torch.tensor([0, 3, 8, 8])], ids=str
+)
+def test_empty_documents_and_padding_are_left_out(cu_seqlens):
+    mask = df.Documents(cu_seqlens)
+    assert mask == df.Documents([0, 3, 8]) and hash(mask) == hash(df.Documents([0, 3, 8]))
+
+
+def test_documents_of_no_token():
+    assert df.Documents([0, 0, 0]) == df.Documents([0, 0])
+    assert df.Documents([0, 0]).seq_len == 0
 
 
 @pytest.mark.parametrize(
@@ -100,10 +117,19 @@ def test_documents_take_ints_in_any_form(cu_seqlens):
         ([-1, 3], "starting at 0"),
         ([0], r"at least \[0, S\]"),
         ([], r"at least \[0, S\]"),
-        ([0, 3, 3, 8], "ris"),
-        ([0, 5, 3], "ris"),
+        ([0, 5, 3], "must not decrease"),
+        ([0, 3, 8, 0, 0], "must not decrease.*pad by repeating the last"),
         ([0, 2.5, 4], "whole numbers"),
-        ("0, 3, 8", "string"),
+        ([0, float("nan")], "whole numbers"),
+        ([0, float("inf")], "whole numbers"),
+        ([0, None], "whole numbers"),
+        ([[0, 3], [3, 8]], "whole numbers"),
+        (np.array([[0, 3], [3, 8]]), "whole numbers"),
+        ([False, True], "whole numbers"),
+        ("0, 3, 8", "cumulative lengths as a sequence"),
+        (8, "cumulative lengths as a sequence"),
+        ([0, 2**70], "at most"),
+        (torch.zeros(3, dtype=torch.int32, device="meta"), "meta"),
         (torch.tensor([[0, 3]]), "one-dimensional integer"),
         (torch.tensor([0.0, 3.0]), "one-dimensional integer"),
         (torch.tensor([False, True]), "one-dimensional integer"),
@@ -122,6 +148,10 @@ def test_documents_refuse(cu_seqlens, words):
         (lambda: df.Window(3, -1), r"Window\(right\)"),
         (lambda: df.Window(2.0), r"Window\(left\)"),
         (lambda: df.Window("3"), r"Window\(left\)"),
+        (lambda: df.Window(float("inf")), r"Window\(left\)"),
+        (lambda: df.Window(torch.tensor([1, 2])), r"Window\(left\)"),
+        (lambda: df.Window(np.True_), r"Window\(left\)"),
+        (lambda: df.Chunked(np.int64(0)), r"Chunked\(size\)"),
         (lambda: df.PrefixLM(-1), r"PrefixLM\(length\)"),
         (lambda: df.PrefixLM(True), r"PrefixLM\(length\)"),
         (lambda: df.Chunked(0), r"Chunked\(size\)"),
@@ -130,6 +160,47 @@ def test_documents_refuse(cu_seqlens, words):
 def test_numbers_are_checked(make, name):
     with pytest.raises(ValueError, match=f"{name}: expected an int of at least"):
         make()
+
+
+def test_a_negative_window_is_told_how_to_write_no_limit():
+    for arguments in ((-1,), (-1, -1), (3, -1)):
+        with pytest.raises(ValueError, match=r"got -1; for no limit write sys\.maxsize"):
+            df.Window(*arguments)
+
+
+@pytest.mark.parametrize(
+    "number", [np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor(3, dtype=torch.int32)], ids=repr
+)
+def test_numbers_may_be_integers_of_any_kind(number):
+    for mask, same in [
+        (df.Window(number, number), df.Window(3, 3)),
+        (df.PrefixLM(number), df.PrefixLM(3)),
+        (df.Chunked(number), df.Chunked(3)),
+    ]:
+        assert mask == same and repr(mask) == repr(same) and hash(mask) == hash(same)
+
+
+@pytest.mark.parametrize("far", [2**62 - 1, 2**62, 2**62 + 1, sys.maxsize - 1, sys.maxsize, 2**63, 2**64 - 1, 2**70])
+def test_numbers_beyond_every_position_are_no_limit(far):
+    """Neither do ends wrap around at int64's limits, nor do larger ints of Python's raise."""
+    n = torch.arange(9)
+    for mask, same in [
+        (df.Window(far), df.Causal()),
+        (df.Window(far, far), df.Full()),
+        (df.Window(0, far), df.Window(0, 9)),
+        (df.PrefixLM(far), df.Full()),
+        (df.Chunked(far), df.Full()),
+        (df.Causal() & df.Window(far, 2), df.Causal()),
+    ]:
+        for positions in (n, n + 2**40):
+            assert torch.equal(mask.materialize(positions, positions), same.materialize(positions, positions))
+
+
+def test_masks_have_no_truth_value():
+    """`a and b` would be b alone, and `a or b` a alone."""
+    for combine in (lambda a, b: a and b, lambda a, b: a or b):
+        with pytest.raises(ValueError, match=r"mask: Causal\(\) has no truth value; combine masks with `a & b`"):
+            combine(df.Causal(), df.Window(3))
 
 
 def test_and_takes_masks_only_and_one_length():

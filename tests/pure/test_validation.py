@@ -1,93 +1,114 @@
-"""Bad input: a ValueError that names the argument, on every rank, before anything is sent."""
+"""What is accepted, and how messages describe what came. What is refused is in tests/wrong_calls.py."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
 import distflash as df
-
-S, W = 8, 2
-
-
-def tensors(**changes):
-    """Good arguments of a rank of two, but for the changes."""
-    shapes = {"q": (1, S // W, 4, 16), "k": (1, S // W, 2, 16), "v": (1, S // W, 2, 16)}
-    return {name: torch.zeros(shape) for name, shape in shapes.items()} | changes
+from distflash import validation
+from distflash.transport import Alone, Simulator
+from tests.wrong_calls import KEYWORDS, NUMBERS, PER_HEAD, W, tensors
 
 
-zeros = torch.zeros
-BAD_CALLS = {
-    "three dimensions": (dict(q=zeros(4, 4, 16)), "q: expected four dimensions"),
-    "no tensor": (dict(k=[1.0]), "k: expected a tensor, got list"),
-    "heads before tokens": (
-        dict(q=zeros(1, 4, 3, 16), k=zeros(1, 2, 3, 16), v=zeros(1, 2, 3, 16)),
-        r"k, v: 2 and 2 local tokens differ from q's 4.*order of dimensions is \[batch, seq_local, heads, head_dim\]",
-    ),
-    "another batch": (dict(v=zeros(2, 4, 2, 16)), "k, v: batch sizes 1 and 2 differ from q's 1"),
-    "heads no multiple of kv_heads": (
-        dict(k=zeros(1, 4, 3, 16), v=zeros(1, 4, 3, 16)),
-        "q, k: 4 query heads are not a multiple of 3 key/value heads",
-    ),
-    "fewer heads than kv_heads": (
-        dict(k=zeros(1, 4, 8, 16), v=zeros(1, 4, 8, 16)),
-        "q, k: 4 query heads are not a multiple of 8",
-    ),
-    "other heads in v": (dict(v=zeros(1, 4, 4, 16)), "v: 4 heads differ from k's 2"),
-    "another head_dim in k": (dict(k=zeros(1, 4, 2, 8)), "k: head_dim 8 differs from q's 16"),
-    "no head_dim": (dict(v=zeros(1, 4, 2, 0)), "q, v: head dims 16 and 0"),
-    "mixed dtypes": (dict(k=zeros(1, 4, 2, 16).bfloat16()), "k: has dtype torch.bfloat16 but q has torch.float32"),
-    "mixed dtypes in v": (dict(v=zeros(1, 4, 2, 16).half()), "v: has dtype torch.float16 but q has torch.float32"),
-    "mixed devices": (dict(v=zeros(1, 4, 2, 16, device="meta")), "v: is on meta but q is on cpu"),
-    "whole numbers": (
-        {name: t.int() for name, t in tensors().items()},
-        "no kernel supports this call.*dtype torch.int32 is not a floating-point dtype",
-    ),
-    "mask as a string": (dict(mask="causal"), "mask: expected a Mask such as .*'causal'; objects, not strings"),
-    "mask as a class": (dict(mask=df.Causal), r"mask: expected a Mask .*not the class: Causal\(\)"),
-    "sinks of the wrong length": (dict(sinks=zeros(2)), r"sinks: expected shape \[4\], one per query head, got \[2\]"),
-    "sinks as ints": (dict(sinks=zeros(4).int()), r"sinks: expected a floating-point tensor \[heads\]"),
-    "sinks elsewhere": (dict(sinks=zeros(4, device="meta")), "sinks: is on meta but q is on cpu"),
-    "slopes of the wrong length": (dict(alibi_slopes=zeros(1)), r"alibi_slopes: expected shape \[4\]"),
-    "slopes that want a gradient": (dict(alibi_slopes=zeros(4).requires_grad_()), "alibi_slopes: requires a gradient"),
-    "slopes as a list": (dict(alibi_slopes=[0.5] * 4), "alibi_slopes: expected a floating-point tensor"),
-    "negative softcap": (dict(softcap=-1.0), "softcap: expected a positive number, or None for none, got -1.0"),
-    "dropout out of range": (dict(dropout_p=1.5), "dropout_p: expected a probability"),
-    "dropout": (dict(dropout_p=0.5), "no kernel supports this call.*dropout_p=0.5 is not supported"),
-    "another length": (dict(seq_len=16), r"q: 4 local tokens, but Zigzag\(\) gives rank \d of 2 \d+ of seq_len=16"),
-    "seq_len as a float": (dict(seq_len=8.0), "seq_len: expected the global length, an int, got 8.0"),
-    "documents of another length": (
-        dict(mask=df.Documents([0, 3, 9]), seq_len=8),
-        "mask: cu_seqlens end at 9 but seq_len is 8; they must end at S",
-    ),
-    "documents of another length than held": (dict(mask=df.Documents([0, 3, 12])), "q: 4 local tokens, but .* gives"),
-    "scale of 0": (dict(scale=0.0), "scale: expected a finite number other than 0"),
-    "scale of NaN": (dict(scale=float("nan")), "scale: expected a finite number other than 0"),
-    "infinite softcap": (dict(softcap=float("inf")), "softcap: expected a positive number"),
-}
-
-
-@pytest.mark.parametrize(("changes", "words"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
-def test_bad_calls_are_refused_on_every_rank_before_anything_is_sent(changes, words):
-    simulator = df.transport.Simulator(W)
-
-    def work(transport):
-        with pytest.raises(ValueError, match=words):
-            df.attention(**tensors(**changes), cp=df.ContextParallel(transport))
-
-    simulator.run(work)
-    assert simulator.traffic.messages == 0
-
-
-@pytest.mark.parametrize("name", [name for name, (changes, _) in BAD_CALLS.items() if "length than" not in name])
-def test_the_same_on_one_device(name):
-    changes, words = BAD_CALLS[name]
-    words = words.replace("of 2", "of 1").replace("Zigzag", r"\w+")
-    changes = {"seq_len": S // W} | changes if "another length" in name or "two lengths" in name else changes
-    with pytest.raises(ValueError, match=words):
-        df.attention(**tensors(**changes))
+def drawn():
+    torch.manual_seed(0)
+    return {name: torch.randn_like(x) for name, x in tensors().items()}
 
 
 def test_good_arguments_are_not_refused():
     assert df.attention(**tensors()).shape == (1, 4, 4, 16)
+
+
+@pytest.mark.parametrize("row", [*NUMBERS, *PER_HEAD, *KEYWORDS], ids=lambda row: row.what)
+def test_one_device_refuses_the_same(row):
+    with pytest.raises(row.error, match=row.words):
+        row.call(None)
+
+
+HALF = torch.tensor(0.5)
+HALVES = [
+    np.float16(0.5), np.float32(0.5), np.float64(0.5), Fraction(1, 2), HALF, HALF.double(), HALF.bfloat16(),
+    HALF.clone().requires_grad_().detach(), torch.nn.Parameter(HALF, requires_grad=False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+@pytest.mark.parametrize("number", HALVES, ids=lambda x: f"{type(x).__name__} {getattr(x, 'dtype', '')}")
+def test_real_numbers_of_any_kind_are_taken(name, number):
+    inputs = drawn()
+    assert torch.equal(df.attention(**inputs, **{name: number}), df.attention(**inputs, **{name: 0.5}))
+
+
+@pytest.mark.parametrize(
+    "number", [2, np.int64(2), np.uint8(2), torch.tensor(2), torch.tensor(2, dtype=torch.int32)], ids=repr
+)
+def test_whole_numbers_are_numbers(number):
+    inputs = drawn()
+    assert torch.equal(df.attention(**inputs, softcap=number), df.attention(**inputs, softcap=2.0))
+    assert torch.equal(df.attention(**inputs, seq_len=number + 2), df.attention(**inputs))
+
+
+def test_ranks_agree_on_a_number_however_it_is_written():
+    def work(transport):
+        scale, softcap, seq_len = ((0.5, 2, 8), (np.float32(0.5), torch.tensor(2.0), np.int64(8)))[transport.rank]
+        cp = df.ContextParallel(transport)
+        return df.attention(**tensors(), scale=scale, softcap=softcap, seq_len=seq_len, cp=cp)
+
+    assert len(Simulator(W).run(work)) == W
+
+
+@pytest.mark.parametrize("name", ["sinks", "alibi_slopes"])
+def test_numbers_a_head_may_have_any_stride(name):
+    """Kernels are given them one after the other, whatever reads them."""
+    seen = []
+
+    class Watching(df.kernels.Reference):
+        def forward(self, q, k, v, rows, scores, hop, into):
+            seen.append(getattr(scores, name))
+            super().forward(q, k, v, rows, scores, hop, into)
+
+    inputs, table = drawn(), torch.randn(4, 3)
+    for numbers in (table[:, 1], torch.tensor(0.3).expand(4)):
+        got = df.attention(**inputs, **{name: numbers}, cp=df.ContextParallel(Alone(), kernel=Watching()))
+        assert torch.equal(got, df.attention(**inputs, **{name: numbers.contiguous()}))
+        assert seen.pop().is_contiguous()
+
+
+def test_a_negated_view_is_what_it_stands_for():
+    inputs = drawn()
+    negated = {name: torch.complex(x, -x).conj().imag for name, x in inputs.items()}
+    assert all(x.is_neg() for x in negated.values())
+    assert torch.equal(df.attention(**negated), df.attention(**inputs))
+
+
+def test_a_gpu_that_the_group_does_not_send_from_is_named():
+    """Ranks that forget to choose their GPU all send from the first one."""
+    q = type("OnGpu", (), {"device": torch.device("cuda", 1), "is_meta": False, "is_cuda": True})()
+    group = type(
+        "Group", (), {"world_size": 2, "device": torch.device("cuda", 0), "carries": lambda self, device: True}
+    )()
+    words = validation.device_problem(q, group)
+    assert "q: is on cuda:1, but this process group sends from cuda:0; call torch.cuda.set_device" in words
+    group.device = torch.device("cuda", 1)
+    assert validation.device_problem(q, group) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.zeros(2, 3), "a Tensor of torch.float32 [2, 3]"),
+        (torch.zeros((), device="meta"), "a Tensor of torch.float32 []"),
+        (torch.tensor(0.5), "tensor(0.5000)"),
+        (np.zeros(3), "a ndarray of float64 [3]"),
+        (np.float32(0.5), "np.float32(0.5)"),
+        ("x" * 500, "'" + "x" * 79 + " ... (str)"),
+        (None, "None"),
+    ],
+)
+def test_what_came_is_said_in_few_words(value, words):
+    assert validation.came(value) == words
 
 
 class Picky(df.kernels.Reference):
@@ -101,28 +122,3 @@ def test_a_kernel_asked_for_is_refused_with_all_reasons():
         ValueError, match=r"kernel: Picky.*does not support this call: the moon is full; 4 heads are too"
     ):
         df.attention(**tensors(), cp=cp)
-
-
-ALONE = df.transport.Alone()
-BAD_GROUPS = {
-    "layout as a string": (dict(layout="zigzag"), "layout: expected a Layout such as .*'zigzag'; objects, not strings"),
-    "layout as a class": (dict(layout=df.Zigzag), r"layout: .*not the class: Zigzag\(\)"),
-    "schedule as a string": (dict(schedule="ring"), "schedule: expected a Schedule such as .*objects, not strings"),
-    "schedule as a class": (dict(schedule=df.Ring), r"schedule: .*not the class: Ring\(\)"),
-    "kernel as a string": (dict(kernel="triton"), "kernel: expected a kernel such as .*objects, not strings"),
-    "kernel as a class": (dict(kernel=df.kernels.Reference), r"kernel: .*not the class: Reference\(\)"),
-    "group as a string": (dict(group="world"), "group: expected a ProcessGroup or a one-dimensional DeviceMesh"),
-    "group as a number": (dict(group=2), "group: expected a ProcessGroup or a one-dimensional DeviceMesh"),
-    "no group": (dict(group=None), "group: expected a ProcessGroup or a one-dimensional DeviceMesh"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "words"), BAD_GROUPS.values(), ids=BAD_GROUPS.keys())
-def test_bad_groups_are_refused(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        df.ContextParallel(**{"group": ALONE} | arguments)
-
-
-def test_cp_must_be_a_context_parallel():
-    with pytest.raises(ValueError, match="cp: expected a ContextParallel or None"):
-        df.attention(**tensors(), cp=ALONE)

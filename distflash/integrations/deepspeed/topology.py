@@ -80,7 +80,7 @@ class Topology(PipeDataParallelTopology):  # type: ignore[misc]
         Returns:
             Scalar, the same on every rank of the stage.
         """
-        return self.cp.mean(loss_sum, token_count, "mean", group=self.group)
+        return self.cp.mean(loss_sum, token_count, reduction="mean", group=self.group)
 
     def sampler(self, dataset: Dataset[Any], **options: Any) -> DistributedSampler[Any]:
         """A sampler that gives all ranks of a ring, and all stages, the same sequences, and other rings others.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distflash.agreement import Agreement
+from distflash.exact import Exact
 from distflash.layouts import Layout
 from distflash.transport import Transport
 
@@ -26,7 +27,8 @@ def unshard(x: Tensor, dim: int, layout: Layout, agreement: Agreement) -> Tensor
     """See `ContextParallel.unshard`."""
     dim = dim % x.dim()
     shape = tuple(0 if n == dim else size for n, size in enumerate(x.shape))
-    agreement.require("unshard", {"dim": dim, "sizes of x but for dim": shape, "dtype": x.dtype, "layout": layout})
+    fields = {"dim": dim, "sizes of x but for dim": shape, "dtype": x.dtype, "layout": layout}
+    agreement.require("unshard", lambda: fields, key=Exact(tuple(fields.values())))
     return _Unshard.apply(x, dim, layout, agreement)
 
 
@@ -63,7 +65,8 @@ class _Unshard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        ctx.agreement.require("unshard backward", {"shape": tuple(grad.shape)})
+        shape = tuple(grad.shape)
+        ctx.agreement.require("unshard backward", lambda: {"shape": shape}, key=shape)
         total = ctx.agreement.transport.all_reduce(grad.contiguous())
         return take(total, ctx.dim, ctx.ranges), None, None, None
 

@@ -342,7 +342,7 @@ def test_a_rank_that_refuses_in_attention_stops_those_who_agree():
 
 def test_fields_of_different_names():
     texts = caught(lambda cp: cp.agree("settings", **{f"lr{cp.rank // 2}": 1}))
-    assert all("fields of different names" in text for text in texts)
+    assert all("fields: the ranks compare settings by different names; rank" in text for text in texts)
 
 
 def test_agree_compares_every_time():

@@ -11,10 +11,9 @@ new signature are; a known one costs a set look-up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
-from distflash.exact import exact
 from distflash.messages import FORWARD, Message, difference
 from distflash.transport import Transport
 
@@ -37,26 +36,18 @@ class Agreement:
     transport: Transport
     every_call: bool
     calls: int = 0
-    _known: set[tuple[object, ...]] = field(default_factory=set)
+    _known: set[tuple[str, Hashable]] = field(default_factory=set)
 
-    def require(
-        self,
-        kind: str,
-        fields: Fields,
-        *,
-        number: int = 0,
-        values: Callable[[], Fields] | None = None,
-        remember: bool = True,
-    ) -> None:
+    def require(self, kind: str, fields: Callable[[], Fields], *, key: Hashable | None = None, number: int = 0) -> None:
         """Compare a call over all ranks.
 
         Args:
             kind: what the call is, in words.
-            fields: the call's signature by name, the same names on every rank; at most `messages.FIELDS` with values.
+            fields: what the ranks compare, by name, the same names on every rank. Called only if they do.
+            key: the call's signature. Where not every call is compared, a call whose key is known is not. Values that
+                change from step to step, or take long to look at, are in ``fields`` but not in ``key``. None to compare
+                in any case.
             number: the call's number among those of its kind.
-            values: further fields, which are costly to compute or change from step to step. They are compared whenever
-                the signature is, and are not part of what is remembered.
-            remember: whether this signature need not be compared again (unless every call is).
 
         Raises:
             ValueError: on every rank, if any two ranks differ or one refuses. It names the ranks, what differs, and the
@@ -64,22 +55,20 @@ class Agreement:
         """
         if self.transport.world_size == 1:
             return
-        remember = remember and not self.every_call
-        key = (kind, *map(exact, fields.values())) if remember else ()
-        if key in self._known:
+        remember = key is not None and not self.every_call
+        if remember and (kind, key) in self._known:
             return
-        everything = {**fields, **({} if values is None else values())}
-        self._exchange(Message.about(kind, everything, number), everything)
+        self._exchange(kind, fields(), number)
         if not remember:
             return
         if len(self._known) >= _REMEMBERED:
             self._known.clear()  # on every rank at the same call, since all have agreed on the same ones
-        self._known.add(key)
+        self._known.add((kind, key))
 
-    def require_next(self, fields: Fields, values: Callable[[], Fields]) -> int:
+    def require_next(self, fields: Callable[[], Fields], key: Hashable) -> int:
         """Compare the forward of the next attention call and return its number. Refused calls have none."""
         number = self.calls + 1
-        self.require(FORWARD, fields, number=number, values=values)
+        self.require(FORWARD, fields, key=key, number=number)
         self.calls = number
         return number
 
@@ -94,8 +83,8 @@ class Agreement:
         if self.transport.world_size > 1 and (sure or self.every_call or not self._known):
             self.transport.gather_ints(Message.refusing(kind, self.calls + 1).packed())
 
-    def _exchange(self, mine: Message, fields: Fields) -> None:
-        rows = self.transport.gather_ints(mine.packed())
+    def _exchange(self, kind: str, fields: Fields, number: int) -> None:
+        rows = self.transport.gather_ints(Message.about(kind, fields, number).packed())
         problem = difference([Message.unpacked(row) for row in rows], self.transport.rank, fields)
         if problem is not None:
             raise ValueError(problem)

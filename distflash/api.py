@@ -19,6 +19,7 @@ from distflash.agreement import Agreement
 from distflash.call import Calls
 from distflash.compiled import NO_DATA, Data, Form, split
 from distflash.engine import Plan
+from distflash.exact import Exact
 from distflash.kernels import Kernel
 from distflash.layouts import Layout, Zigzag
 from distflash.masks import Full, Mask
@@ -69,8 +70,8 @@ class ContextParallel:
         if not (check_every_call is None or isinstance(check_every_call, bool)):
             raise ValueError(f"check_every_call: expected True, False or None, got {check_every_call!r}")
         every_call = self.transport.checks_every_call if check_every_call is None else check_every_call
-        self._agreement = Agreement(self.transport, every_call)
-        self._calls = Calls(self.transport, layout, schedule, kernel, self._agreement)
+        self.agreement = Agreement(self.transport, every_call)
+        self._calls = Calls(self.transport, layout, schedule, kernel, self.agreement)
         # A string, since torch.compile guards the value of strings and may turn ints into symbols.
         self._name = f"context_parallel_{ops.new_number()}"
 
@@ -117,7 +118,7 @@ class ContextParallel:
             ValueError: on every rank, if any two ranks differ, one refuses (`refuse`) or one makes another call. It
                 names the ranks, and the fields or the calls that differ.
         """
-        self._agreement.require(kind, fields, remember=False)
+        self.agreement.require(kind, lambda: fields)
 
     def refuse(self, problem: str, kind: str = "call", *, in_attention: bool = False) -> NoReturn:
         """Raise ``ValueError(problem)`` on this rank, and a ValueError that names it on the others, who call `agree`.
@@ -130,7 +131,7 @@ class ContextParallel:
         """
         if in_attention:
             self._calls.refuse(problem)
-        self._agreement.refuse(kind, sure=True)
+        self.agreement.refuse(kind, sure=True)
         raise ValueError(problem)
 
     def seq_local(self, seq_len: int) -> int:
@@ -186,7 +187,7 @@ class ContextParallel:
         Raises:
             ValueError: on every rank, if the slices are not what the layout gives each rank.
         """
-        return collectives.unshard(x, dim, self.layout, self._agreement)
+        return collectives.unshard(x, dim, self.layout, self.agreement)
 
     def mean(
         self,
@@ -228,7 +229,8 @@ class ContextParallel:
         problem = problem or validation.documents_problem(mask, seq_len)
         if problem is not None:
             raise ValueError(problem)
-        return self._calls.plan(mask, index(seq_len), torch.device(self.transport.device if device is None else device))
+        where = torch.device(self.transport.device if device is None else device)
+        return self._calls.plan(Exact(mask), index(seq_len), where)
 
     def _recipe(self, mask: Mask, scale: float | None, softcap: float, dropout_p: float) -> tuple[int, Data]:
         """The number by which an op finds the call's recipe, and what the op is given beside it."""

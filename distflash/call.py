@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NoReturn
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from distflash import ops, validation
-from distflash.agreement import Agreement
+from distflash.agreement import Agreement, Fields
 from distflash.compiled import Data, Form, join
 from distflash.engine import Call, Options, Plan
+from distflash.exact import Exact, Same
 from distflash.intervals import Sharding
 from distflash.kernels import Hopper, Kernel, Problem, Reference, Triton
 from distflash.kernels.base import Scores
@@ -43,16 +45,28 @@ class Calls:
     ) -> None:
         self.transport, self.layout, self.schedule, self.kernel = transport, layout, schedule, kernel
         self.agreement = agreement
-        self.plan = lru_cache(_PLANS)(self._build_plan)
-        self.recipe = lru_cache(_PLANS)(self._build_recipe)
+        self._plans = lru_cache(_PLANS)(self._build_plan)
+        self._recipes = lru_cache(_PLANS)(self._build_recipe)
+        self._recipes_of_same = lru_cache(_PLANS)(self._find_recipe)
         # Graphs hold the numbers of templates alone, so templates are kept for as long as this object.
         self.template = lru_cache(None)(self._build_template)
 
-    def _build_plan(self, mask: Mask, seq_len: int, device: torch.device) -> Plan:
-        sharding = Sharding(mask, self.layout, seq_len, self.transport.world_size)
+    def plan(self, mask: Exact, seq_len: int, device: torch.device) -> Plan:
+        """What this rank does under ``mask``."""
+        return self._plans(mask, seq_len, device)
+
+    def recipe(self, mask: Mask, scale: float | None, softcap: float, dropout_p: float) -> Recipe:
+        """The recipe of a call. All layers of a step pass one mask object, whose many numbers are looked at once."""
+        return self._recipes_of_same(Same(mask), scale, softcap, dropout_p)
+
+    def _find_recipe(self, mask: Same, scale: float | None, softcap: float, dropout_p: float) -> Recipe:
+        return self._recipes(Exact(mask.value), scale, softcap, dropout_p)
+
+    def _build_plan(self, mask: Exact, seq_len: int, device: torch.device) -> Plan:
+        sharding = Sharding(mask.value, self.layout, seq_len, self.transport.world_size)
         return Plan.build(sharding, self.schedule, self.transport.rank, device)
 
-    def _build_recipe(self, mask: Mask, scale: float | None, softcap: float, dropout_p: float) -> Recipe:
+    def _build_recipe(self, mask: Exact, scale: float | None, softcap: float, dropout_p: float) -> Recipe:
         recipe = Recipe(self, mask, scale, softcap, dropout_p)
         recipe.number = ops.register(recipe)
         return recipe
@@ -84,10 +98,15 @@ class _Fillable:
 class Recipe(_Fillable):
     """A call but for its tensors. See `ops.Recipe`."""
 
-    mask: Mask
+    exact_mask: Exact
     scale: float | None
     softcap: float
     dropout_p: float
+
+    @property
+    def mask(self) -> Mask:
+        mask: Mask = self.exact_mask.value
+        return mask
 
     def filled(self, data: Data) -> Recipe:
         return self
@@ -100,14 +119,11 @@ class Recipe(_Fillable):
         """
         problem, seq_len = self.problem(q, k, v, options), self._seq_len("q", q, options.seq_len)
         kernel = self.kernel(problem)
-        number = self.calls.agreement.require_next(
-            self._signature(q.shape[0], problem, seq_len, needs_grad),
-            lambda: {
-                "kernel": kernel,
-                "the values of sinks": _values(options.sinks),
-                "the values of alibi_slopes": _values(options.alibi_slopes),
-            },
-        )
+
+        def fields() -> Fields:
+            return self._fields(q.shape[0], problem, seq_len, needs_grad, kernel, options)
+
+        number = self.calls.agreement.require_next(fields, self._key(q.shape[0], problem, seq_len, needs_grad))
         return self._call(problem, seq_len, kernel, options), number
 
     def backward(self, q: Tensor, k: Tensor, v: Tensor, options: Options, number: Tensor) -> Call:
@@ -117,7 +133,7 @@ class Recipe(_Fillable):
             ValueError: on every rank, if a rank makes another call at this point.
         """
         if self.numbered:
-            self.calls.agreement.require(BACKWARD, {}, number=int(number))
+            self.calls.agreement.require(BACKWARD, dict, number=int(number))
         problem, seq_len = self.problem(q, k, v, options), self._seq_len("q", q, options.seq_len)
         return self._call(problem, seq_len, self.kernel(problem), options)
 
@@ -159,15 +175,21 @@ class Recipe(_Fillable):
         slopes = None if options.alibi_slopes is None else options.alibi_slopes.float().contiguous()
         sinks = None if options.sinks is None else options.sinks.contiguous()
         return Call(
-            plan=self.calls.plan(self.mask, seq_len, problem.device),
+            plan=self.calls.plan(self.exact_mask, seq_len, problem.device),
             schedule=self.calls.schedule,
             transport=self.calls.transport,
             kernel=kernel,
             scores=Scores(scale, self.softcap, slopes, sinks),
         )
 
-    def _signature(self, batch: int, problem: Problem, seq_len: int, needs_grad: bool) -> dict[str, object]:
-        """What all ranks must have alike; what takes time to look at is left out."""
+    def _key(self, batch: int, problem: Problem, seq_len: int, needs_grad: bool) -> Hashable:
+        """The call's signature: everything in `_fields` but for values in tensors and what follows from the rest."""
+        return self.exact_mask, self.scale, problem, batch, seq_len, needs_grad
+
+    def _fields(
+        self, batch: int, problem: Problem, seq_len: int, needs_grad: bool, kernel: Kernel, options: Options
+    ) -> Fields:
+        """What all ranks must have alike."""
         return {
             "batch": batch,
             "heads": problem.heads,
@@ -186,6 +208,9 @@ class Recipe(_Fillable):
             "alibi_slopes": problem.alibi,
             "needs a gradient": needs_grad,
             "check_every_call": self.calls.agreement.every_call,
+            "kernel": kernel,
+            "the values of sinks": _values(options.sinks),
+            "the values of alibi_slopes": _values(options.alibi_slopes),
         }
 
 

@@ -41,11 +41,8 @@ def unshard(x: Tensor, dim: int, layout: Layout, agreement: Agreement) -> Tensor
         agreement.refuse("unshard", sure=True)
         raise
     shape = tuple(0 if n == dim else size for n, size in enumerate(x.shape))
-    agreement.require(
-        "unshard",
-        {"dim": dim, "sizes of x but for dim": shape, "dtype": x.dtype, "layout": layout},
-        remember=False,
-    )
+    fields = {"dim": dim, "sizes of x but for dim": shape, "dtype": x.dtype, "layout": layout}
+    agreement.require("unshard", lambda: fields)
     return _Unshard.apply(x, dim, layout, agreement)
 
 
@@ -96,8 +93,8 @@ class _TakeOfSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, layout: Layout, agreement: Agreement) -> Tensor:
         ctx.how = dim, layout, agreement
-        agreement.require("unshard backward", {"shape": tuple(x.shape)})
-        transport = agreement.transport
+        shape, transport = tuple(x.shape), agreement.transport
+        agreement.require("unshard backward", lambda: {"shape": shape}, key=shape)
         total = transport.all_reduce(x.contiguous())
         return take(total, dim, layout.ranges(x.shape[dim], transport.world_size, transport.rank))
 

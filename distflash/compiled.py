@@ -57,7 +57,7 @@ def split(mask: Mask, scale: float | None, softcap: float, dropout_p: float) -> 
     tensors: list[Tensor] = []
     form = _split(mask, ints, tensors)
     boundaries = tensors[0] if len(tensors) == 1 else torch.cat(tensors) if tensors else None
-    numbers = (scale, softcap, dropout_p)
+    numbers = (scale, softcap or 0.0, dropout_p or 0.0)  # the defaults, too, are symbols under dynamic=True
     if all(x is None or has_static_value(x) for x in numbers):
         return Form(form, numbers, scale is not None), Data(ints, boundaries, None)
     # A product, because it is how the compiler turns a float into data; it would compile full() again for each value.

@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from numbers import Integral
+from typing import Any
 
 
 def exact(value: object) -> object:
@@ -24,6 +25,33 @@ def exact(value: object) -> object:
         return int(value)
     # The plain repr of an object is its address, which is another in every process.
     return (kind, None if kind.__repr__ is object.__repr__ else repr(value))
+
+
+class Exact:
+    """A value as a key, equal only to the same value. Its hash is computed once; identity is tried first."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.key = value, exact(value)
+        self._hash = hash(self.key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Exact) and self.key == other.key)
+
+
+class Same:
+    """A value as a key, equal only to the very same object, which it keeps alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
 
 
 def code(value: object) -> int:

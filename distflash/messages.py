@@ -24,7 +24,7 @@ class Message:
     Attributes:
         refuses: whether this rank will raise for reasons of its own.
         number: the call's number among those of its kind, 0 for none.
-        names: a digest of the fields' names; 0 where the rank refuses.
+        names: a digest of the kind, however long, and of the fields' names; 0 where the rank refuses.
         kind: the kind of call, in words.
         codes: the values of the fields, see `exact.code`.
     """
@@ -39,7 +39,7 @@ class Message:
     def about(kind: str, fields: Mapping[str, object], number: int) -> Message:
         if len(fields) > FIELDS:
             raise ValueError(f"fields: {len(fields)} are more than the {FIELDS} that are compared at once")
-        return Message(False, number, code(tuple(fields)), kind, tuple(map(code, fields.values())))
+        return Message(False, number, code((kind, *fields)), kind, tuple(map(code, fields.values())))
 
     @staticmethod
     def refusing(kind: str, number: int) -> Message:
@@ -84,7 +84,8 @@ def difference(messages: Sequence[Message], rank: int, fields: Mapping[str, obje
             "ranks have to make the same calls in the same order, forward and backward"
         )
     if len({message.names for message in messages}) > 1:
-        return f"fields: the ranks compare fields of different names; rank {rank} has {', '.join(fields)}"
+        names = ", ".join(fields)
+        return f"fields: the ranks compare {messages[rank].call} by different names; rank {rank} has {names}"
     found = [_field(n, name, mine, messages) for n, (name, mine) in enumerate(fields.items())]
     if not any(found):
         return None

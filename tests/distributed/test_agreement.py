@@ -1,4 +1,4 @@
-"""Real ranks that make different calls, or one call with other arguments: one ValueError on each, and nobody dies."""
+"""Real ranks that make different calls, or one call with different arguments: a ValueError on each, and none dies."""
 
 import pytest
 import torch

@@ -1,5 +1,7 @@
 """Ranks that disagree are told so on every rank, by field and rank, and nobody waits."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -108,8 +110,8 @@ def test_a_call_after_a_disagreement_is_a_fresh_start():
     def work(transport):
         agreement = Agreement(transport, every_call=True)
         with pytest.raises(ValueError, match="n is 0 on rank 0, 1 on rank 1"):
-            agreement.require("test", {"n": transport.rank})
-        agreement.require("test", {"n": 5})
+            agreement.require("test", lambda: {"n": transport.rank})
+        agreement.require("test", lambda: {"n": 5})
 
     Simulator(2).run(work)
 
@@ -145,35 +147,51 @@ class Counted:
 @pytest.mark.parametrize(("every_call", "expected"), [(False, 2), (True, 4)])
 def test_a_known_signature_is_not_compared_again_where_that_is_dear(every_call, expected):
     transport = Counted()
-    agreement = Agreement(transport, every_call)
+    agreement, looked = Agreement(transport, every_call), []
     for n in (1, 1, 2, 1):
-        agreement.require("test", {"n": n, "mask": df.Causal()})
-    assert transport.asked == expected
+        agreement.require("test", lambda n=n: looked.append(n) or {"n": n}, key=n)
+    assert transport.asked == len(looked) == expected
+
+
+@dataclass(frozen=True)
+class Sloped(df.Causal):
+    """A mask with a float, whose equality takes 1 and True for it."""
+
+    slope: float
 
 
 def test_signatures_with_equal_hashes_or_values_are_different():
-    transport = Counted()
-    agreement = Agreement(transport, every_call=False)
-    values = [-1.0, -2.0, 1, 1.0, True, 0.0, -0.0, float("nan"), None, (1, 2), (1, True)]
     assert hash(-1.0) == hash(-2.0)
-    for value in values * 2:
-        agreement.require("test", {"scale": value})
-    agreement.require("test", {"scale": float("nan")})
-    assert transport.asked == len(values)
+    options = [dict(scale=-1.0), dict(scale=-2.0), dict(softcap=0.0), dict(softcap=2.0)]
+    options += [dict(mask=Sloped(slope)) for slope in (1, 1.0, True, 0.0, -0.0, float("nan"))]
+
+    def work(transport):
+        cp = df.ContextParallel(Spy(transport, checks_every_call=False))
+        q = torch.zeros(1, S // W, 2, 8)
+        for chosen in options * 2:
+            df.attention(q, q, q, cp=cp, **chosen)
+        return len(cp.transport.asked)
+
+    assert Simulator(W).run(work) == [len(options)] * W
 
 
-def test_values_that_change_are_compared_with_a_new_signature_only():
-    transport = Counted()
-    agreement, looked = Agreement(transport, every_call=False), []
-    for step in range(5):
-        agreement.require("test", {"n": 1}, values=lambda step=step: looked.append(step) or {"sinks": step})
-    assert (transport.asked, looked) == (1, [0])
+def test_sinks_may_change_from_step_to_step():
+    """They are parameters: their values are compared with a new signature only."""
+
+    def work(transport):
+        cp = df.ContextParallel(Spy(transport, checks_every_call=False))
+        q = torch.zeros(1, S // W, 2, 8)
+        for step in range(5):
+            df.attention(q, q, q, cp=cp, sinks=torch.full((2,), float(step)))
+        return len(cp.transport.asked)
+
+    assert Simulator(W).run(work) == [1] * W
 
 
 def test_one_rank_asks_nobody():
     transport = Counted()
     transport.world_size = 1
-    Agreement(transport, True).require("test", {"n": 1})
+    Agreement(transport, True).require("test", lambda: {"n": 1})
     Agreement(transport, True).refuse("test", sure=True)
     assert transport.asked == 0
 
@@ -182,8 +200,8 @@ def test_what_is_remembered_is_bounded():
     transport = Counted()
     agreement = Agreement(transport, every_call=False)
     for n in range(3000):  # documents that are new in every step
-        agreement.require("test", {"seq_len": n})
-        agreement.require("test", {"seq_len": n})
+        for _ in range(2):
+            agreement.require("test", lambda n=n: {"seq_len": n}, key=n)
     assert transport.asked == 3000
     assert len(agreement._known) <= 1024
 
@@ -324,7 +342,7 @@ def test_a_rank_that_refuses_in_attention_stops_those_who_agree():
 
 def test_fields_of_different_names():
     texts = caught(lambda cp: cp.agree("settings", **{f"lr{cp.rank // 2}": 1}))
-    assert all("fields of different names" in text for text in texts)
+    assert all("fields: the ranks compare settings by different names; rank" in text for text in texts)
 
 
 def test_agree_compares_every_time():

@@ -1,3 +1,7 @@
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
@@ -125,6 +129,37 @@ def test_backward_outlives_its_context_parallel():
     del cp
     out.sum().backward()
     assert q.grad is not None
+
+
+def modules_with(cp):
+    """Whatever holds a group: by itself, in a module, and deeper."""
+    module = df.nn.SelfAttention(8, 2, cp=cp)
+    return [cp, module, torch.nn.Sequential(module)]
+
+
+def test_copies_share_the_group():
+    def work(transport):
+        cp = df.ContextParallel(transport)
+        assert copy.copy(cp) is cp
+        for held in modules_with(cp):
+            assert {type(held), type(copy.deepcopy(held))} == {type(held)}
+        module = modules_with(cp)[1]
+        averaged = torch.optim.swa_utils.AveragedModel(module)
+        assert averaged.module is not module and averaged.module.cp is cp
+        assert averaged.module.q_proj.weight is not module.q_proj.weight
+        x = torch.randn(1, 4, 8)
+        assert torch.equal(averaged(x), module(x))
+
+    Simulator(2).run(work)
+
+
+@pytest.mark.parametrize("save", [pickle.dumps, lambda x: torch.save(x, io.BytesIO())], ids=["pickle", "torch.save"])
+def test_pickling_is_refused_in_words(save):
+    for held in modules_with(df.ContextParallel(Alone())):
+        with pytest.raises(TypeError, match=r"a ContextParallel cannot be pickled.* Save module\.state_dict\(\)"):
+            save(held)
+    module = modules_with(df.ContextParallel(Alone()))[1]
+    torch.save(module.state_dict(), io.BytesIO())
 
 
 def test_plans_are_kept():

@@ -20,7 +20,7 @@ from distflash.transport import Transport
 Fields = Mapping[str, object]
 
 # Enough for the lengths and masks in use at a time, and a bound where every step brings new documents.
-_REMEMBERED = 1024
+_REMEMBERED = 256
 
 
 @dataclass
@@ -81,7 +81,8 @@ class Agreement:
                 signature (GPUs, as soon as anything has been agreed on): they are then past comparing.
         """
         if self.transport.world_size > 1 and (sure or self.every_call or not self._known):
-            self.transport.gather_ints(Message.refusing(kind, self.calls + 1).packed())
+            number = self.calls + 1 if kind == FORWARD else 0
+            self.transport.gather_ints(Message.refusing(kind, number).packed())
 
     def _exchange(self, kind: str, fields: Fields, number: int) -> None:
         rows = self.transport.gather_ints(Message.about(kind, fields, number).packed())

@@ -56,11 +56,15 @@ class Calls:
         return self._plans(mask, seq_len, device)
 
     def recipe(self, mask: Mask, scale: float | None, softcap: float, dropout_p: float) -> Recipe:
-        """The recipe of a call. All layers of a step pass one mask object, whose many numbers are looked at once."""
+        """The recipe of a call. All layers of a step pass one mask object, so its fields are looked at once."""
         return self._recipes_of_same(Same(mask), scale, softcap, dropout_p)
 
+    def recipe_of_new(self, mask: Mask, scale: float | None, softcap: float, dropout_p: float) -> Recipe:
+        """`recipe` for a mask object that was made for this call alone."""
+        return self._recipes(Exact(mask), scale, softcap, dropout_p)
+
     def _find_recipe(self, mask: Same, scale: float | None, softcap: float, dropout_p: float) -> Recipe:
-        return self._recipes(Exact(mask.value), scale, softcap, dropout_p)
+        return self.recipe_of_new(mask.value, scale, softcap, dropout_p)
 
     def _build_plan(self, mask: Exact, seq_len: int, device: torch.device) -> Plan:
         sharding = Sharding(mask.value, self.layout, seq_len, self.transport.world_size)
@@ -229,7 +233,7 @@ class Template(_Fillable):
             problem = validation.numbers_problem(scale, softcap, dropout_p)
         if problem is not None:
             self.calls.refuse(problem)
-        return self.calls.recipe(mask, scale, softcap, dropout_p)
+        return self.calls.recipe_of_new(mask, scale, softcap, dropout_p)
 
 
 def _values(x: Tensor | None) -> str:

@@ -203,7 +203,7 @@ def test_what_is_remembered_is_bounded():
         for _ in range(2):
             agreement.require("test", lambda n=n: {"seq_len": n}, key=n)
     assert transport.asked == 3000
-    assert len(agreement._known) <= 1024
+    assert len(agreement._known) <= 256
 
 
 # --- One of several equal calls, and the backward of several calls ---

@@ -13,8 +13,8 @@ NAMED = {row.what: row for row in ROWS}
 BY_ALL = [
     "mixed dtypes in k", "float8", "sparse q", "jagged", "heads first, alike", "scale is a parameter", "scale a head",
     "causal", "cu_seqlens_q", "a mask of booleans", "seq_len beyond int64", "a dual number as q", "torch.func.jvp",
-    "torch.func.grad", "double backward", "a mask that wraps around", "a layout that loses tokens", "unshard other dtypes",
-    "unshard other dimensions", "no reduction", "not sharded",
+    "torch.func.grad", "double backward", "a mask that wraps around", "a layout that loses tokens",
+    "unshard other dtypes", "unshard other dimensions", "no reduction", "not sharded",
 ]  # fmt: skip
 BY_ONE = [
     "q is None", "heads no multiple of kv_heads", "complex numbers", "a DTensor", "scale as a string", "softcap a head",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import distflash as df
 from distflash import masks
 from distflash.kernels import Triton
 from distflash.kernels.base import Problem
@@ -104,3 +105,14 @@ def test_needs_no_triton_to_be_imported():
         assert "not installed" in reasons[0], reasons
     """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["sinks", "alibi_slopes"])
+def test_numbers_a_head_may_have_any_stride(name):
+    """The kernel reads them one after the other; a column of a table is not laid out so."""
+    torch.manual_seed(0)
+    cp = df.ContextParallel(df.transport.Alone(), kernel=Triton(interpret=True))
+    q, k, v, table = torch.randn(1, 20, 4, 16), torch.randn(1, 20, 2, 16), torch.randn(1, 20, 2, 16), torch.randn(4, 3)
+    column = table[:, 1]
+    got, want = (df.attention(q, k, v, cp=cp, **{name: x}) for x in (column, column.contiguous()))
+    assert torch.equal(got, want)

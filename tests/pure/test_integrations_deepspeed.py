@@ -184,13 +184,19 @@ def test_a_batch_is_sharded_with_its_labels_and_documents() -> None:
         ((TOKENS, TOKENS.masked_fill(TOKENS % 3 == 0, -100)), "labels: are the tokens themselves"),
         (((TOKENS, torch.tensor([[0, S]])), dfd.shift_labels(TOKENS)), "cu_seqlens: expected a tensor"),
         (((TOKENS, torch.tensor([0, 9])), dfd.shift_labels(TOKENS)), "cu_seqlens: end at 9, but seq_len is 23"),
-        (((TOKENS, torch.tensor([0, 9, 9, S])), dfd.shift_labels(TOKENS)), "must rise"),
+        (((TOKENS, torch.tensor([0, 9, 5, S])), dfd.shift_labels(TOKENS)), "must not decrease"),
         (((TOKENS, torch.tensor([0, 1, 2, S])), dfd.shift_labels(TOKENS)), "3 documents are more than max_documents=2"),
     ],
 )
 def test_batches_that_are_not_whole_are_refused(batch: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         dfd.ShardBatch(ALONE, S, max_documents=2)(batch)
+
+
+def test_empty_documents_and_padding_do_not_count() -> None:
+    given = torch.tensor([0, 9, 9, S, S, S])
+    (_, ends), _ = dfd.ShardBatch(ALONE, S, max_documents=3)(((TOKENS, given), dfd.shift_labels(TOKENS)))
+    assert ends.tolist() == [0, 9, S, S]
 
 
 def test_labels_that_happen_to_equal_tokens_are_taken() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -71,8 +72,9 @@ class ShardBatch:
         return (part if cu_seqlens is None else (part, cu_seqlens)), self.cp.shard(labels)
 
     def _padded(self, cu_seqlens: Tensor) -> Tensor:
-        missing = 0 if self.max_documents is None else self.max_documents + 1 - len(cu_seqlens)
-        return F.pad(cu_seqlens.long(), (0, missing), value=self.seq_len)
+        ends = torch.tensor(Documents(cu_seqlens).cu_seqlens, device=cu_seqlens.device)
+        missing = 0 if self.max_documents is None else self.max_documents + 1 - len(ends)
+        return F.pad(ends, (0, missing), value=self.seq_len)
 
 
 def shift_labels(tokens: Tensor, ignored: int = -100) -> Tensor:
@@ -134,11 +136,9 @@ def _documents_problem(cu_seqlens: Any, how: ShardBatch) -> str | None:
         return str(error)
     if mask.seq_len != how.seq_len:
         return f"cu_seqlens: end at {mask.seq_len}, but seq_len is {how.seq_len}; they must end at S"
-    if how.max_documents is not None and len(cu_seqlens) - 1 > how.max_documents:
-        return (
-            f"cu_seqlens: {len(cu_seqlens) - 1} documents are more than max_documents={how.max_documents}; raise it, "
-            "or pack fewer"
-        )
+    documents = len(mask.cu_seqlens) - 1
+    if how.max_documents is not None and documents > how.max_documents:
+        return f"cu_seqlens: {documents} documents are more than max_documents={how.max_documents}; raise it, or pack fewer"
     return None
 
 

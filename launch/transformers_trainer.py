@@ -4,6 +4,7 @@ import os
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,13 +13,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tyro.conf import Suppress
 
 import distflash as df
+from launch.checkpoint import checkpoints_of
 from launch.config import TrainConfig, require
 from launch.data import Corpus
 from launch.fsdp import whole
+from launch.loop import check_finite
 from launch.model import VOCABULARY, flops_per_token
 from launch.optimizer import adamw, learning_rate
 from launch.reporting import Metrics, Reporter, peak_memory_gib, plot_loss
-from launch.trainer import agree, join_group, parse, ranks_of
+from launch.together import on_lead
+from launch.trainer import parse, prepare_out, ranks_of, run
 from launch.transformers_model import (
     Attention,
     CausalLM,
@@ -37,6 +41,8 @@ WARM_UP = 2
 class TransformersConfig(TrainConfig):
     """Train a randomly initialised Llama of Transformers: FSDP2 over all ranks, each sequence over some or all."""
 
+    out: Path = Path("runs/transformers")
+    """Folder of the run: metrics.jsonl and loss.png."""
     attention: Literal["distflash", "torch"] = "distflash"
     """distflash, or for comparison torch's own context parallelism: on GPUs, sequences that twice the ranks divide."""
     vocab_size: int = VOCABULARY
@@ -69,16 +75,9 @@ class TransformersConfig(TrainConfig):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the job and return the exit code: 0 done, 2 refused."""
+    """Run the job and return the exit code: 0 done, else that of `launch.together`."""
     config = parse(TransformersConfig, arguments)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = join_group(config)
-    corpus = agree(config)
-    code = 2 if corpus is None else train(config, corpus, device)
-    dist.barrier()
-    dist.destroy_process_group()
-    return code
+    return run(config, lambda corpus, device: train(config, corpus, device))
 
 
 def train(config: TransformersConfig, corpus: Corpus, device: torch.device) -> int:
@@ -96,12 +95,12 @@ def train(config: TransformersConfig, corpus: Corpus, device: torch.device) -> i
     step = Step(config, corpus, device, cp, attention, everyone, (mesh.get_local_rank("data"), config.data_parallel))
 
     lead, made = dist.get_rank() == 0, []
-    if lead:
-        config.out.mkdir(parents=True, exist_ok=True)
+    on_lead(lambda: prepare_out(config, None))
     with Reporter(config, first_step=0, active=lead) as report:
         report.print(describe(config, model, cp, device))
         for number in range(config.steps):
             made.append(step(model, optimizer, number))
+            check_finite(made[-1], checkpoints_of(config))
             report.step(made[-1])
         report.print(summary(made, device))
     if lead:

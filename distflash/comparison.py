@@ -240,28 +240,40 @@ class Comparison:
 
 def judge(tables: list[Tables], notes: list[str]) -> Report:
     """The report that all ranks make of all ranks' sums."""
-    losses = [table.loss.row("loss", "") for table in tables]
-    rows = [_worst(losses)]
-    if len(tables) > 1:
-        values = [table.replayed for table in tables]
-        spread = max(values) - min(values)
-        rows.append(Row("ranks", "the replay's loss", spread, spread, abs(values[0]), max(row.bound for row in losses)))
-        if not rows[-1].ok:
-            notes = [*notes, "the replays of different ranks differ: give every rank the same batch and weights"]
+    events, gradients = _over_ranks(tables), _gradient_rows(tables)
+    rows = _loss_rows(tables)
     for n in range(min(len(table.returned) for table in tables)):
-        parts = [table.returned[n] for table in tables]
-        if any(part.compared for part in parts):
-            rows.append(_worst([part.row("output", f"returned[{n}]") for part in parts if part.compared]))
-    events = _over_ranks(tables)
+        parts = [table.returned[n] for table in tables if table.returned[n].compared]
+        rows += [_worst([part.row("output", f"returned[{n}]") for part in parts])] if parts else []
     rows += [_event_row(event, sums) for event, sums in events.items() if sums.compared and event.returned]
-    gradients = _gradient_rows(tables)
-    first = next((e.where for e, sums in events.items() if sums.compared and not _event_row(e, sums).ok), None)
-    if first is None and any(row.ok for row in gradients):
-        first = next((f"backward of {_module(row.name)}" for row in reversed(gradients) if not row.ok), None)
+    not_finite = _first_not_finite(events, gradients, tables)
+    if not_finite is None and not all(row.ok for row in rows if row.kind == "ranks"):
+        notes = [*notes, "the replays of different ranks differ: give every rank the same batch and weights"]
     if (factor := _common_factor(tables, gradients)) is not None:
         notes = [*notes, f"all gradients are {factor:.4g} times what they should be: see reduction= of cp.mean"]
-    rows += gradients
-    return Report(tuple(rows), first, _first_not_finite(events, rows, tables), tuple(notes))
+    first = _first_difference(events, rows, gradients)
+    return Report((*rows, *gradients), first, not_finite, tuple(notes))
+
+
+def _loss_rows(tables: list[Tables]) -> list[Row]:
+    losses = [table.loss.row("loss", "") for table in tables]
+    if len(tables) == 1:
+        return losses
+    values = [table.replayed for table in tables]
+    spread, bound = max(values) - min(values), max(row.bound for row in losses)
+    return [_worst(losses), Row("ranks", "the replay's loss", spread, spread, abs(values[0]), bound)]
+
+
+def _first_difference(events: dict[Event, Sums], rows: list[Row], gradients: list[Row]) -> str | None:
+    """Forward by the layers' values; backward by the last parameter that is wrong, since backward begins at the end."""
+    for event, sums in events.items():
+        if sums.compared and not _event_row(event, sums).ok:
+            return event.where
+    if not all(row.ok for row in rows if row.kind == "loss"):
+        return "the loss: no layer's output differs; look at labels, their shift at the ends of shards, and the mean"
+    if any(row.ok for row in gradients):
+        return next((f"backward of {_module(row.name)}" for row in reversed(gradients) if not row.ok), None)
+    return None
 
 
 def _over_ranks(tables: list[Tables]) -> dict[Event, Sums]:
@@ -295,7 +307,7 @@ def _common_factor(tables: list[Tables], gradients: list[Row]) -> float | None:
     return factors[0] if same and left else None
 
 
-def _first_not_finite(events: dict[Event, Sums], rows: list[Row], tables: list[Tables]) -> str | None:
+def _first_not_finite(events: dict[Event, Sums], gradients: list[Row], tables: list[Tables]) -> str | None:
     for event, sums in events.items():
         if sums.bad:
             place = f", from token {sums.first_bad} on" if sums.first_bad >= 0 else ""
@@ -306,7 +318,7 @@ def _first_not_finite(events: dict[Event, Sums], rows: list[Row], tables: list[T
     if any(table.loss.bad for table in tables):
         return "the loss"
     bad = {name for table in tables for name, sums in table.gradients.items() if sums.bad}
-    return next((f"the gradient of {row.name}" for row in reversed(rows) if row.name in bad), None)
+    return next((f"the gradient of {row.name}" for row in reversed(gradients) if row.name in bad), None)
 
 
 def _worst(rows: list[Row]) -> Row:

@@ -81,6 +81,7 @@ class Meeting:
     def _fail(self, words: str) -> None:
         if self._store is None or self.transport.world_size == 1:
             return
+        self._store.set(f"{self._prefix}/noticed/{self.transport.rank}", "")  # it may fail at the same time as others
         self._store.set(f"{self._prefix}/failed", json.dumps([self.transport.rank, words]))
         others = [rank for rank in range(self.transport.world_size) if rank != self.transport.rank]
         noticed, give_up = [f"{self._prefix}/noticed/{rank}" for rank in others], time.monotonic() + _GRACE

@@ -85,6 +85,7 @@ class Recorder:
     _calls: dict[nn.Module, int] = field(default_factory=dict)
     _stack: list[nn.Module] = field(default_factory=list)
     _before: dict[Tensor, Tensor | None] = field(default_factory=dict)
+    _versions: dict[Tensor, int] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
     _thread: int = field(default_factory=threading.get_ident)
 
@@ -122,6 +123,12 @@ class Recorder:
         tensors = [*self.inputs.values(), *(p for _, p in self.parameters())]
         return any(x.grad is not None and bool(_local(x.grad).count_nonzero()) for x in tensors)
 
+    def require_same_weights(self) -> None:
+        """Refuse a step that trains: what follows would compare different models."""
+        changed = [name for name, p in self.parameters() if p._version != self._versions[p]]
+        if changed:
+            raise ValueError(f"step: changed the weights, {changed[0]} among them; leave the optimizer out of it")
+
     def run(self, loss: Tensor, returned: list[Tensor], gradients: Mapping[str, Tensor] | None) -> Run:
         """All ranks call: the gradients of a model that FSDP has sharded are put together.
 
@@ -147,6 +154,7 @@ class Recorder:
             self._names.setdefault(module, (prefix + _plain(root, name)).removesuffix("."))
         for _, p in self.parameters():
             self._set_gradient_aside(p)
+            self._versions.setdefault(p, p._version)
 
     def _prefix(self, root: nn.Module) -> str:
         """The first root's names are its own; those of further ones begin with what they are."""

@@ -71,7 +71,7 @@ def verify(
     """
     _require_arguments(step, cp, model, reduction)
     ranks = cp.transport if group is None else groups.wider_transport(group, cp.transport)
-    meeting = Meeting(ranks, "distflash.verify")
+    meeting = Meeting(ranks, "distflash.verify", release=cp._refuse)
     replays = _Replays(step, batch, cp, model, reduction, meeting)
     with meeting.part(), _every_call_compared(cp):
         report = replays.report(layers=False)
@@ -102,7 +102,13 @@ class _Replays:
         """The sharded run, the unsharded one, and unsharded ones whose weights are nudged."""
         sharded = self._run(self.cp, layers)
         with _alone(sharded.roots, self.cp):
+            calls = _calls(self.cp)
             unsharded = self._run(None, layers)
+            if _calls(self.cp) != calls:
+                raise ValueError(
+                    "step: the replay, step(batch, None), attended over the group; use the group that step is given, "
+                    "and keep it in attributes of modules if anywhere, where the replay finds and removes it"
+                )
             nudged = [self._nudged(unsharded, layers, seed) for seed in range(NUDGES)]
         return sharded, unsharded, nudged
 
@@ -121,6 +127,7 @@ class _Replays:
             done = self.meeting.exchange(str(int(gradients is not None or recorder.has_gradients())))
             if "1" not in done and loss.requires_grad:
                 loss.backward()
+            recorder.require_same_weights()
             return recorder.run(loss, returned, gradients)
 
 
@@ -134,6 +141,12 @@ def _parts(result: Any) -> tuple[Tensor, list[Tensor], Mapping[str, Tensor] | No
         raise ValueError(f"step: expected it to return the loss, a scalar, first; got {what}")
     gradients = next((x for x in others if isinstance(x, Mapping)), None)
     return loss, tensors_in([x for x in others if not isinstance(x, Mapping)]), gradients
+
+
+def _calls(cp: ContextParallel) -> int:
+    """How many calls of attention ``cp`` has planned so far."""
+    cache = cp._plan.cache_info()
+    return cache.hits + cache.misses
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -27,7 +27,8 @@ class Sums:
         size: of the unsharded value.
         nudged: of the nudged minus the unsharded value.
         product: the inner product of the sharded and the unsharded value.
-        unit: of rounding in the dtype in which the value is stored, half of its relative spacing.
+        stored: of all roundings, the squares of the 2-norms of what is rounded: the value, or every rank's part of it.
+        unit: of rounding in the dtype in which it is stored, half of its relative spacing.
         wide: the same of the dtype in which it is summed.
         bad: how many elements of the sharded value are not finite.
         first_bad: the smallest global position of such an element, -1 if unknown.
@@ -39,6 +40,7 @@ class Sums:
     nudged: float = 0.0
     product: float = 0.0
     largest: float = 0.0
+    stored: float = 0.0
     unit: float = 0.0
     wide: float = 0.0
     bad: int = 0
@@ -51,7 +53,8 @@ class Sums:
         delta = found - exact
         return Sums(
             error=float(delta.square().sum()),
-            size=float(exact.square().sum()),
+            size=(size := float(exact.square().sum())),
+            stored=size,
             nudged=max(float((x.double() - exact).square().sum()) for x in nudged),
             product=float((found * exact).sum()),
             largest=float(delta.abs().max()) if delta.numel() else 0.0,
@@ -66,6 +69,7 @@ class Sums:
         return Sums(
             error=self.error + other.error,
             size=self.size + other.size,
+            stored=self.stored + other.stored,
             nudged=self.nudged + other.nudged,
             product=self.product + other.product,
             largest=self.largest + other.largest if self.largest != self.largest else max(other.largest, self.largest),
@@ -79,7 +83,7 @@ class Sums:
     def row(self, kind: str, name: str, scale: float | None = None) -> Row:
         """``scale``: the size of the terms whose sum the value is; by default its own."""
         size = self.size**0.5
-        rounding = self.unit * size + self.wide * (size if scale is None else scale)
+        rounding = self.unit * self.stored**0.5 + self.wide * (size if scale is None else scale)
         return Row(kind, name, self.largest, self.error**0.5, size, SIGMAS * (self.nudged**0.5 + rounding))
 
 
@@ -154,10 +158,14 @@ class Comparison:
             total = self.ranks.all_reduce(gradient.to(torch.promote_types(gradient.dtype, torch.float32)))
             return total / W if how == "mean" else total
 
-        return {
-            name: Sums.of(combined(gradient), expected[name], [run.gradients[name] for run in self.nudged])
-            for name, gradient in found.items()
-        }
+        factor = 1 / W if how == "mean" or (how == "already" and self.sharded.averaged) else 1.0
+        sums = {}
+        for name, gradient in found.items():
+            s = Sums.of(combined(gradient), expected[name], [run.gradients[name] for run in self.nudged])
+            parts = [(factor * self.sharded.parts.get(name, 0.0)) ** 2, s.size / W]
+            # The compute dtype's: under autocast a gradient is rounded to that before its parameter's dtype holds it.
+            sums[name] = replace(s, stored=max(parts), unit=self.sharded.eps / 2)
+        return sums
 
     def _how_gradients_are_combined(self) -> str:
         """What the caller said; else "already" if the ranks hold the same gradients, and otherwise "sum"."""
@@ -291,9 +299,12 @@ def _event_row(event: Event, sums: Sums) -> Row:
 def _gradient_rows(tables: list[Tables]) -> list[Row]:
     """Small gradients may be differences of large terms: all are as inexact as the largest one's rounding."""
     scale = max((sums.size**0.5 for table in tables for sums in table.gradients.values()), default=0.0)
-    return [
-        _worst([table.gradients[name].row("gradient", name, scale) for table in tables]) for name in tables[0].gradients
-    ]
+    rows = []
+    for name in tables[0].gradients:
+        sums = [table.gradients[name] for table in tables]
+        stored = sum(s.stored for s in sums)  # every rank's part is rounded before they are combined
+        rows.append(_worst([replace(s, stored=stored).row("gradient", name, scale) for s in sums]))
+    return rows
 
 
 def _common_factor(tables: list[Tables], gradients: list[Row]) -> float | None:

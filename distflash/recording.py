@@ -52,6 +52,8 @@ class Run:
         events: of the root's outputs, or of all modules, on the CPU, in the order of execution.
         returned: what step returned beside the loss.
         gradients: by parameter, of parts that FSDP holds the whole; on the parameter's device.
+        parts: by parameter, the 2-norm of this rank's own gradient, before it is combined with the others'.
+        averaged: whether a wrapper (DDP, FSDP, DeepSpeed) averages gradients over the ranks.
         roots: the modules that were called from outside of any module.
         eps: the relative spacing of the shortest floating dtype in use.
     """
@@ -60,6 +62,8 @@ class Run:
     events: dict[Event, Tensor]
     returned: list[Tensor]
     gradients: dict[str, Tensor]
+    parts: dict[str, float]
+    averaged: bool
     roots: list[nn.Module]
     eps: float
 
@@ -85,13 +89,16 @@ class Recorder:
     _calls: dict[nn.Module, int] = field(default_factory=dict)
     _stack: list[nn.Module] = field(default_factory=list)
     _before: dict[Tensor, Tensor | None] = field(default_factory=dict)
+    _parts: dict[str, Tensor] = field(default_factory=dict)
+    _hooked: set[Tensor] = field(default_factory=set)
     _versions: dict[Tensor, int] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
     _thread: int = field(default_factory=threading.get_ident)
 
     def __enter__(self) -> Recorder:
-        for x in self.inputs.values():
+        for name, x in self.inputs.items():
             self._set_gradient_aside(x)
+            self._measure_part(name, x)
         if self.model is not None:
             self._add_root(self.model)
         self._handles = [
@@ -143,6 +150,8 @@ class Recorder:
             events=self.events,
             returned=[x.detach().to("cpu", copy=True) for x in returned],
             gradients={name: x.detach().clone() for name, x in gradients.items()},
+            parts={name: float(norm) for name, norm in self._parts.items()},
+            averaged=any(isinstance(p, DTensor) for _, p in self.parameters()) or any(map(_is_wrapper, self.roots)),
             roots=self.roots,
             eps=max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point),
         )
@@ -182,11 +191,25 @@ class Recorder:
         if self._is_foreign() or not self._stack or self._stack[-1] is not module:
             return
         self._stack.pop()
+        # Here, since FSDP has put the whole parameters into the module, whose gradients are not combined yet.
+        for name, p in module.named_parameters(recurse=False):
+            self._measure_part(f"{self._names[module]}.{name}".removeprefix("."), p)
         if self.layers or not self._stack:
             self._keep(module, True, output)
         self._calls[module] = self._calls.get(module, 0) + 1
         self.finished = self.finished or not self._stack
         self.dtypes |= {x.dtype for x in tensors_in(output)}
+
+    def _measure_part(self, name: str, x: Tensor) -> None:
+        if x in self._hooked or not x.requires_grad:
+            return
+
+        def add(gradient: Tensor) -> None:
+            norm = torch.linalg.vector_norm(_local(gradient).double())
+            self._parts[name] = self._parts.get(name, torch.zeros_like(norm)) + norm
+
+        self._hooked.add(x)
+        self._handles.append(x.register_hook(add))
 
     def _keep(self, module: nn.Module, returned: bool, value: Any) -> None:
         call = self._calls.get(module, 0)
@@ -227,10 +250,14 @@ def _local(x: Tensor) -> Tensor:
 def _plain(root: nn.Module, name: str) -> str:
     """A parameter's or module's name without the parts that wrappers bring, such as DDP's ``module``."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    children = [child for child, _ in root.named_children()]
-    if children == ["module"] and parts and parts[0] == "module":
+    if _is_wrapper(root) and parts and parts[0] == "module":
         parts = parts[1:]
     return ".".join(parts)
+
+
+def _is_wrapper(root: nn.Module) -> bool:
+    """Such as DDP's and DeepSpeed's: all that they hold is another module."""
+    return [name for name, _ in root.named_children()] == ["module"]
 
 
 @torch.no_grad()

@@ -155,8 +155,9 @@ class TrainConfig:
     log_every: int = 10
     """Steps between printed lines where the output is no terminal. metrics.jsonl has every step."""
     verify: bool = False
-    """Replay the first batch unsharded on one rank, print how far its loss and every gradient are from those of the
-    sharded run, and stop with an error where that is more than rounding explains. Sharpest with --dtype float32."""
+    """Replay the first batch unsharded, compare its loss, output and all gradients with those of the sharded step, and
+    stop with an error where they differ by more than rounding explains, with the first layer that differs. Every rank
+    holds the whole batch for it. Sharpest with --dtype float32."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 

@@ -29,9 +29,13 @@ class DeepSpeedConfig(TrainConfig):
     micro_batch_size: int = 1
     """Sequences that a data-parallel group takes at a time. Its share of the batch is made of so many micro-batches."""
 
+    verify: bool = False
+    """Before DeepSpeed takes the model: replay the first batch unsharded, compare its loss, output and all gradients
+    with those of the sharded step, and stop with an error where they differ by more than rounding explains. How ZeRO
+    and the pipeline combine gradients is not compared."""
+
     # What the main job has and this one has not.
     fsdp: Suppress[bool] = False
-    verify: Suppress[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

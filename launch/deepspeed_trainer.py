@@ -15,6 +15,7 @@ from deepspeed.runtime.activation_checkpointing.checkpointing import non_reentra
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+import distflash as df
 import distflash.integrations.deepspeed as dfd
 from launch.checkpoint import checkpoints_of
 from launch.data import Corpus
@@ -25,6 +26,7 @@ from launch.model import Decoder, loss_sum
 from launch.optimizer import adamw, learning_rate
 from launch.pipeline import pipeline_layers
 from launch.reporting import Metrics, Reporter, plot_loss
+from launch.step import Step
 from launch.together import Refused, on_lead
 from launch.trainer import (
     describe,
@@ -33,6 +35,7 @@ from launch.trainer import (
     run,
     title,
 )
+from launch.verify import show, verify_step
 
 
 def main(config: DeepSpeedConfig) -> int:
@@ -70,6 +73,8 @@ def train(config: DeepSpeedConfig, corpus: Corpus, device: torch.device) -> int:
 
     with Reporter(config, first_step=first, active=lead) as report:
         report.print(job.describe(first))
+        if job.verified is not None:
+            show(job.verified, report)
         loop(config, first, job.step, partial(save_checkpoint, job.engine), writer, report, stop)
     if lead:
         print(f"loss plot: {plot_loss(config.out, title(config, job.topology.cp))}", flush=True)
@@ -78,7 +83,10 @@ def train(config: DeepSpeedConfig, corpus: Corpus, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """A model on an engine of DeepSpeed, and its data. parameters: how many the model has, on all stages."""
+    """A model on an engine of DeepSpeed, and its data.
+
+    parameters: how many the model has, on all stages. verified: the report of --verify, on the weights of the seed.
+    """
 
     config: DeepSpeedConfig
     corpus: Corpus
@@ -86,6 +94,7 @@ class Job:
     topology: dfd.Topology
     engine: Any
     parameters: int
+    verified: df.Report | None
 
     @classmethod
     def build(cls, config: DeepSpeedConfig, corpus: Corpus, device: torch.device) -> "Job":
@@ -96,6 +105,7 @@ class Job:
         torch.manual_seed(config.seed)  # drawn on the CPU: the same weights on every rank and every device
         decoder = Decoder(config.model, topology.cp)
         parameters = sum(p.numel() for p in decoder.parameters())
+        verified = verify_decoder(config, corpus, device, topology, decoder) if config.verify else None
         model = decoder if config.pipe == 1 else pipeline(decoder, topology, config)
         engine, *_ = dfd.initialize(
             topology,
@@ -105,7 +115,7 @@ class Job:
             lr_scheduler=partial(LambdaLR, lr_lambda=partial(share_of_lr, config)),
         )
         check_engine(engine)
-        return cls(config, corpus, device, topology, engine, parameters)
+        return cls(config, corpus, device, topology, engine, parameters, verified)
 
     def step(self, step: int) -> Metrics:
         """One step of the optimizer, numbered from 0."""
@@ -151,6 +161,15 @@ class Job:
             f"DeepSpeed: {config.deepspeed.name}, ZeRO-{self.engine.zero_optimization_stage()}{stages}, "
             f"{config.micro_batches} micro-batches of {config.micro_batch_size}"
         )
+
+
+def verify_decoder(
+    config: DeepSpeedConfig, corpus: Corpus, device: torch.device, topology: dfd.Topology, decoder: Decoder
+) -> df.Report:
+    """Verify the first step of the decoder on the ranks that DeepSpeed is about to spread it over."""
+    share = topology.data_rank, topology.data
+    step = Step(config, corpus, device, topology.cp, share, "mean")
+    return verify_step(step, decoder.to(device), topology.cp, 0, "mean")
 
 
 def pipeline(decoder: Decoder, topology: dfd.Topology, config: DeepSpeedConfig) -> nn.Module:

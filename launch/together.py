@@ -23,6 +23,12 @@ class JobError(ValueError):
         super().__init__("; ".join(self.reasons))
 
 
+class NotVerified(JobError):
+    """`--verify` found a difference that rounding does not explain."""
+
+    code = 1
+
+
 class Refused(JobError):
     """What was asked for is not done: an option, a file or the data is at fault."""
 

@@ -25,7 +25,7 @@ from launch.optimizer import Gradients, adamw, learning_rate
 from launch.reporting import Metrics, Reporter, peak_memory_gib, plot_loss, read_metrics
 from launch.step import Step
 from launch.together import Refused, end, on_lead, together
-from launch.verify import verify
+from launch.verify import headline, show, verify_step
 from launch.weights import WRITER, load_state, save_state
 
 Options = TypeVar("Options")
@@ -153,18 +153,16 @@ def train(config: TrainConfig, corpus: Corpus, device: torch.device) -> int:
     with Reporter(config, first_step=first, active=lead) as report:
         parameters = sum(p.numel() for p in model.parameters())
         report.print(describe(config, corpus, parameters, cp, first))
-        verdict = verify(forward_backward, model, gradients, first) if config.verify else None
-        if verdict is not None:
-            report.print(verdict.table())
-            report.print(verdict.summary())
-            if not verdict.passed:
-                return 1
+        verified = None
+        if config.verify:
+            verified = verify_step(forward_backward, model, cp, first, None if config.fsdp else "sum")
+            show(verified, report)
         step = partial(optimizer_step, forward_backward, model, gradients, optimizer)
         loop(config, first, step, partial(save_state, model=model, optimizer=optimizer), WRITER, report, stop)
     if lead:
         print(f"loss plot: {plot_loss(config.out, title(config, cp))}")
-        if verdict is not None:
-            print(verdict.summary(), flush=True)
+        if verified is not None:
+            print(headline(verified), flush=True)
     return 0
 
 

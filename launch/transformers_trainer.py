@@ -4,11 +4,13 @@ import os
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tyro.conf import Suppress
 
@@ -29,9 +31,11 @@ from launch.transformers_model import (
     DistflashAttention,
     Shape,
     TorchAttention,
+    Unsharded,
     checkpoint_layers,
     shard_model,
 )
+from launch.verify import show, verify_run
 
 # Steps that are left out of the rate: memory pools grow and kernels are compiled.
 WARM_UP = 2
@@ -58,7 +62,6 @@ class TransformersConfig(TrainConfig):
     overwrite: Suppress[bool] = False
     checkpoint_every: Suppress[int] = 0
     keep_checkpoints: Suppress[int] = 1
-    verify: Suppress[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +71,7 @@ class TransformersConfig(TrainConfig):
             self.attention == "torch" or not self.repeat_kv, "--repeat-kv", "it alone", "--attention torch beside it"
         )
         if self.attention == "torch":
+            require(not self.verify, "--verify", "--attention torch beside it", "--attention distflash")
             pieces = 2 * int(os.environ.get("WORLD_SIZE", 1)) // self.data_parallel
             require(self.device_type == "cuda", "--attention", "torch on CPUs", "GPUs, or --attention distflash")
             require(self.seq_len % max(1, pieces) == 0, "--seq-len", self.seq_len, f"a multiple of {pieces} for torch")
@@ -98,6 +102,8 @@ def train(config: TransformersConfig, corpus: Corpus, device: torch.device) -> i
     on_lead(lambda: prepare_out(config, None))
     with Reporter(config, first_step=0, active=lead) as report:
         report.print(describe(config, model, cp, device))
+        if config.verify:
+            show(verify_run(partial(step.run, model), model.model.model, cp, 0, None), report)
         for number in range(config.steps):
             made.append(step(model, optimizer, number))
             check_finite(made[-1], checkpoints_of(config))
@@ -136,7 +142,7 @@ class Step:
     def __call__(self, model: CausalLM, optimizer: torch.optim.Optimizer, number: int) -> Metrics:
         config = self.config
         begin = time.perf_counter()
-        loss = self.backward(model, number)
+        loss = self.run(model, number, self.cp)
         limit = config.optimizer.grad_clip
         norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else torch.inf))
         for group in optimizer.param_groups:
@@ -158,8 +164,11 @@ class Step:
             peak_memory_gib=peak_memory_gib(self.device),
         )
 
-    def backward(self, model: CausalLM, number: int) -> torch.Tensor:
-        """The mean loss over all tokens of all ranks; the parameters have its gradient."""
+    def run(self, model: CausalLM, number: int, cp: df.ContextParallel | None) -> Tensor:
+        """The mean loss over all tokens of all ranks; the parameters have its gradient.
+
+        `cp=None`: this rank holds the whole batch, and attends by torch's own attention.
+        """
         config = self.config
         tokens, labels = self.corpus.batch(
             seed=config.seed,
@@ -167,11 +176,13 @@ class Step:
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             positions=torch.arange(config.seq_len),
-            share=self.share,
+            share=self.share if cp is not None else (0, 1),
         )
-        with self.attention.shard(tokens.to(self.device), labels.to(self.device)) as (inputs, mine):
+        attention = self.attention if cp is not None else Unsharded(model.model)
+        with attention.shard(tokens.to(self.device), labels.to(self.device)) as (inputs, mine):
             total = model(inputs, mine)
-            loss = self.cp.mean(total, mine.numel(), "mean", group=self.everyone)
+            count = mine.numel()
+            loss = total / count if cp is None else cp.mean(total, count, "mean", group=self.everyone)
             loss.backward()
         return loss.detach()
 

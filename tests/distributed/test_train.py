@@ -70,17 +70,9 @@ def test_one_rank_learns_and_leaves_its_results(one_rank: Path) -> None:
 def test_same_seed_same_losses_on_any_number_of_ranks(ranks: int, layout: str, one_rank: Path, tmp_path: Path) -> None:
     output = train(ranks, "--steps", STEPS, "--layout", layout, "--verify", out=tmp_path)
     assert losses(tmp_path) == pytest.approx(losses(one_rank), rel=TOLERANCE)
-    # --verify on the way: a row for the loss and for each gradient, and a difference of a few roundings.
-    assert "NOT VERIFIED" not in output
-    rows = re.findall(r"(loss|[\w.]+\.weight) .*?([\d.e+-]+) .*?([\d.e+-]+) .", output.split("verified:")[0])
-    assert {name for name, _, _ in rows} >= {
-        "loss",
-        "embedding.weight",
-        "blocks.1.attention.q_proj.weight",
-        "head.weight",
-    }
-    largest = re.search(r"verified: .* at most ([\d.e+-]+)", output)
-    assert largest is not None and float(largest[1]) < 16 * torch.finfo(torch.float32).eps
+    largest = re.search(r"verified: .* in (\d+) values; the largest error is ([\d.]+) of its bound", output)
+    assert largest is not None and "NOT VERIFIED" not in output
+    assert int(largest[1]) >= 23 and float(largest[2]) < 1  # the loss, the output and 21 gradients
 
 
 def test_resumes_on_another_number_of_ranks(one_rank: Path, tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_what_three_ranks_write_two_read_and_go_on_alike(fsdp: bool, whole: Path
     assert {ended.code for ended in resumed} == {0}
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=TOLERANCE)
     state = moments(checkpoint(tmp_path))
-    assert state.keys() == moments(checkpoint(whole)).keys() and len(state) == 3 * 11
+    assert state.keys() == moments(checkpoint(whole)).keys() and len(state) == 3 * 12
 
 
 def test_a_run_that_diverges_stops_on_all_ranks_and_keeps_a_good_checkpoint(run: Path, ranks_of) -> None:

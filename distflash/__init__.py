@@ -3,9 +3,11 @@
 from distflash import kernels, nn, transport
 from distflash.api import ContextParallel, attention
 from distflash.checkpointing import checkpoint_policy, keep_attention
+from distflash.differences import Report
 from distflash.layouts import Contiguous, Layout, Striped, Zigzag
 from distflash.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Window
 from distflash.schedules import Ring
+from distflash.verify import verify
 
 __version__ = "0.1.0"
 
@@ -19,6 +21,7 @@ __all__ = [
     "Layout",
     "Mask",
     "PrefixLM",
+    "Report",
     "Ring",
     "Striped",
     "Window",
@@ -29,4 +32,5 @@ __all__ = [
     "kernels",
     "nn",
     "transport",
+    "verify",
 ]

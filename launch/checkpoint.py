@@ -1,85 +1,143 @@
-"""Checkpoints that are complete or absent, and that do not depend on the number of ranks or the layout.
+"""Checkpoints that are complete or absent, and of which only undamaged ones are read.
 
-`torch.distributed.checkpoint` shares out the writing where every rank holds the whole model, writes each rank's part
-where FSDP shards it, and reads the one as the other: a run may go on with other ranks, with FSDP or without. A
-checkpoint is written to a hidden folder and renamed when it is complete: whatever `step-*` there is can be loaded, and
-an interrupted write leaves the previous one untouched.
+A checkpoint is written to a hidden folder, sealed with the digests of its files, and renamed when it is complete: an
+interrupted write leaves the previous one untouched. A run that resumes takes the newest one whose files have their
+digests, and sets those aside that it passed over.
 """
 
+import itertools
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-from launch.config import ModelConfig
+from launch import manifest
+from launch.config import ModelConfig, TrainConfig
+from launch.together import Refused, gather, on_lead, together
 
 # Options of the model that say what is kept in memory, not what is computed.
 MEMORY_ONLY = ("checkpoint_activations", "recompute_attention")
 
 
 @dataclass(frozen=True)
+class Choice:
+    """The checkpoint that a run resumes from, and the newer ones that are damaged, each with the reason."""
+
+    source: Path
+    damaged: tuple[tuple[Path, str], ...] = ()
+
+    @property
+    def step(self) -> int:
+        return step_of(self.source)
+
+    def set_aside(self) -> list[str]:
+        """Rename the damaged ones, so that they do not count as checkpoints any more; what is to be said of them."""
+        lines = []
+        for path, reason in self.damaged:
+            aside = path.rename(free_name(path.with_name(f"damaged-{path.name}")))
+            lines.append(f"{reason}; it is now {aside.name}, and the run resumes from {self.source.name}")
+        return lines
+
+
+@dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run. Every method but `newest` is called by all ranks together."""
+    """The checkpoints of one run."""
 
     folder: Path
     keep: int
 
-    def newest(self) -> Path | None:
-        """The complete checkpoint of the highest step, if there is one."""
-        return max(self.folder.glob("step-*"), default=None, key=step_of)
-
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, shape: ModelConfig) -> Path:
-        """Write the state after `step` steps, then drop all but the newest `keep` checkpoints."""
-        with self.writing(step, shape) as folder:
-            weights, moments = get_state_dict(model, optimizer)
-            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
-        return self.folder / f"step-{step:08d}"
+    def complete(self) -> list[Path]:
+        """All that were written to their end, the newest first. Folders of other names are not the run's."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        named = (path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
+        return sorted(named, key=step_of, reverse=True)
 
     @contextmanager
-    def writing(self, step: int, shape: ModelConfig) -> Iterator[Path]:
-        """A folder to write a checkpoint to, which is `step-*` once all ranks have left the block."""
+    def writing(self, step: int, shape: ModelConfig, writer: str) -> Iterator[Path]:
+        """A folder to write a checkpoint to, which is `step-*` once all ranks have left the block. All ranks call."""
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".writing-{final.name}"
-        lead = dist.get_rank() == 0
-        if lead:
+
+        def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)  # left over from an interrupted write
             partial.mkdir(parents=True)
             (partial / "model.json").write_text(json.dumps(asdict(shape)))
-        dist.barrier()
-        yield partial
-        dist.barrier()
-        if lead and not final.exists():  # a run that was stopped at a step it had just saved has nothing new
-            partial.rename(final)
-        if lead:
-            shutil.rmtree(partial, ignore_errors=True)
-            for old in sorted(self.folder.glob("step-*"), key=step_of)[: -self.keep]:
-                discarded = old.rename(self.folder / f".discarded-{old.name}")  # never a step-* that is half there
-                shutil.rmtree(discarded)
-        dist.barrier()
 
-    def load(self, source: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Read `source` into the model and an optimizer that has not stepped; the number of steps it had taken."""
-        weights, moments = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=source)
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-        return step_of(source)
+        on_lead(begin)
+        yield partial
+        gather(None)  # all have written
+        manifest.seal(partial, writer, step)
+        on_lead(lambda: self.publish(partial, final))
+
+    def publish(self, partial: Path, final: Path) -> None:
+        """Give a complete checkpoint its name."""
+        if final.exists():  # of a run that was stopped at a step it had just saved
+            discard(final)
+        partial.rename(final)
+
+    def prune(self) -> None:
+        """Delete all but the newest `keep`. To be called when a later step has shown that the newest is sound."""
+        for old in self.complete()[self.keep :]:
+            discard(old)
+
+    def choose(self, shape: ModelConfig, writer: str) -> Choice:
+        """The newest checkpoint that is whole. All ranks call, and nothing is changed on disk.
+
+        Raises:
+            Refused: on every rank, where none is whole, or where it is of another model or another program.
+        """
+        damaged: list[tuple[Path, str]] = []
+        for path in gather(self.complete())[0]:
+            try:
+                found = manifest.check(path)
+                stored = together(lambda path=path: read_shape(path))[0]  # type: ignore[misc]
+            except Refused as refusal:
+                damaged.append((path, str(refusal)))
+                continue
+            if found.writer != writer:
+                raise Refused(f"--resume: {path} was written by {found.writer}; resume with it, or name another --out")
+            together(lambda path=path, stored=stored: check_shape(path, stored, shape))  # type: ignore[misc]
+            return Choice(path, tuple(damaged))
+        remedy = "restore a checkpoint there, or start anew with --overwrite or another --out"
+        reasons = [f"--resume: {reason}" for _, reason in damaged] or [f"--resume: {self.folder} holds no checkpoint"]
+        raise Refused({f"{reason}; {remedy}": 0 for reason in reasons})
+
+
+def checkpoints_of(config: TrainConfig) -> Checkpoints:
+    return Checkpoints(config.out / "checkpoints", config.keep_checkpoints)
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or the first of `path-2`, `path-3`, ... where nothing is."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2)))
+    return next(name for name in names if not name.exists())
+
+
+def discard(checkpoint: Path) -> None:
+    gone = checkpoint.rename(checkpoint.with_name(f".discarded-{checkpoint.name}"))  # never a step-* that is half there
+    shutil.rmtree(gone)
 
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def check_shape(source: Path, shape: ModelConfig) -> None:
+def read_shape(source: Path) -> dict[str, Any]:
+    """The options of the model that `source` was trained with; a ValueError where the file does not say them."""
+    path = source / "model.json"
+    stored = manifest.read_json(path)
+    names = set(asdict(ModelConfig())) - set(MEMORY_ONLY)
+    if not isinstance(stored, dict) or not names <= stored.keys():
+        raise ValueError(f"{path} is damaged: it does not describe a model")
+    return stored
+
+
+def check_shape(source: Path, stored: dict[str, Any], shape: ModelConfig) -> None:
     """A ValueError that names the first option of the model in which `source` differs from this run."""
-    stored = json.loads((source / "model.json").read_text())
     for name, value in asdict(shape).items():
         if name not in MEMORY_ONLY and stored[name] != value:
             raise ValueError(

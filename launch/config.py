@@ -6,6 +6,7 @@ minutes. From the root of the repository, without further options:
     python -m torch.distributed.run --standalone --nproc-per-node 2 launch/train.py --verify
 """
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,17 @@ from typing import Literal
 import torch
 
 import distflash as df
+from launch.together import printable
 
 
 def require(condition: bool, argument: str, came: object, expected: str) -> None:
     """Raise a ValueError for `argument` in the words of the command line unless `condition` holds."""
     if not condition:
         raise ValueError(f"{argument}: got {came}, expected {expected}")
+
+
+def positive(argument: str, came: float) -> None:
+    require(0 < came < math.inf, argument, came, "a positive, finite number")
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class ModelConfig:
             f"{self.kv_heads} for {self.heads} query heads",
             "a divisor of --heads",
         )
+        positive("--rope-theta", self.rope_theta)
         require(self.ffn is None or self.ffn >= 1, "--ffn", self.ffn, "at least 1")
         require(
             self.checkpoint_activations or not self.recompute_attention,
@@ -96,13 +103,13 @@ class OptimizerConfig:
     """Largest norm of the global gradient. 0 turns clipping off."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "--lr", self.lr, "a positive number")
+        positive("--lr", self.lr)
         require(0 <= self.min_lr_ratio <= 1, "--min-lr-ratio", self.min_lr_ratio, "a share between 0 and 1")
         require(self.warmup >= 0, "--warmup", self.warmup, "0 or more steps")
-        require(self.weight_decay >= 0, "--weight-decay", self.weight_decay, "0 or more")
+        require(0 <= self.weight_decay < math.inf, "--weight-decay", self.weight_decay, "0 or more, and finite")
         require(0 <= self.beta1 < 1, "--beta1", self.beta1, "0 <= beta1 < 1")
         require(0 <= self.beta2 < 1, "--beta2", self.beta2, "0 <= beta2 < 1")
-        require(self.grad_clip >= 0, "--grad-clip", self.grad_clip, "0 or more")
+        require(0 <= self.grad_clip < math.inf, "--grad-clip", self.grad_clip, "0 (no clipping) or more, and finite")
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ class TrainConfig:
     CPUs."""
     threads: int = 0
     """CPU threads of each rank. 0 keeps the choice of torch and the launcher."""
-    out: Path = Path("runs/default")
+    out: Path = Path("runs/train")
     """Folder of the run: metrics.jsonl, loss.png and checkpoints."""
     resume: bool = False
     """Continue from the newest checkpoint in --out, on any number of ranks and in any layout."""
@@ -143,12 +150,14 @@ class TrainConfig:
     checkpoint_every: int = 0
     """Steps between checkpoints. The last step and SIGTERM or SIGINT always write one. 0: only those."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay on disk."""
+    """How many of the newest checkpoints stay on disk. Older ones are deleted when the step after the newest has a
+    finite loss, so that a run that diverges keeps a good one."""
     log_every: int = 10
     """Steps between printed lines where the output is no terminal. metrics.jsonl has every step."""
     verify: bool = False
-    """Replay the first batch unsharded on one rank, print how far its loss and every gradient are from those of the
-    sharded run, and stop with an error where that is more than rounding explains. Sharpest with --dtype float32."""
+    """Replay the first batch unsharded, compare its loss, output and all gradients with those of the sharded step, and
+    stop with an error where they differ by more than rounding explains, with the first layer that differs. Every rank
+    holds the whole batch for it. Sharpest with --dtype float32."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -161,8 +170,12 @@ class TrainConfig:
             self.batch_size,
             f"a multiple of the {self.data_parallel} groups of --data-parallel",
         )
-        for name in ("seed", "threads", "checkpoint_every"):
-            require(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "0 or more")
+        for name, limit in (("seed", 2**64), ("threads", 2**16), ("checkpoint_every", 2**63)):
+            came = getattr(self, name)
+            require(0 <= came < limit, f"--{name.replace('_', '-')}", came, f"0 or more, and less than {limit}")
+        # Checkpoints, logs and pictures are named after it, and not all of what writes them takes such a name.
+        shown = printable(self.out)
+        require(shown == str(self.out), "--out", shown, "a name in UTF-8")
         require(not (self.resume and self.overwrite), "--resume", "--overwrite beside it", "one of the two")
         cuda = torch.cuda.is_available()
         require(self.device != "cuda" or cuda, "--device", "cuda", "cpu or auto: torch sees no GPU on this machine")

@@ -1,6 +1,7 @@
 """Text as bytes, and which bytes make the batch of a step. A batch depends on seed and step, not on the ranks."""
 
 import hashlib
+import os
 import sysconfig
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """Equal where ranks, or two runs, see the same file names and sizes in the same order."""
-        text = "\n".join(f"{file.name} {end}" for file, end in zip(self.files, self.ends, strict=True))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        lines = (b"%s %d\n" % (os.fsencode(file.name), end) for file, end in zip(self.files, self.ends, strict=True))
+        return hashlib.sha256(b"".join(lines)).hexdigest()[:16]
 
     def read(self, start: int, length: int) -> np.ndarray:
         """The bytes [start, start + length) as uint8."""

@@ -19,6 +19,8 @@ from launch.config import TrainConfig, require
 class DeepSpeedConfig(TrainConfig):
     """Train a byte-level decoder with DeepSpeed on pipe x data x context ranks."""
 
+    out: Path = Path("runs/deepspeed")
+    """Folder of the run: metrics.jsonl, loss.png and checkpoints."""
     deepspeed: Path = Path(__file__).parent / "configs" / "zero1.json"
     """DeepSpeed's JSON configuration; see launch/configs."""
     pipe: int = 1
@@ -27,9 +29,13 @@ class DeepSpeedConfig(TrainConfig):
     micro_batch_size: int = 1
     """Sequences that a data-parallel group takes at a time. Its share of the batch is made of so many micro-batches."""
 
+    verify: bool = False
+    """Before DeepSpeed takes the model: replay the first batch unsharded, compare its loss, output and all gradients
+    with those of the sharded step, and stop with an error where they differ by more than rounding explains. How ZeRO
+    and the pipeline combine gradients is not compared."""
+
     # What the main job has and this one has not.
     fsdp: Suppress[bool] = False
-    verify: Suppress[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +64,7 @@ class DeepSpeedConfig(TrainConfig):
 
     def for_deepspeed(self) -> dict[str, Any]:
         """The JSON with what the command line decides; a ValueError where it decides that itself, and otherwise."""
-        settings = json.loads(self.deepspeed.read_text())
+        settings = read_object(self.deepspeed)
         for section in ("optimizer", "scheduler"):
             require(
                 section not in settings, "--deepspeed", f'"{section}" in {self.deepspeed}', "none; see --lr, --beta1"
@@ -74,9 +80,20 @@ class DeepSpeedConfig(TrainConfig):
             place = settings
             for section in sections:
                 place = place.setdefault(section, {})
+                require(isinstance(place, dict), "--deepspeed", f'{place} as "{section}"', "an object in braces")
             there = place.get(key, "auto")
             require(
                 there in ("auto", value), option, value, f'the {there} of "{path}" in {self.deepspeed}, or "auto" there'
             )
             place[key] = value
         return settings
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; a ValueError that names the file where there is none."""
+    try:
+        settings = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--deepspeed: {path} is no JSON ({error}); see launch/configs for files that are") from error
+    require(isinstance(settings, dict), "--deepspeed", f"a {type(settings).__name__} in {path}", "an object in braces")
+    return settings

@@ -1,13 +1,11 @@
 """The run on DeepSpeed, in the order of its execution. Options, model, data and reports are those of the main job."""
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import nan
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -17,40 +15,37 @@ from deepspeed.runtime.activation_checkpointing.checkpointing import non_reentra
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+import distflash as df
 import distflash.integrations.deepspeed as dfd
-from launch.checkpoint import step_of
+from launch.checkpoint import checkpoints_of
 from launch.data import Corpus
+from launch.deepspeed_checkpoint import check_engine, load_checkpoint, save_checkpoint, writer_of
 from launch.deepspeed_config import DeepSpeedConfig
+from launch.loop import StopSignals, loop
 from launch.model import Decoder, loss_sum
 from launch.optimizer import adamw, learning_rate
 from launch.pipeline import pipeline_layers
 from launch.reporting import Metrics, Reporter, plot_loss
+from launch.step import Step
+from launch.together import Refused, on_lead
 from launch.trainer import (
-    StopSignals,
-    agree,
-    checkpoints_of,
     describe,
-    join_group,
     metrics_of,
     prepare_out,
+    run,
     title,
 )
-
-# DeepSpeed's name for what it writes to a folder of its own, which is a checkpoint's here.
-TAG = "state"
+from launch.verify import show, verify_step
 
 
 def main(config: DeepSpeedConfig) -> int:
-    """Run the job and return the exit code: 0 done or stopped by a signal, 2 refused."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = join_group(config)
-    join_deepspeed(device)
-    corpus = agree(config)
-    code = 2 if corpus is None else train(config, corpus, device)
-    dist.barrier()
-    dist.destroy_process_group()
-    return code
+    """Run the job and return the exit code: 0 done or stopped by a signal, else that of `launch.together`."""
+
+    def job(corpus: Corpus, device: torch.device) -> int:
+        join_deepspeed(device)
+        return train(config, corpus, device)
+
+    return run(config, job)
 
 
 def join_deepspeed(device: torch.device) -> None:
@@ -63,33 +58,24 @@ def join_deepspeed(device: torch.device) -> None:
 
 
 def train(config: DeepSpeedConfig, corpus: Corpus, device: torch.device) -> int:
-    stop, checkpoints = StopSignals(device), checkpoints_of(config)
+    stop = StopSignals(device)
     lead = dist.get_rank() == 0
-    source = checkpoints.newest() if config.resume else None
     try:
         job = Job.build(config, corpus, device)
-        first = job.load(source) if source else 0
     except ValueError as error:  # the same on every rank
-        if lead:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    if lead:
-        prepare_out(config)
-    dist.barrier()
+        raise Refused(str(error)) from error
+    writer = writer_of(job.engine, config.pipe)
+    choice = checkpoints_of(config).choose(config.model, writer) if config.resume else None
+    if choice:
+        load_checkpoint(job.engine, choice.source)
+    first = choice.step if choice else 0
+    on_lead(lambda: prepare_out(config, choice))
 
     with Reporter(config, first_step=first, active=lead) as report:
         report.print(job.describe(first))
-        for step in range(first, config.steps):
-            report.step(job.step(step))
-            stopped, done = stop.agreed(), step + 1
-            due = config.checkpoint_every and done % config.checkpoint_every == 0
-            if stopped or due or done == config.steps:
-                with checkpoints.writing(done, config.model) as folder:
-                    job.engine.save_checkpoint(folder, tag=TAG)
-                report.print(f"checkpoint: {checkpoints.folder / f'step-{done:08d}'}")
-            if stopped:
-                report.print(f"stopped by a signal after step {done}; --resume continues")
-                break
+        if job.verified is not None:
+            show(job.verified, report)
+        loop(config, first, job.step, partial(save_checkpoint, job.engine), writer, report, stop)
     if lead:
         print(f"loss plot: {plot_loss(config.out, title(config, job.topology.cp))}", flush=True)
     return 0
@@ -97,7 +83,10 @@ def train(config: DeepSpeedConfig, corpus: Corpus, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """A model on an engine of DeepSpeed, and its data. parameters: how many the model has, on all stages."""
+    """A model on an engine of DeepSpeed, and its data.
+
+    parameters: how many the model has, on all stages. verified: the report of --verify, on the weights of the seed.
+    """
 
     config: DeepSpeedConfig
     corpus: Corpus
@@ -105,6 +94,7 @@ class Job:
     topology: dfd.Topology
     engine: Any
     parameters: int
+    verified: df.Report | None
 
     @classmethod
     def build(cls, config: DeepSpeedConfig, corpus: Corpus, device: torch.device) -> "Job":
@@ -115,6 +105,7 @@ class Job:
         torch.manual_seed(config.seed)  # drawn on the CPU: the same weights on every rank and every device
         decoder = Decoder(config.model, topology.cp)
         parameters = sum(p.numel() for p in decoder.parameters())
+        verified = verify_decoder(config, corpus, device, topology, decoder) if config.verify else None
         model = decoder if config.pipe == 1 else pipeline(decoder, topology, config)
         engine, *_ = dfd.initialize(
             topology,
@@ -123,17 +114,8 @@ class Job:
             optimizer=adamw(model, config.optimizer),
             lr_scheduler=partial(LambdaLR, lr_lambda=partial(share_of_lr, config)),
         )
-        return cls(config, corpus, device, topology, engine, parameters)
-
-    def load(self, source: Path) -> int:
-        """Read a checkpoint that was written on as many ranks and stages; the number of steps it had taken."""
-        loaded, _ = self.engine.load_checkpoint(source, tag=TAG)
-        if loaded is None:
-            raise ValueError(
-                f"--resume: {source} was not written by DeepSpeed on these ranks; resume with the program, --deepspeed "
-                "and --pipe that wrote it, or name another --out"
-            )
-        return step_of(source)
+        check_engine(engine)
+        return cls(config, corpus, device, topology, engine, parameters, verified)
 
     def step(self, step: int) -> Metrics:
         """One step of the optimizer, numbered from 0."""
@@ -142,8 +124,9 @@ class Job:
         loss = self.engine.train_batch(batch) if self.config.pipe > 1 else self.accumulate(batch)
         loss, norm = loss.item(), self.engine.get_global_grad_norm()
         seconds = time.perf_counter() - begin
-        # Without ZeRO, DeepSpeed does not tell the norm.
-        return metrics_of(self.config, self.device, step, loss, nan if norm is None else float(norm), rate, seconds)
+        if norm is not None:
+            norm = float(norm) if norm >= 0 else nan  # -1 is DeepSpeed's word for a norm that is not finite
+        return metrics_of(self.config, self.device, step, loss, norm, rate, seconds)
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's tokens of its group's share of a batch, a micro-batch at a time."""
@@ -178,6 +161,15 @@ class Job:
             f"DeepSpeed: {config.deepspeed.name}, ZeRO-{self.engine.zero_optimization_stage()}{stages}, "
             f"{config.micro_batches} micro-batches of {config.micro_batch_size}"
         )
+
+
+def verify_decoder(
+    config: DeepSpeedConfig, corpus: Corpus, device: torch.device, topology: dfd.Topology, decoder: Decoder
+) -> df.Report:
+    """Verify the first step of the decoder on the ranks that DeepSpeed is about to spread it over."""
+    share = topology.data_rank, topology.data
+    step = Step(config, corpus, device, topology.cp, share, "mean")
+    return verify_step(step, decoder.to(device), topology.cp, 0, "mean")
 
 
 def pipeline(decoder: Decoder, topology: dfd.Topology, config: DeepSpeedConfig) -> nn.Module:

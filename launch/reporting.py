@@ -16,11 +16,14 @@ from launch.config import TrainConfig
 
 @dataclass(frozen=True)
 class Metrics:
-    """One optimizer step. step counts from 1; loss in nats per token; seconds for the step."""
+    """One optimizer step. step counts from 1; loss in nats per token; seconds for the step.
+
+    grad_norm: before clipping; None where DeepSpeed does not tell it, without ZeRO.
+    """
 
     step: int
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     lr: float
     seconds: float
     tokens_per_second: float
@@ -93,8 +96,21 @@ class Reporter:
 
 def read_metrics(path: Path) -> list[Metrics]:
     """The steps in a metrics.jsonl; none if there is no file. A last line that was cut short is left out."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [Metrics(**json.loads(line)) for line in lines]
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [read_line(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def read_line(path: Path, number: int, line: bytes) -> Metrics:
+    try:
+        metrics = Metrics(**json.loads(line))
+        values = asdict(metrics) | {"grad_norm": metrics.grad_norm or 0.0}
+        if not all(isinstance(value, int | float) for value in values.values()):
+            raise ValueError("a value is no number")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: line {number} is no step of a run ({error}); repair or remove that line, or move the file away"
+        ) from error
+    return metrics
 
 
 def plot_loss(out: Path, title: str) -> Path | None:

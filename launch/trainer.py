@@ -2,10 +2,11 @@
 
 import os
 import shutil
-import signal
 import sys
 import time
-from types import FrameType
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,27 +15,34 @@ import tyro
 from torch.distributed.device_mesh import init_device_mesh
 
 import distflash as df
-from launch.checkpoint import Checkpoints, check_shape
+from launch.checkpoint import Choice, checkpoints_of
 from launch.config import TrainConfig, require
 from launch.data import Corpus, open_corpus
 from launch.fsdp import ShardedGradients, shard_model
+from launch.loop import StopSignals, loop
 from launch.model import Decoder, flops_per_token
 from launch.optimizer import Gradients, adamw, learning_rate
-from launch.reporting import Metrics, Reporter, peak_memory_gib, plot_loss
+from launch.reporting import Metrics, Reporter, peak_memory_gib, plot_loss, read_metrics
 from launch.step import Step
-from launch.verify import verify
+from launch.together import Refused, end, on_lead, together
+from launch.verify import headline, show, verify_step
+from launch.weights import WRITER, load_state, save_state
 
 Options = TypeVar("Options")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the job and return the exit code: 0 done or stopped by a signal, 1 not verified, 2 refused."""
+    """Run the job and return the exit code: 0 done or stopped by a signal, else that of `launch.together`."""
     config = parse(TrainConfig, arguments)
+    return run(config, lambda corpus, device: train(config, corpus, device))
+
+
+def run(config: TrainConfig, job: Callable[[Corpus, torch.device], int]) -> int:
+    """The exit code of `job` on the ranks of the launcher, all of which have the corpus."""
     if config.threads:
         torch.set_num_threads(config.threads)
     device = join_group(config)
-    corpus = agree(config)
-    code = 2 if corpus is None else train(config, corpus, device)
+    code = end(lambda: job(agree(config), device))
     # Only here, at an orderly end: after an error on one rank there is nobody to say goodbye to, and trying hangs.
     dist.barrier()
     dist.destroy_process_group()
@@ -65,25 +73,23 @@ def join_group(config: TrainConfig) -> torch.device:
     return device
 
 
-def agree(config: TrainConfig) -> Corpus | None:
-    """Open the corpus and the output folder; None on all ranks where any rank refuses or reads other data."""
-    corpus, mine = None, ""
-    try:
+def agree(config: TrainConfig) -> Corpus:
+    """Open the corpus, and look at the output folder; a Refused on all ranks where any refuses or reads other data."""
+    corpora: list[Corpus] = []
+
+    def look() -> str:
         check_ranks(config)
-        corpus = open_corpus(config.data, config.seq_len)
+        corpora.append(open_corpus(config.data, config.seq_len))
         check_out(config)
-    except ValueError as error:
-        mine = str(error)
-    found: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
-    dist.all_gather_object(found, (mine, corpus.fingerprint() if corpus else ""))
-    refusals = {refusal: rank for rank, (refusal, _) in reversed(list(enumerate(found))) if refusal}
-    others = [rank for rank, (_, data) in enumerate(found) if data != found[0][1]]
-    if others and not refusals:
-        refusals["--data: file names or sizes differ from those on rank 0; give every rank the same text"] = others[0]
-    if dist.get_rank() == 0:
-        for refusal, rank in refusals.items():
-            print(f"error (rank {rank}): {refusal}", file=sys.stderr)
-    return None if refusals else corpus
+        return corpora[0].fingerprint()
+
+    found = together(look)
+    others = [rank for rank, fingerprint in enumerate(found) if fingerprint != found[0]]
+    if others:
+        raise Refused(
+            {"--data: file names or sizes differ from those on rank 0; give every rank the same text": others[0]}
+        )
+    return corpora[0]
 
 
 def check_ranks(config: TrainConfig) -> None:
@@ -95,12 +101,18 @@ def check_ranks(config: TrainConfig) -> None:
 
 
 def check_out(config: TrainConfig) -> None:
-    """A ValueError where --out, as it is, would lose an earlier run or has nothing to resume from."""
-    newest = checkpoints_of(config).newest()
+    """A ValueError where --out, as it is, would lose an earlier run, is no folder or has nothing to resume from."""
+    checkpoints = checkpoints_of(config)
+    check_folder(config.out)
+    check_folder(checkpoints.folder)
+    metrics = config.out / "metrics.jsonl"
+    if metrics.exists() and not metrics.is_file():
+        raise ValueError(f"--out: {metrics} is no file; move it away, or name another --out")
+    newest = next(iter(checkpoints.complete()), None)
     if config.resume:
         if newest is None:
             raise ValueError(f"--resume: {config.out} holds no checkpoint; leave --resume out, or name another --out")
-        check_shape(newest, config.model)
+        read_metrics(metrics)
     elif newest is not None and not config.overwrite:
         raise ValueError(
             f"--out: {config.out} holds a run with the checkpoint {newest.name}; pass --resume to continue it, "
@@ -108,34 +120,19 @@ def check_out(config: TrainConfig) -> None:
         )
 
 
-def checkpoints_of(config: TrainConfig) -> Checkpoints:
-    return Checkpoints(config.out / "checkpoints", config.keep_checkpoints)
-
-
-class StopSignals:
-    """SIGTERM and SIGINT as a wish that all ranks learn of between two steps, whichever of them it reached."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.asked, self.device = False, device
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.remember)
-
-    def remember(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-
-    def agreed(self) -> bool:
-        asked = torch.tensor(int(self.asked), device=self.device)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+def check_folder(path: Path) -> None:
+    """A ValueError where there is no folder `path` that may be written to, and none can be made."""
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise ValueError(f"--out: {there} is no folder; move it away, or name another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out: {there} may not be written to; change its permissions, or name another --out")
 
 
 def train(config: TrainConfig, corpus: Corpus, device: torch.device) -> int:
-    stop, checkpoints = StopSignals(device), checkpoints_of(config)
+    stop = StopSignals(device)
+    choice = checkpoints_of(config).choose(config.model, WRITER) if config.resume else None
     lead = dist.get_rank() == 0
-    if lead:
-        prepare_out(config)
-    dist.barrier()
 
     shape = (config.data_parallel, dist.get_world_size() // config.data_parallel)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "context"))
@@ -145,8 +142,10 @@ def train(config: TrainConfig, corpus: Corpus, device: torch.device) -> int:
     if config.fsdp:
         shard_model(model, config.compute_dtype)
     optimizer = adamw(model, config.optimizer)
-    source = checkpoints.newest() if config.resume else None
-    first = checkpoints.load(source, model, optimizer) if source else 0
+    if choice:
+        load_state(choice.source, model, optimizer)
+    on_lead(lambda: prepare_out(config, choice))
+    first = choice.step if choice else 0
     gradients = ShardedGradients(model) if config.fsdp else Gradients(model)
     share = mesh.get_local_rank("data"), config.data_parallel
     forward_backward = Step(config, corpus, device, cp, share, gradients.reduction)
@@ -154,26 +153,16 @@ def train(config: TrainConfig, corpus: Corpus, device: torch.device) -> int:
     with Reporter(config, first_step=first, active=lead) as report:
         parameters = sum(p.numel() for p in model.parameters())
         report.print(describe(config, corpus, parameters, cp, first))
-        verdict = verify(forward_backward, model, gradients, first) if config.verify else None
-        if verdict is not None:
-            report.print(verdict.table())
-            report.print(verdict.summary())
-            if not verdict.passed:
-                return 1
-        for step in range(first, config.steps):
-            report.step(optimizer_step(forward_backward, model, gradients, optimizer, step))
-            stopped, done = stop.agreed(), step + 1
-            due = config.checkpoint_every and done % config.checkpoint_every == 0
-            if stopped or due or done == config.steps:
-                saved = checkpoints.save(model, optimizer, done, config.model)
-                report.print(f"checkpoint: {saved}")
-            if stopped:
-                report.print(f"stopped by a signal after step {done}; --resume continues")
-                break
+        verified = None
+        if config.verify:
+            verified = verify_step(forward_backward, model, cp, first, None if config.fsdp else "sum")
+            show(verified, report)
+        step = partial(optimizer_step, forward_backward, model, gradients, optimizer)
+        loop(config, first, step, partial(save_state, model=model, optimizer=optimizer), WRITER, report, stop)
     if lead:
         print(f"loss plot: {plot_loss(config.out, title(config, cp))}")
-        if verdict is not None:
-            print(verdict.summary(), flush=True)
+        if verified is not None:
+            print(headline(verified), flush=True)
     return 0
 
 
@@ -200,7 +189,13 @@ def optimizer_step(
 
 
 def metrics_of(
-    config: TrainConfig, device: torch.device, step: int, loss: float, grad_norm: float, lr: float, seconds: float
+    config: TrainConfig,
+    device: torch.device,
+    step: int,
+    loss: float,
+    grad_norm: float | None,
+    lr: float,
+    seconds: float,
 ) -> Metrics:
     """What is reported of a step 0, 1, ... of all ranks together that took so many seconds."""
     tokens = config.batch_size * config.seq_len
@@ -217,7 +212,10 @@ def metrics_of(
     )
 
 
-def prepare_out(config: TrainConfig) -> None:
+def prepare_out(config: TrainConfig, choice: Choice | None) -> None:
+    """On the first rank: make the folder, and leave of an earlier run what this one goes on from."""
+    for line in choice.set_aside() if choice else ():
+        print(line, file=sys.stderr, flush=True)
     if config.overwrite:  # only what a run writes: the folder may hold more
         shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
     if not config.resume:

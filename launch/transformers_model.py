@@ -62,6 +62,27 @@ class DistflashAttention:
         return df.keep_attention()
 
 
+class Unsharded:
+    """torch's attention over whole sequences, for as long as a batch lasts; then the model has its own again."""
+
+    name = "sdpa"
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.model = model
+
+    @contextmanager
+    def shard(self, tokens: Tensor, labels: Tensor) -> Iterator[tuple[Inputs, Tensor]]:
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(self.name)
+        try:
+            yield {"input_ids": tokens, "use_cache": False}, labels
+        finally:
+            self.model.set_attn_implementation(before)
+
+    def keep(self) -> Any:
+        return noop_context_fn()
+
+
 class TorchAttention:
     """`torch.distributed.tensor.experimental.context_parallel` with cuDNN, for comparison.
 

@@ -4,30 +4,38 @@ import os
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tyro.conf import Suppress
 
 import distflash as df
+from launch.checkpoint import checkpoints_of
 from launch.config import TrainConfig, require
 from launch.data import Corpus
 from launch.fsdp import whole
+from launch.loop import check_finite
 from launch.model import VOCABULARY, flops_per_token
 from launch.optimizer import adamw, learning_rate
 from launch.reporting import Metrics, Reporter, peak_memory_gib, plot_loss
-from launch.trainer import agree, join_group, parse, ranks_of
+from launch.together import on_lead
+from launch.trainer import parse, prepare_out, ranks_of, run
 from launch.transformers_model import (
     Attention,
     CausalLM,
     DistflashAttention,
     Shape,
     TorchAttention,
+    Unsharded,
     checkpoint_layers,
     shard_model,
 )
+from launch.verify import show, verify_run
 
 # Steps that are left out of the rate: memory pools grow and kernels are compiled.
 WARM_UP = 2
@@ -37,6 +45,8 @@ WARM_UP = 2
 class TransformersConfig(TrainConfig):
     """Train a randomly initialised Llama of Transformers: FSDP2 over all ranks, each sequence over some or all."""
 
+    out: Path = Path("runs/transformers")
+    """Folder of the run: metrics.jsonl and loss.png."""
     attention: Literal["distflash", "torch"] = "distflash"
     """distflash, or for comparison torch's own context parallelism: on GPUs, sequences that twice the ranks divide."""
     vocab_size: int = VOCABULARY
@@ -52,7 +62,6 @@ class TransformersConfig(TrainConfig):
     overwrite: Suppress[bool] = False
     checkpoint_every: Suppress[int] = 0
     keep_checkpoints: Suppress[int] = 1
-    verify: Suppress[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +71,7 @@ class TransformersConfig(TrainConfig):
             self.attention == "torch" or not self.repeat_kv, "--repeat-kv", "it alone", "--attention torch beside it"
         )
         if self.attention == "torch":
+            require(not self.verify, "--verify", "--attention torch beside it", "--attention distflash")
             pieces = 2 * int(os.environ.get("WORLD_SIZE", 1)) // self.data_parallel
             require(self.device_type == "cuda", "--attention", "torch on CPUs", "GPUs, or --attention distflash")
             require(self.seq_len % max(1, pieces) == 0, "--seq-len", self.seq_len, f"a multiple of {pieces} for torch")
@@ -69,16 +79,9 @@ class TransformersConfig(TrainConfig):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the job and return the exit code: 0 done, 2 refused."""
+    """Run the job and return the exit code: 0 done, else that of `launch.together`."""
     config = parse(TransformersConfig, arguments)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = join_group(config)
-    corpus = agree(config)
-    code = 2 if corpus is None else train(config, corpus, device)
-    dist.barrier()
-    dist.destroy_process_group()
-    return code
+    return run(config, lambda corpus, device: train(config, corpus, device))
 
 
 def train(config: TransformersConfig, corpus: Corpus, device: torch.device) -> int:
@@ -96,12 +99,14 @@ def train(config: TransformersConfig, corpus: Corpus, device: torch.device) -> i
     step = Step(config, corpus, device, cp, attention, everyone, (mesh.get_local_rank("data"), config.data_parallel))
 
     lead, made = dist.get_rank() == 0, []
-    if lead:
-        config.out.mkdir(parents=True, exist_ok=True)
+    on_lead(lambda: prepare_out(config, None))
     with Reporter(config, first_step=0, active=lead) as report:
         report.print(describe(config, model, cp, device))
+        if config.verify:
+            show(verify_run(partial(step.run, model), model.model.model, cp, 0, None), report)
         for number in range(config.steps):
             made.append(step(model, optimizer, number))
+            check_finite(made[-1], checkpoints_of(config))
             report.step(made[-1])
         report.print(summary(made, device))
     if lead:
@@ -137,7 +142,7 @@ class Step:
     def __call__(self, model: CausalLM, optimizer: torch.optim.Optimizer, number: int) -> Metrics:
         config = self.config
         begin = time.perf_counter()
-        loss = self.backward(model, number)
+        loss = self.run(model, number, self.cp)
         limit = config.optimizer.grad_clip
         norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else torch.inf))
         for group in optimizer.param_groups:
@@ -159,8 +164,11 @@ class Step:
             peak_memory_gib=peak_memory_gib(self.device),
         )
 
-    def backward(self, model: CausalLM, number: int) -> torch.Tensor:
-        """The mean loss over all tokens of all ranks; the parameters have its gradient."""
+    def run(self, model: CausalLM, number: int, cp: df.ContextParallel | None) -> Tensor:
+        """The mean loss over all tokens of all ranks; the parameters have its gradient.
+
+        `cp=None`: this rank holds the whole batch, and attends by torch's own attention.
+        """
         config = self.config
         tokens, labels = self.corpus.batch(
             seed=config.seed,
@@ -168,11 +176,13 @@ class Step:
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             positions=torch.arange(config.seq_len),
-            share=self.share,
+            share=self.share if cp is not None else (0, 1),
         )
-        with self.attention.shard(tokens.to(self.device), labels.to(self.device)) as (inputs, mine):
+        attention = self.attention if cp is not None else Unsharded(model.model)
+        with attention.shard(tokens.to(self.device), labels.to(self.device)) as (inputs, mine):
             total = model(inputs, mine)
-            loss = self.cp.mean(total, mine.numel(), reduction="mean", group=self.everyone)
+            count = mine.numel()
+            loss = total / count if cp is None else cp.mean(total, count, reduction="mean", group=self.everyone)
             loss.backward()
         return loss.detach()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +23,7 @@ import distflash as df
 from launch.config import ModelConfig, OptimizerConfig, TrainConfig
 from launch.reporting import read_metrics
 from tests.counting import Counting
+from tests.damage import Attack, flip
 from tests.jobs import finish, start, torchrun
 from tests.ranks import Ranks
 from tests.training import (
@@ -430,10 +434,62 @@ def run_both_jobs(out: Path, name: str, options: dict[str, object], model: dict[
     assert deepspeed_trainer.train(replace(config, resume=True), corpus, device) == 0
 
 
+@pytest.mark.parametrize("damage", ["flipped", "forged", "another stage"])
+def test_a_checkpoint_that_is_damaged_or_forged_is_refused_on_all_ranks(
+    damage: str, ranks_for: RanksFor, tmp_path: Path
+) -> None:
+    expected = {"flipped": "is damaged", "forged": "may run code when loaded", "another stage": "resume with"}[damage]
+    first, second = ranks_for(2, "models").run(resume_what_is_not_sound, tmp_path, damage)
+    assert first[0] == second[0] == 2 and not (tmp_path / "executed").exists()
+    assert len(first[1]) == 1 and expected in first[1][0] and second[1] == []
+
+
+def resume_what_is_not_sound(out: Path, damage: str) -> tuple[int, list[str]]:
+    """As a rank: write a checkpoint, spoil it on the first rank, and resume from it."""
+    from launch import deepspeed_trainer, manifest, trainer
+    from launch.deepspeed_config import DeepSpeedConfig
+    from launch.together import end, on_lead
+
+    join_deepspeed()
+    configs, device = Path(deepspeed_trainer.__file__).parent / "configs", torch.device("cpu")
+    config = DeepSpeedConfig(
+        out=out, deepspeed=configs / "zero1.json", seq_len=65, steps=1, device="cpu", model=ModelConfig(**TINY)
+    )
+    corpus = trainer.agree(config)
+    assert deepspeed_trainer.train(config, corpus, device) == 0
+    folder = out / "checkpoints" / "step-00000001"
+    file = next((folder / "state").glob("*optim_states.pt"))
+    if damage == "flipped":
+        on_lead(lambda: flip(file))
+    elif damage == "forged":
+        on_lead(lambda: torch.save({"attack": Attack(out / "executed")}, file))
+        manifest.seal(folder, manifest.read(folder).writer, 1)
+    else:
+        config = replace(config, deepspeed=configs / "zero3.json")
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        code = end(lambda: deepspeed_trainer.train(replace(config, steps=2, resume=True), corpus, device))
+    lines = [line for line in errors.getvalue().splitlines() if line.startswith("error")]
+    return code, lines
+
+
+def test_weights_only_holds_for_callers_who_ask_for_all(tmp_path: Path) -> None:
+    from launch.deepspeed_checkpoint import weights_only
+
+    mark, file = tmp_path / "executed", tmp_path / "x.pt"
+    torch.save({"attack": Attack(mark)}, file)
+    with weights_only(), pytest.raises(pickle.UnpicklingError):
+        torch.load(file, weights_only=False)
+    assert not mark.exists()
+    torch.load(file, weights_only=False)  # afterwards callers have what they ask for
+    assert mark.exists()
+
+
 def test_job_starts_as_users_start_it(tmp_path: Path) -> None:
     options = "--device cpu --layers 2 --dim 32 --seq-len 193 --batch-size 2 --steps 2 --log-every 1"
-    options += f" --deepspeed launch/configs/zero3.json --out {tmp_path}"
+    options += f" --verify --deepspeed launch/configs/zero3.json --out {tmp_path}"
     output = finish(start(*torchrun(2), "launch/train_deepspeed.py", *options.split()), timeout=120)
     assert "DeepSpeed: zero3.json, ZeRO-3, 2 micro-batches of 1" in output
+    assert "verified: sharded and unsharded agree" in output
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
     assert (tmp_path / "loss.png").stat().st_size > 10_000

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 
 from tests import jobs
 from tests.jobs import finish, torchrun
@@ -69,17 +70,9 @@ def test_one_rank_learns_and_leaves_its_results(one_rank: Path) -> None:
 def test_same_seed_same_losses_on_any_number_of_ranks(ranks: int, layout: str, one_rank: Path, tmp_path: Path) -> None:
     output = train(ranks, "--steps", STEPS, "--layout", layout, "--verify", out=tmp_path)
     assert losses(tmp_path) == pytest.approx(losses(one_rank), rel=TOLERANCE)
-    # --verify on the way: a row for the loss and for each gradient, and a difference of a few roundings.
-    assert "NOT VERIFIED" not in output
-    rows = re.findall(r"(loss|[\w.]+\.weight) .*?([\d.e+-]+) .*?([\d.e+-]+) .", output.split("verified:")[0])
-    assert {name for name, _, _ in rows} >= {
-        "loss",
-        "embedding.weight",
-        "blocks.1.attention.q_proj.weight",
-        "head.weight",
-    }
-    largest = re.search(r"verified: .* at most ([\d.e+-]+)", output)
-    assert largest is not None and float(largest[1]) < 16 * torch.finfo(torch.float32).eps
+    largest = re.search(r"verified: .* in (\d+) values; the largest error is ([\d.]+) of its bound", output)
+    assert largest is not None and "NOT VERIFIED" not in output
+    assert int(largest[1]) >= 23 and float(largest[2]) < 1  # the loss, the output and 21 gradients
 
 
 def test_resumes_on_another_number_of_ranks(one_rank: Path, tmp_path: Path) -> None:
@@ -95,11 +88,12 @@ def test_resumes_on_another_number_of_ranks(one_rank: Path, tmp_path: Path) -> N
     assert checkpoints(out) == ["step-00000003", "step-00000006"]
 
 
-def weights(checkpoint: Path, scratch: Path) -> torch.Tensor:
-    """All weights of a checkpoint, flat, whatever ranks wrote it."""
-    dcp_to_torch_save(checkpoint, scratch)
-    model = torch.load(scratch, weights_only=False)["model"]
-    return torch.cat([model[name].flatten() for name in sorted(model)])
+def weights(checkpoint: Path, like: Path) -> torch.Tensor:
+    """All weights of a checkpoint, flat, whatever ranks wrote it; their shapes are those of `like`, of one rank."""
+    (alone,) = like.glob("*.safetensors")
+    state = {name: torch.empty_like(x) for name, x in load_file(alone).items() if name.startswith("model.")}
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    return torch.cat([state[name].flatten() for name in sorted(state)])
 
 
 def test_data_parallel_groups_and_fsdp_go_on_alike(one_rank: Path, tmp_path: Path) -> None:
@@ -111,7 +105,8 @@ def test_data_parallel_groups_and_fsdp_go_on_alike(one_rank: Path, tmp_path: Pat
     output = train(4, "--steps", STEPS, *options, out=out)
     assert "resumed after step 3" in output and "verified:" in output and "NOT VERIFIED" not in output
     assert losses(out) == pytest.approx(losses(one_rank), rel=TOLERANCE)
-    mine, plain = (weights(run / "checkpoints" / "step-00000006", tmp_path / "whole") for run in (out, one_rank))
+    last = "checkpoints/step-00000006"
+    mine, plain = (weights(run / last, like=one_rank / last) for run in (out, one_rank))
     assert (mine - plain).norm() <= TOLERANCE * plain.norm()
 
 

@@ -221,12 +221,13 @@ def train(ranks: int, *options: str, out: Path) -> list[float]:
     """The losses of the steps, as the script prints them."""
     output = finish(start(*torchrun(ranks), *SCRIPT, *options, "--out", out), timeout=100)
     assert re.search(r"median [\d,]+ tokens/s \| peak \d+\.\d+ GiB", output), output
+    assert ("verified: sharded and unsharded agree" in output) is ("--verify" in options)
     return [float(loss) for loss in re.findall(r"step \d+/4 \| loss ([\d.]+)", output)]
 
 
 @pytest.mark.timeout(240)
 def test_the_script_learns_alike_on_one_rank_and_over_two(tmp_path):
     alone = train(1, "--loss-chunk", "0", out=tmp_path / "1")
-    over_two = train(2, "--loss-chunk", "50", "--checkpoint-activations", out=tmp_path / "2")
+    over_two = train(2, "--loss-chunk", "50", "--checkpoint-activations", "--verify", out=tmp_path / "2")
     assert len(alone) == 4 and alone[-1] < alone[0] - 0.3
     assert over_two == pytest.approx(alone, abs=1.5e-4)  # four digits are printed

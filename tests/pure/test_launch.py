@@ -1,18 +1,27 @@
-"""The parts of the main job that need no ranks: text, batches, FLOPs, the learning rate, the verdict."""
+"""The parts of the main job that need no ranks: text, batches, FLOPs, the learning rate, checkpoints, options."""
 
+import json
+import re
+import shlex
 from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import distflash as df
+from launch.checkpoint import Checkpoints
 from launch.config import ModelConfig, OptimizerConfig, TrainConfig
 from launch.data import Corpus, open_corpus
+from launch.deepspeed_config import DeepSpeedConfig
 from launch.model import Decoder, flops_per_token
 from launch.optimizer import Gradients, learning_rate
-from launch.trainer import check_out
-from launch.verify import judge, nudge
+from launch.together import Refused
+from launch.trainer import check_out, parse
 
 
 @pytest.fixture
@@ -111,22 +120,6 @@ def test_gradients_are_views_that_clip_together() -> None:
     torch.testing.assert_close(gradients.flat.norm(), norm / 2, rtol=1e-5, atol=0)
 
 
-def test_verdict_tells_rounding_from_a_mistake() -> None:
-    exact = {"weight": torch.randn(1000, generator=torch.Generator().manual_seed(0)), "loss": torch.tensor(5.0)}
-    nudged = {"weight": exact["weight"] * (1 + 1e-6), "loss": exact["loss"]}
-    for relative, passed in [(0.0, True), (2e-6, True), (1e-5, False), (float("nan"), False)]:
-        sharded = {**exact, "weight": exact["weight"] * (1 + relative)}
-        assert judge(sharded, exact, nudged).passed is passed
-
-
-def test_a_nudge_moves_every_weight_by_one_unit() -> None:
-    model = Decoder(ModelConfig(layers=1, dim=16, heads=2, kv_heads=1))
-    before = [p.detach().clone() for p in model.parameters()]
-    nudge(model, 2**-10)
-    for old, new in zip(before, model.parameters(), strict=True):
-        torch.testing.assert_close((new / old - 1).abs(), torch.full_like(old, 2**-10), rtol=1e-3, atol=0)
-
-
 def test_an_earlier_run_is_neither_lost_nor_invented(tmp_path: Path) -> None:
     config = TrainConfig(out=tmp_path)
     check_out(config)
@@ -134,12 +127,74 @@ def test_an_earlier_run_is_neither_lost_nor_invented(tmp_path: Path) -> None:
         check_out(replace(config, resume=True))
     checkpoint = tmp_path / "checkpoints" / "step-00000005"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "model.json").write_text('{"layers": 4, "dim": 64}')
     with pytest.raises(ValueError, match=r"--out: .* --resume .* --overwrite"):
         check_out(config)
-    with pytest.raises(ValueError, match=r"--dim: got 128, but .* trained with 64"):
-        check_out(replace(config, resume=True))
+    check_out(replace(config, resume=True))
     check_out(replace(config, overwrite=True))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    with checkpoints.writing(5, ModelConfig(dim=64), "test"):
+        pass
+    assert checkpoints.choose(ModelConfig(dim=64, checkpoint_activations=True), "test").step == 5
+    with pytest.raises(Refused, match=r"--dim: got 128, but .* trained with 64"):
+        checkpoints.choose(ModelConfig(dim=128), "test")
+
+
+@given(position=st.floats(0, 1), bit=st.integers(0, 7), name=st.sampled_from(["a.bin", "sub/b.bin", "model.json"]))
+def test_every_bit_of_a_checkpoint_counts(position: float, bit: int, name: str) -> None:
+    with TemporaryDirectory() as scratch:
+        checkpoints = Checkpoints(Path(scratch), keep=2)
+        with checkpoints.writing(5, ModelConfig(), "test") as folder:
+            (folder / "sub").mkdir()
+            (folder / "a.bin").write_bytes(bytes(range(256)))
+            (folder / "sub/b.bin").write_bytes(b"b")
+        path = Path(scratch) / "step-00000005" / name
+        content = bytearray(path.read_bytes())
+        content[round(position * (len(content) - 1))] ^= 1 << bit
+        path.write_bytes(content)
+        with pytest.raises(Refused, match=re.escape(f"{path} is damaged")):
+            checkpoints.choose(ModelConfig(), "test")
+
+
+@given(position=st.floats(0, 1), bit=st.integers(0, 7))
+def test_a_damaged_manifest_is_refused_or_says_the_same(position: float, bit: int) -> None:
+    with TemporaryDirectory() as scratch:
+        checkpoints = Checkpoints(Path(scratch), keep=2)
+        with checkpoints.writing(5, ModelConfig(), "test"):
+            pass
+        path = Path(scratch) / "step-00000005" / "manifest.json"
+        content = bytearray(path.read_bytes())
+        before = json.loads(content)
+        content[round(position * (len(content) - 1))] ^= 1 << bit
+        path.write_bytes(content)
+        try:
+            checkpoints.choose(ModelConfig(), "test")
+        except Refused as refusal:
+            assert scratch in str(refusal)
+        else:
+            assert json.loads(content) == before
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3, 10):
+        with checkpoints.writing(step, ModelConfig(), "test"):
+            pass
+    checkpoints.prune()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
+
+
+def test_commands_of_the_readme_write_to_folders_of_their_own() -> None:
+    from launch.transformers_trainer import TransformersConfig  # which loads transformers, for some seconds
+
+    text = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
+    jobs = re.findall(r"launch/(train\w*)\.py (.*)", text)
+    kinds = {"train": TrainConfig, "train_deepspeed": DeepSpeedConfig, "train_transformers": TransformersConfig}
+    assert {name for name, _ in jobs} == set(kinds)
+    outs = [parse(kinds[name], shlex.split(options, comments=True)).out for name, options in jobs]
+    assert len(set(outs)) == len(outs), outs
 
 
 @pytest.mark.parametrize(
@@ -148,6 +203,26 @@ def test_an_earlier_run_is_neither_lost_nor_invented(tmp_path: Path) -> None:
         (lambda: ModelConfig(heads=4, kv_heads=3), "--kv-heads: got 3"),
         (lambda: ModelConfig(dim=30, heads=4), "--dim: got 30 for 4 heads"),
         (lambda: OptimizerConfig(lr=0.0), "--lr: got 0.0"),
+        (lambda: OptimizerConfig(lr=inf), "--lr: got inf, expected a positive, finite number"),
+        (lambda: OptimizerConfig(lr=nan), "--lr: got nan"),
+        (lambda: OptimizerConfig(weight_decay=inf), "--weight-decay: got inf"),
+        (lambda: OptimizerConfig(weight_decay=nan), "--weight-decay: got nan"),
+        (lambda: OptimizerConfig(grad_clip=nan), "--grad-clip: got nan"),
+        (lambda: OptimizerConfig(grad_clip=inf), "--grad-clip: got inf"),
+        (lambda: OptimizerConfig(beta1=nan), "--beta1: got nan"),
+        (lambda: OptimizerConfig(min_lr_ratio=nan), "--min-lr-ratio: got nan"),
+        (lambda: ModelConfig(rope_theta=0.0), "--rope-theta: got 0.0, expected a positive, finite number"),
+        (lambda: ModelConfig(rope_theta=-1e4), "--rope-theta: got -10000.0"),
+        (lambda: ModelConfig(rope_theta=inf), "--rope-theta: got inf"),
+        (lambda: ModelConfig(rope_theta=nan), "--rope-theta: got nan"),
+        (lambda: ModelConfig(layers=0), "--layers: got 0"),
+        (lambda: ModelConfig(dim=-32), "--dim: got -32"),
+        (lambda: ModelConfig(ffn=0), "--ffn: got 0"),
+        (lambda: TrainConfig(seed=2**64), "--seed: got 18446744073709551616, expected 0 or more, and less than"),
+        (lambda: TrainConfig(seed=-1), "--seed: got -1"),
+        (lambda: TrainConfig(threads=2**40), "--threads: got"),
+        (lambda: TrainConfig(out=Path("runs/caf\udce9")), r"--out: got runs/caf\\xe9, expected a name in UTF-8"),
+        (lambda: DeepSpeedConfig(deepspeed=Path("setup.cfg")).for_deepspeed(), "--deepspeed: setup.cfg is no JSON"),
         (lambda: ModelConfig(recompute_attention=True), "--recompute-attention: got it alone"),
         (lambda: TrainConfig(seq_len=0), "--seq-len: got 0"),
         (

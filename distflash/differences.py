@@ -1,0 +1,120 @@
+"""What `verify` found: one row a compared value, and a report that prints them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import inf, isfinite
+
+# One replay with nudged weights is one sample of what rounding does, and its size counts as a standard deviation: four
+# of them leave room for chance.
+SIGMAS = 4
+SHOWN = 10  # rows of a printed table
+
+HOW = (
+    f"bound: {SIGMAS} x (nudged + rounding). nudged: what changes in the unsharded replay where every weight moves by "
+    "one unit in the last place; rounding: storing the value once, and summing in float32 (float64 for float64)"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The sharded against the unsharded value of one tensor.
+
+    Attributes:
+        kind: "loss", "output", "layer", "gradient" or "ranks" (the same replay on different ranks).
+        name: of the module or parameter.
+        largest: the largest absolute difference of any element.
+        error: the 2-norm of the difference.
+        size: the 2-norm of the unsharded value.
+        bound: the largest error that rounding explains.
+    """
+
+    kind: str
+    name: str
+    largest: float
+    error: float
+    size: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether rounding explains the error. False for NaN."""
+        return self.error <= self.bound
+
+    @property
+    def excess(self) -> float:
+        """The error in units of the bound; infinite for NaN."""
+        if not isfinite(self.error) or not isfinite(self.bound):
+            return inf
+        return self.error / self.bound if self.bound > 0 else (inf if self.error > 0 else 0.0)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of `verify`, the same on every rank.
+
+    Attributes:
+        rows: the loss, outputs and gradients; where any of them differs also every layer, in the order of execution.
+        first: the first layer that differs, in the order of execution; None if none does, or none was found.
+        not_finite: the first value that is NaN or infinite, and where; None if all are finite.
+        notes: what was assumed, and what could not be compared.
+    """
+
+    rows: tuple[Row, ...]
+    first: str | None = None
+    not_finite: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether every difference is explained by rounding, and everything is finite."""
+        return self.not_finite is None and all(row.ok for row in self.rows)
+
+    @property
+    def worst(self) -> Row:
+        """The row whose error is the largest in units of its bound."""
+        return max(self.rows, key=lambda row: row.excess)
+
+    def require(self) -> None:
+        """Raise if the step is not verified, on every rank alike.
+
+        Raises:
+            ValueError: with the whole report.
+        """
+        if not self.ok:
+            raise ValueError(str(self))
+
+    def __str__(self) -> str:
+        shown = sorted(self.rows, key=lambda row: row.excess, reverse=True)[:SHOWN]
+        lines = [self._headline(), "", *_table(shown)]
+        if len(self.rows) > len(shown):
+            lines.append(f"... and {len(self.rows) - len(shown)} more whose error is smaller by its bound")
+        return "\n".join([*lines, HOW, *(f"note: {note}" for note in self.notes)])
+
+    def _headline(self) -> str:
+        worst = self.worst
+        if self.ok:
+            return (
+                f"verified: sharded and unsharded agree in {len(self.rows)} values; the largest error is "
+                f"{worst.excess:.2f} of its bound ({worst.kind} {worst.name})"
+            )
+        lines = [f"NOT VERIFIED: {sum(not row.ok for row in self.rows)} of {len(self.rows)} values differ"]
+        if self.first is not None:
+            lines.append(f"first layer that differs: {self.first}")
+        if self.not_finite is not None:
+            lines.append(f"first value that is not finite: {self.not_finite}")
+        return "\n".join(lines)
+
+
+def _table(rows: Iterable[Row]) -> list[str]:
+    cells: list[tuple[str, ...]] = [("", "value", "largest", "error", "size", "bound", "error/bound")]
+    for row in rows:
+        numbers = (f"{x:.1e}" for x in (row.largest, row.error, row.size, row.bound))
+        cells.append(("" if row.ok else "X", f"{row.kind} {row.name}".strip(), *numbers, f"{row.excess:.3g}"))
+    widths = [max(len(line[n]) for line in cells) for n in range(len(cells[0]))]
+    aligned = ("<", "<", *">" * (len(widths) - 2))
+    return [
+        "  ".join(f"{cell:{way}{width}}" for cell, way, width in zip(line, aligned, widths, strict=True)).rstrip()
+        for line in cells
+    ]

@@ -1,0 +1,129 @@
+"""Ranks that work side by side exchange short texts, and learn why another one stopped.
+
+Texts go through the process group's store and not through collectives: a rank that raises may be anywhere in its work,
+and the store has no order of calls that it could break.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from distflash.transport import Distributed, Transport
+
+_POLL = 0.02  # seconds between looks into the store
+_PATIENCE = 1800.0  # seconds until ranks that never come are given up, as long as torch's own default
+_GRACE = 2.0  # seconds in which ranks that are not held up by the failed one have noticed
+_RELEASE = 10.0  # seconds that `release` may take
+
+
+@dataclass
+class Meeting:
+    """All ranks of ``transport``, which make the same calls in the same order until one of them raises.
+
+    Args:
+        name: of the joint work; on every rank the same.
+        release: called with words on a rank that failed if others have not noticed: frees those that wait for it.
+    """
+
+    transport: Transport
+    name: str
+    release: Callable[[str], None] | None = None
+    _store: dist.Store | None = field(init=False)
+    _prefix: str = field(init=False)
+    _count: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._store = _store_of(self.transport)
+        turn = self._store.add(f"{self.name}/{self.transport.rank}", 1) if self._store else 0
+        self._prefix = f"{self.name}/{turn}"
+
+    def exchange(self, text: str) -> list[str]:
+        """Every rank's text, by rank.
+
+        Raises:
+            ValueError, RuntimeError: another rank raised a ValueError, or any other error, in its `part`.
+        """
+        if self._store is None:
+            return gather_texts(text, self.transport)
+        self._count += 1
+        keys = [f"{self._prefix}/{self._count}/{rank}" for rank in range(self.transport.world_size)]
+        self._store.set(keys[self.transport.rank], text)
+        give_up = time.monotonic() + _PATIENCE
+        while not self._store.check(keys):
+            self._require_no_failure()
+            if time.monotonic() > give_up:
+                raise RuntimeError(f"{self.name}: some rank did not come within {_PATIENCE:.0f} s")
+            time.sleep(_POLL)
+        return [self._store.get(key).decode() for key in keys]
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """Work of this rank. An error in it reaches the other ranks in their `part`, or at their next `exchange`.
+
+        Raises:
+            The error itself on the rank that raised first; a ValueError or RuntimeError with its words on the others.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._require_no_failure(error)
+            self._fail(f"{type(error).__name__}: {error}")
+            raise
+
+    def _fail(self, words: str) -> None:
+        if self._store is None or self.transport.world_size == 1:
+            return
+        self._store.set(f"{self._prefix}/noticed/{self.transport.rank}", "")  # it may fail at the same time as others
+        self._store.set(f"{self._prefix}/failed", json.dumps([self.transport.rank, words]))
+        others = [rank for rank in range(self.transport.world_size) if rank != self.transport.rank]
+        noticed, give_up = [f"{self._prefix}/noticed/{rank}" for rank in others], time.monotonic() + _GRACE
+        while not self._store.check(noticed):
+            if time.monotonic() > give_up:
+                self._release(words)
+                return
+            time.sleep(_POLL)
+
+    def _release(self, words: str) -> None:
+        """In a thread, since nobody knows whether the others wait where they can be reached."""
+        if self.release is not None:
+            thread = threading.Thread(target=_quietly, args=(self.release, words), daemon=True)
+            thread.start()
+            thread.join(_RELEASE)
+
+    def _require_no_failure(self, mine: Exception | None = None) -> None:
+        if self._store is None or not self._store.check([f"{self._prefix}/failed"]):
+            return
+        rank, words = json.loads(self._store.get(f"{self._prefix}/failed"))
+        self._store.set(f"{self._prefix}/noticed/{self.transport.rank}", "")
+        if mine is not None and words == f"{type(mine).__name__}: {mine}":
+            return  # all ranks raise the same, each for itself
+        kind = ValueError if words.startswith("ValueError: ") else RuntimeError
+        raise kind(
+            f"{self.name}: rank {rank} raised {words}. This is rank {self.transport.rank}, which stops"
+        ) from mine
+
+
+def _quietly(work: Callable[[str], None], words: str) -> None:
+    try:
+        work(words)
+    except Exception:
+        return  # of interest is the error that led here
+
+
+def _store_of(transport: Transport) -> dist.Store | None:
+    """None for ranks that are no processes: those of a simulator, which ends all of them with the first that raises."""
+    return transport.group.get_group_store() if isinstance(transport, Distributed) else None
+
+
+def gather_texts(text: str, transport: Transport) -> list[str]:
+    """Every rank's text, by rank, by a collective. All ranks must call."""
+    encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=transport.device)
+    return [bytes(part.tolist()).decode() for part in transport.all_gather(encoded)]

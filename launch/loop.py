@@ -1,0 +1,88 @@
+"""The steps of a run: their numbers, checkpoints that are due, and what ends it early on all ranks."""
+
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from launch.checkpoint import Checkpoints, checkpoints_of, step_of
+from launch.config import TrainConfig
+from launch.reporting import Metrics, Reporter
+from launch.together import NotFinite, on_lead
+
+
+class StopSignals:
+    """SIGTERM and SIGINT as a wish that all ranks learn of between two steps, whichever of them it reached."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.asked, self.device = False, device
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.remember)
+
+    def remember(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def agreed(self) -> bool:
+        asked = torch.tensor(int(self.asked), device=self.device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked.item())
+
+
+def loop(
+    config: TrainConfig,
+    first: int,
+    step: Callable[[int], Metrics],
+    save: Callable[[Path], None],
+    writer: str,
+    report: Reporter,
+    stop: StopSignals,
+) -> None:
+    """Make the steps from `first` on, and the checkpoints that are due. All ranks call.
+
+    Raises:
+        NotFinite: on every rank, at the first step whose loss or gradient is not finite.
+    """
+    checkpoints, proven = checkpoints_of(config), False
+    for number in range(first, config.steps):
+        metrics = step(number)
+        check_finite(metrics, checkpoints)
+        if not proven:
+            on_lead(checkpoints.prune)
+            proven = True
+        report.step(metrics)
+        stopped, done = stop.agreed(), number + 1
+        due = config.checkpoint_every and done % config.checkpoint_every == 0
+        if stopped or due or done == config.steps:
+            with checkpoints.writing(done, config.model, writer) as folder:
+                save(folder)
+            report.print(f"checkpoint: {checkpoints.folder / f'step-{done:08d}'}")
+            proven = False
+        if stopped:
+            report.print(f"stopped by a signal after step {done}; --resume continues")
+            break
+
+
+def check_finite(metrics: Metrics, checkpoints: Checkpoints) -> None:
+    """A NotFinite where the step has ruined the weights. All ranks hold the same numbers, and all raise."""
+    if math.isfinite(metrics.loss) and (metrics.grad_norm is None or math.isfinite(metrics.grad_norm)):
+        return
+    raise NotFinite(
+        f"step {metrics.step}: the loss is {metrics.loss} and the norm of the gradient {metrics.grad_norm}; "
+        f"the run stops here. {remedy(metrics.step, checkpoints.complete())}"
+    )
+
+
+def remedy(step: int, complete: list[Path]) -> str:
+    """What to do after `step` was not finite, with these checkpoints, the newest first."""
+    advice = "a lower --lr or --grad-clip may help"
+    if not complete:
+        return f"There is no checkpoint yet: start anew; {advice}"
+    last = f"The last checkpoint is {complete[0]}: go on from it with --resume; {advice}"
+    if step_of(complete[0]) < step - 1 or len(complete) == 1:
+        return last
+    return f"{last}. No step after it was finite: where it fails again, delete it to go on from {complete[1].name}"

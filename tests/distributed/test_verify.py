@@ -1,0 +1,246 @@
+"""`df.verify`: right steps pass, and what is wrong in others is found and named, on every rank alike."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import distflash as df
+from launch.config import ModelConfig
+from launch.model import Decoder
+
+SHAPE = ModelConfig(layers=3, dim=32, heads=4, kv_heads=2, ffn=48)
+SEQ_LEN = 67  # that nothing divides
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the ranks run. ``fault`` names what is wrong in the sharded step; see `wrong`."""
+
+    fault: str = ""
+    wrapper: str = ""
+    dtype: torch.dtype = torch.float32
+    layout: df.Layout = field(default_factory=df.Zigzag)
+    documents: bool = False
+    calls_backward: bool = False
+    reduction: str | None = "sum"
+    rows: int = 2
+
+
+def batch_of(case):
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(1, 256, (case.rows, SEQ_LEN + 1), generator=generator)
+    return text[:, :-1], text[:, 1:]
+
+
+def mask_of(case):
+    return df.Causal() & df.Documents([0, 20, 21, 50, SEQ_LEN]) if case.documents else df.Causal()
+
+
+class Poisoned(nn.Module):
+    """A layer one of whose tokens, or all of a rank's, is NaN."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x).index_fill(1, torch.tensor([5]), torch.nan)
+
+
+class WrongBackward(nn.Module):
+    """A layer whose weight has a gradient that is a thousandth too large on one rank."""
+
+    def __init__(self, layer, cp):
+        super().__init__()
+        self.weight, self.cp = layer.weight, cp
+
+    def forward(self, x):
+        weight = self.weight
+        if self.cp is not None and self.cp.rank == 0:
+            weight = 1.001 * weight - 0.001 * weight.detach()
+        return F.linear(x, weight)
+
+
+class LocalRope(nn.Module):
+    def __init__(self, rope):
+        super().__init__()
+        self.rope = rope
+
+    def forward(self, q, k, positions):
+        return self.rope(q, k, torch.arange(q.shape[1]))
+
+
+def model_of(case, cp):
+    torch.manual_seed(0)
+    model = Decoder(SHAPE, cp).to(case.dtype)
+    attention = model.blocks[1].attention
+    if case.fault == "rope":
+        attention.rope = LocalRope(attention.rope)
+    if case.fault == "gradient":
+        model.blocks[2].ffn.up = WrongBackward(model.blocks[2].ffn.up, cp)
+    if case.fault == "nan":
+        attention.v_proj = Poisoned(attention.v_proj)
+    if case.fault == "mask":
+        drop_the_mask(attention, cp)
+    if case.wrapper == "ddp":
+        return DistributedDataParallel(model)
+    if case.wrapper == "fsdp":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh)
+    return model
+
+
+def step_of(case, model):
+    """What users write: shards where it is given a group, and is plain torch otherwise."""
+    mask = mask_of(case)
+
+    def step(batch, cp):
+        tokens, labels = batch
+        if cp is not None:
+            tokens = cp.shard(tokens)
+            labels = shifted_after_sharding(batch[0], cp) if case.fault == "labels" else cp.shard(labels)
+        logits = model(tokens, SEQ_LEN, mask)
+        total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+        if cp is None:
+            loss = total / (labels >= 0).sum()
+        else:
+            averaged = (case.wrapper != "" or case.reduction == "mean") != (case.fault == "factor")
+            loss = cp.mean(total, (labels >= 0).sum(), reduction="mean" if averaged else "sum")
+        if case.calls_backward:
+            loss.backward()
+        return loss
+
+    return step
+
+
+def shifted_after_sharding(tokens, cp):
+    mine = cp.shard(tokens)
+    return torch.cat([mine[:, 1:], mine.new_full((mine.shape[0], 1), -100)], 1)
+
+
+def drop_the_mask(attention, cp):
+    plain = type(attention).forward
+    attention.forward = lambda x, mask, seq_len: plain(
+        attention, x, mask=df.Full() if attention.cp is cp else mask, seq_len=seq_len
+    )
+
+
+def verified(case):
+    cp = df.ContextParallel(dist.group.WORLD, case.layout)
+    model = model_of(case, cp)
+    before = [p.detach().clone() for p in model.parameters()]
+    report = df.verify(
+        step_of(case, model), batch_of(case), cp, reduction=None if case.wrapper else case.reduction, quiet=True
+    )
+    assert all(torch.equal(p.detach(), old) for p, old in zip(model.parameters(), before, strict=True))
+    assert all(module.cp is cp for module in model.modules() if isinstance(module, df.nn.SelfAttention))
+    return report
+
+
+def one_report(ranks, case):
+    reports = ranks.run(verified, case)
+    assert all(str(report) == str(reports[0]) for report in reports)
+    return reports[0]
+
+
+RIGHT = {
+    "plain": Case(),
+    "mean": Case(reduction="mean"),
+    "nothing said": Case(reduction=None),
+    "ddp": Case(wrapper="ddp"),
+    "fsdp": Case(wrapper="fsdp", calls_backward=True),
+    "bf16": Case(dtype=torch.bfloat16, rows=1),
+    "float64": Case(dtype=torch.float64, layout=df.Striped(), documents=True),
+    "documents": Case(layout=df.Contiguous(), documents=True, calls_backward=True),
+}
+
+
+@pytest.mark.parametrize(("name", "world_size"), [("plain", 1), *((name, W) for name in RIGHT for W in (2, 3))])
+def test_a_right_step_passes(name, world_size, ranks_of):
+    report = one_report(ranks_of(world_size), RIGHT[name])
+    assert report.ok, str(report)
+    assert {row.kind for row in report.rows} >= {"loss", "output", "gradient"}
+    assert any(row.name == "blocks.0.attention.q_proj.weight" for row in report.rows)
+    report.require()
+
+
+# What is wrong, and where the report says that it begins.
+WRONG = {
+    "factor": None,
+    "rope": "blocks.1.attention.rope",
+    "labels": "the loss: no layer's output differs",
+    "mask": "blocks.1.attention, in what it does before it calls blocks.1.attention.o_proj",
+    "gradient": "backward of blocks.2.ffn.up",
+    "nan": "blocks.1.attention.v_proj",
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "wrapper"), [*((fault, "") for fault in WRONG), ("factor", "ddp"), ("factor", "fsdp"), ("rope", "fsdp")]
+)
+def test_what_is_wrong_is_named(fault, wrapper, ranks_of):
+    report = one_report(ranks_of(2), Case(fault=fault, wrapper=wrapper, documents=fault == "nan"))
+    first = report.first
+    assert not report.ok and (first == WRONG[fault] if WRONG[fault] is None else first.startswith(WRONG[fault]))
+    assert (report.not_finite is not None) == (fault == "nan")
+    if fault == "nan":
+        assert report.not_finite.startswith("blocks.1.attention.v_proj (64 elements, from token 5 on)")
+    if fault == "factor":
+        factor = "0.5" if wrapper else "2"
+        assert f"all gradients are {factor} times what they should be" in str(report)
+    wrong = {row.name for row in report.rows if row.kind == "gradient" and not row.ok}
+    assert fault != "gradient" or wrong == {"blocks.2.ffn.up.weight"}
+    with pytest.raises(ValueError, match="NOT VERIFIED"):
+        report.require()
+
+
+def refused(change):
+    """Runs as a rank: a step that does not keep its contract, and the words of the error."""
+    cp = df.ContextParallel(dist.group.WORLD)
+    case = Case()
+    model = model_of(case, cp)
+    right = step_of(case, model)
+
+    def step(batch, given):
+        if change == "own group":
+            return right(batch, cp)
+        if change == "no loss":
+            return right(batch, given)[None, None].expand(1, 2, 2)
+        if change == "rank" and cp.rank == 1 and given is not None:
+            raise KeyError("no tokens today")
+        loss = right(batch, given)
+        if change == "weights":
+            torch.optim.SGD(model.parameters(), lr=0.1).step(loss.backward)
+        return loss
+
+    with pytest.raises((ValueError, KeyError, RuntimeError)) as error:
+        df.verify(step, batch_of(case), cp, reduction="sum", quiet=True)
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+REFUSED = {
+    "own group": "ValueError: step: the replay, step(batch, None), attended over the group",
+    "weights": "ValueError: step: changed the weights",
+    "no loss": r"ValueError: step: expected it to return the loss, a scalar, first; got a tensor of shape (1, 2, 2)",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_a_step_that_breaks_its_contract_is_refused_on_every_rank(change, ranks_of):
+    for words in ranks_of(2).run(refused, change):
+        assert words.startswith(REFUSED[change])
+
+
+def test_a_rank_that_raises_stops_the_others_with_its_words(ranks_of):
+    others, raised, more = ranks_of(3).run(refused, "rank")
+    assert raised == "KeyError: 'no tokens today'"
+    for words in (others, more):
+        assert words.startswith("RuntimeError: distflash.verify: rank 1 raised KeyError: 'no tokens today'")

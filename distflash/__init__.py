@@ -1,36 +1,23 @@
-"""distflash: exact attention over many GPUs."""
+"""distflash: exact attention over many GPUs. The public names are those of `distflash.public`."""
 
-from distflash import kernels, nn, transport
-from distflash.api import ContextParallel, attention
-from distflash.checkpointing import checkpoint_policy, keep_attention
-from distflash.differences import Report
-from distflash.layouts import Contiguous, Layout, Striped, Zigzag
-from distflash.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Window
-from distflash.schedules import Ring
-from distflash.verify import verify
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Causal",
-    "Chunked",
-    "Contiguous",
-    "ContextParallel",
-    "Documents",
-    "Full",
-    "Layout",
-    "Mask",
-    "PrefixLM",
-    "Report",
-    "Ring",
-    "Striped",
-    "Window",
-    "Zigzag",
-    "attention",
-    "checkpoint_policy",
-    "keep_attention",
-    "kernels",
-    "nn",
-    "transport",
-    "verify",
-]
+if TYPE_CHECKING:
+    from distflash.public import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> object:
+        """The first public name that is asked for loads all of them, and torch with them: `--help` needs none."""
+        from importlib import import_module, util
+
+        if name.startswith("_") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if util.find_spec(f"{__name__}.{name}") is not None:
+            return import_module(f"{__name__}.{name}")
+        public = import_module(f"{__name__}.public")
+        globals().update({each: getattr(public, each) for each in public.__all__}, __all__=public.__all__)
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]

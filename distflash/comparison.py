@@ -1,4 +1,4 @@
-"""The sharded run against the unsharded one, value by value, with what rounding explains. See `distflash.verify`."""
+"""The sharded run against the unsharded one, value by value, with what rounding explains."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Comparison:
 
     Attributes:
         ranks: those over which gradients are combined: ``cp``'s, or more with data parallelism.
-        reduction: how, see `distflash.verify`.
+        reduction: how, see `distflash.verification`.
     """
 
     cp: ContextParallel

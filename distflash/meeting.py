@@ -19,7 +19,6 @@ import torch.distributed as dist
 from distflash.transport import Distributed, Transport
 
 _POLL = 0.02  # seconds between looks into the store
-_PATIENCE = 1800.0  # seconds until ranks that never come are given up, as long as torch's own default
 _GRACE = 2.0  # seconds in which ranks that are not held up by the failed one have noticed
 _RELEASE = 10.0  # seconds that `release` may take
 
@@ -31,11 +30,13 @@ class Meeting:
     Args:
         name: of the joint work; on every rank the same.
         release: called with words on a rank that failed if others have not noticed: frees those that wait for it.
+        patience: seconds until ranks that never come are given up; by default as long as torch's own.
     """
 
     transport: Transport
     name: str
     release: Callable[[str], None] | None = None
+    patience: float = 1800.0
     _store: dist.Store | None = field(init=False)
     _prefix: str = field(init=False)
     _count: int = field(default=0, init=False)
@@ -56,11 +57,11 @@ class Meeting:
         self._count += 1
         keys = [f"{self._prefix}/{self._count}/{rank}" for rank in range(self.transport.world_size)]
         self._store.set(keys[self.transport.rank], text)
-        give_up = time.monotonic() + _PATIENCE
+        give_up = time.monotonic() + self.patience
         while not self._store.check(keys):
             self._require_no_failure()
             if time.monotonic() > give_up:
-                raise RuntimeError(f"{self.name}: some rank did not come within {_PATIENCE:.0f} s")
+                raise RuntimeError(f"{self.name}: some rank did not come within {self.patience:.0f} s")
             time.sleep(_POLL)
         return [self._store.get(key).decode() for key in keys]
 

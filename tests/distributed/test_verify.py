@@ -211,7 +211,9 @@ def refused(change):
 
     def step(batch, given):
         if change == "own group":
-            return right(batch, cp)
+            x = batch[0][:, :66, None, None].float().expand(-1, -1, 2, 8)
+            x = x if given is None else given.shard(x)
+            return df.attention(x, x, x, cp=cp).square().mean()  # "cp" where it should be "given"
         if change == "no loss":
             return right(batch, given)[None, None].expand(1, 2, 2)
         if change == "rank" and cp.rank == 1 and given is not None:
@@ -244,3 +246,89 @@ def test_a_rank_that_raises_stops_the_others_with_its_words(ranks_of):
     assert raised == "KeyError: 'no tokens today'"
     for words in (others, more):
         assert words.startswith("RuntimeError: distflash.verify: rank 1 raised KeyError: 'no tokens today'")
+
+
+def attends(fault):
+    """Runs as a rank: no module at all; the inputs require gradients, and step returns the output beside the loss."""
+    cp = df.ContextParallel(dist.group.WORLD)
+    generator = torch.Generator().manual_seed(0)
+    batch = [torch.randn(1, SEQ_LEN, 2, 8, generator=generator).requires_grad_() for _ in range(3)]
+
+    def step(batch, given):
+        q, k, v = (x if given is None else given.shard(x) for x in batch)
+        if fault == "detach" and given is not None:
+            k = k.detach()
+        out = df.attention(q, k, v, mask=df.Causal(), cp=given, seq_len=SEQ_LEN)
+        total = out.square().sum()
+        loss = total / batch[0].numel() if given is None else given.mean(total, out.numel(), reduction="sum")
+        return loss, out
+
+    report = df.verify(step, batch, cp, quiet=True)
+    assert all(x.grad is None for x in batch)
+    return report
+
+
+def test_inputs_and_outputs_without_a_module(ranks_of):
+    right, wrong = (ranks_of(2).run(attends, fault)[0] for fault in ("", "detach"))
+    assert right.ok, str(right)
+    assert [f"{row.kind} {row.name}" for row in right.rows if row.kind != "ranks"] == [
+        "loss ",
+        "output returned[0]",
+        *(f"gradient batch[{n}]" for n in range(3)),
+    ]
+    assert [row.name for row in wrong.rows if not row.ok] == ["batch[1]"]
+
+
+def data_parallel(fault):
+    """Runs as a rank of data 2 x context 2 under DDP: each row of the mesh takes one row of the batch."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    cp, case = df.ContextParallel(mesh["context"]), Case()
+    model = DistributedDataParallel(model_of(case, cp))
+
+    def step(batch, given):
+        if given is None:
+            tokens, labels = batch
+        else:
+            row = mesh.get_local_rank("data")
+            tokens, labels = (given.shard(x[row : row + 1]) for x in batch)
+        total = F.cross_entropy(model(tokens, SEQ_LEN).flatten(0, 1), labels.flatten(), reduction="sum")
+        group = None if fault else dist.group.WORLD
+        return (
+            total / labels.numel()
+            if given is None
+            else given.mean(total, labels.numel(), reduction="mean", group=group)
+        )
+
+    return df.verify(step, batch_of(case), cp, group=dist.group.WORLD, quiet=True)
+
+
+def test_data_parallel_ranks(ranks_of):
+    for fault in ("", "counts the tokens of one ring"):
+        reports = ranks_of(4).run(data_parallel, fault)
+        assert all(report == reports[0] for report in reports)
+        assert reports[0].ok == (not fault), str(reports[0])
+
+
+def elsewhere(fault):
+    """Runs as a rank: another model makes the replay, and step itself brings the gradients, as under DeepSpeed."""
+    cp, case = df.ContextParallel(dist.group.WORLD), Case()
+    model, twin = model_of(case, cp), model_of(case, None)
+
+    def step(batch, given):
+        loss = step_of(case, twin if given is None else model)(batch, given)
+        used = twin if given is None else model
+        gradients = torch.autograd.grad(loss, list(used.parameters()))
+        named = {name: g for (name, _), g in zip(used.named_parameters(), gradients, strict=True)}
+        if given is not None:
+            for g in named.values():
+                dist.all_reduce(g)
+            named["norm.weight"] *= 1.01 if fault else 1.0
+        return loss, named
+
+    return df.verify(step, batch_of(case), cp, quiet=True)
+
+
+def test_gradients_that_step_brings(ranks_of):
+    right, wrong = (ranks_of(2).run(elsewhere, fault)[0] for fault in ("", "one percent"))
+    assert right.ok and not right.notes, str(right)
+    assert [row.name for row in wrong.rows if not row.ok] == ["norm.weight"]

@@ -1,0 +1,34 @@
+"""What `import distflash` gives. A module of its own, so that the command line can answer without loading torch."""
+
+from distflash import kernels, nn, transport
+from distflash.api import ContextParallel, attention
+from distflash.checkpointing import checkpoint_policy, keep_attention
+from distflash.differences import Report
+from distflash.layouts import Contiguous, Layout, Striped, Zigzag
+from distflash.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Window
+from distflash.schedules import Ring
+from distflash.verification import verify
+
+__all__ = [
+    "Causal",
+    "Chunked",
+    "Contiguous",
+    "ContextParallel",
+    "Documents",
+    "Full",
+    "Layout",
+    "Mask",
+    "PrefixLM",
+    "Report",
+    "Ring",
+    "Striped",
+    "Window",
+    "Zigzag",
+    "attention",
+    "checkpoint_policy",
+    "keep_attention",
+    "kernels",
+    "nn",
+    "transport",
+    "verify",
+]

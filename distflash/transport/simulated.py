@@ -105,7 +105,7 @@ class Simulator:
     def _put(self, source: int, destination: int, tensor: Tensor, collective: bool) -> Tensor:
         if not collective:
             self.traffic.count(source, destination, tensor)
-        copy = tensor.detach().clone()
+        copy = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._box(source, destination, collective).append(copy)
         self._wake[destination].notify()
         return copy
@@ -157,7 +157,7 @@ class _InFlight:
 
     def wait(self) -> None:
         for tensor, copy in self.sent:
-            if not torch.equal(tensor.flatten().view(torch.uint8), copy.flatten().view(torch.uint8)):
+            if not torch.equal(_bytes(tensor), _bytes(copy)):
                 raise SimulationError(f"rank {self.transport.rank} changed a tensor while it was being sent")
         for message in self.receives:
             got = self.transport.receive(message.peer)
@@ -167,6 +167,11 @@ class _InFlight:
                     f"rank {message.peer} and got {got.dtype} {tuple(got.shape)}"
                 )
             message.tensor.copy_(got)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """Of a contiguous tensor, whose stride may be anything for all that where it has one element."""
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,19 @@ def test_a_tensor_in_flight_may_hold_nan():
     assert Simulator(2).run(work) == [True, True]
 
 
+def test_a_stride_that_nobody_uses_does_not_matter():
+    """Two of one element, as a slice of a larger tensor has."""
+
+    def work(transport):
+        sent = torch.arange(8.0)[::2][transport.rank :][:1]
+        assert sent.is_contiguous() and sent.stride() == (2,)
+        arriving = torch.zeros(1)
+        transport.exchange([Message(sent, 1 - transport.rank)], [Message(arriving, 1 - transport.rank)]).wait()
+        return arriving.item()
+
+    assert Simulator(2).run(work) == [2.0, 0.0]
+
+
 def test_reading_before_wait_sees_nan():
     def work(transport):
         to, source = neighbours(transport)

@@ -264,8 +264,9 @@ class Recipe:
 
     def _scores(self, problem: Problem, options: Options) -> Scores:
         scale = problem.d_qk**-0.5 if self.scale is None else self.scale
-        slopes = None if options.alibi_slopes is None else options.alibi_slopes.float()
-        return Scores(scale, self.softcap, slopes, options.sinks)
+        slopes = None if options.alibi_slopes is None else options.alibi_slopes.float().contiguous()
+        sinks = None if options.sinks is None else options.sinks.contiguous()
+        return Scores(scale, self.softcap, slopes, sinks)
 
     def _signature(self, batch: int, problem: Problem, seq_len: int) -> tuple[tuple[str, object], ...]:
         values = (

@@ -135,6 +135,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     """
     hops = len(call.plan.working)
     partial = Partial.empty(q, v.shape[-1], hops)
+    if not q.shape[0]:  # on every rank: nothing to attend to and nothing to send
+        return partial.final, partial.lse
     if not hops:
         partial.fill_identity(call.scores.sinks)
     pair = call.kernel if isinstance(call.kernel, Pairing) else None
@@ -161,6 +163,14 @@ def backward(
 
     The final lse makes hops independent of one another: each recomputes its probabilities from it.
     """
+    if not q.shape[0]:
+        sinks = call.scores.sinks
+        return (
+            q.new_empty(q.shape),
+            k.new_empty(k.shape),
+            v.new_empty(v.shape),
+            None if sinks is None else torch.zeros_like(sinks),
+        )
     dtype = accumulator_dtype(q.dtype)
     saved = call.kernel.save(q, out, lse, dout, dlse)
     home = call.schedule.homecoming(call.trip, (k, v), dtype)

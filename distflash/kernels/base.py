@@ -43,9 +43,9 @@ class Scores:
     Attributes:
         scale: multiplies ``q.k``.
         softcap: 0 for none.
-        alibi_slopes: float32 ``[H]`` or None; ``i`` and ``j`` are global positions.
-        sinks: ``[H]`` or None; one more logit per head in the softmax's denominator, with no value. The first hop of a
-            forward pass takes it in; no other hop and no backward reads it.
+        alibi_slopes: float32 ``[H]``, contiguous, or None; ``i`` and ``j`` are global positions.
+        sinks: ``[H]``, contiguous, or None; one more logit per head in the softmax's denominator, with no value. The
+            first hop of a forward pass takes it in; no other hop and no backward reads it.
     """
 
     scale: float

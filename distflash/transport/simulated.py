@@ -7,6 +7,7 @@ waits is reported as such instead of hanging.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -38,7 +39,11 @@ class Traffic:
 
 
 class Simulator:
-    """A ring of ``world_size`` simulated ranks on the CPU.
+    """A ring of ``world_size`` simulated ranks on one device.
+
+    Args:
+        world_size: how many ranks, at least 1.
+        device: where the ranks' tensors are: "cpu", or one GPU that all ranks share.
 
     Example:
         >>> simulator = Simulator(8)
@@ -46,8 +51,9 @@ class Simulator:
         >>> simulator.traffic.messages
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, device: torch.device | str = "cpu") -> None:
         self.world_size = world_size
+        self.device = _with_index(torch.device(device))
         self.traffic = Traffic()
         # One lock, so that one rank runs at a time, and a condition for each rank, so that a message wakes nobody else.
         self._turn = threading.RLock()
@@ -60,8 +66,11 @@ class Simulator:
     def run(self, work: Callable[[SimulatedTransport], Any]) -> list[Any]:
         """Call ``work(transport)`` as each rank and return the results by rank.
 
+        A rank's backward passes run in its own thread, as they do in a process of its own. (On GPUs autograd would run
+        those of all ranks in its one thread of the device, of which the first to wait for a message stops all others.)
+
         Raises:
-            The first exception that a rank raised, with a note that names the rank.
+            The first exception that a rank raised, with its traceback and a note that names the rank.
         """
         self._mail.clear()
         self._waiting.clear()
@@ -75,14 +84,16 @@ class Simulator:
             thread.start()
         for thread in threads:
             thread.join()
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None  # whose traceback keeps the ranks' tensors alive
+        if failure is not None:
+            raise failure
         return results
 
     def _run_rank(self, rank: int, work: Callable[[SimulatedTransport], Any], results: list[Any]) -> None:
         with self._turn:
             try:
-                results[rank] = work(SimulatedTransport(self, rank))
+                with _on(self.device), torch.autograd.set_multithreading_enabled(False):
+                    results[rank] = work(SimulatedTransport(self, rank, self.device))
             except BaseException as error:
                 if self._failure is None:
                     error.add_note(f"raised by simulated rank {rank} of {self.world_size}")
@@ -94,7 +105,7 @@ class Simulator:
     def _put(self, source: int, destination: int, tensor: Tensor, collective: bool) -> Tensor:
         if not collective:
             self.traffic.count(source, destination, tensor)
-        copy = tensor.detach().clone()
+        copy = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._box(source, destination, collective).append(copy)
         self._wake[destination].notify()
         return copy
@@ -128,6 +139,16 @@ class Simulator:
         return len(self._waiting) == self._running and not any(self._waiting.values())
 
 
+def _with_index(device: torch.device) -> torch.device:
+    bare = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if bare else device
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A new thread starts with the first GPU as its current one, whichever the thread that started it had."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 @dataclass(frozen=True)
 class _InFlight:
     transport: SimulatedTransport
@@ -136,7 +157,7 @@ class _InFlight:
 
     def wait(self) -> None:
         for tensor, copy in self.sent:
-            if not torch.equal(tensor.flatten().view(torch.uint8), copy.flatten().view(torch.uint8)):
+            if not torch.equal(_bytes(tensor), _bytes(copy)):
                 raise SimulationError(f"rank {self.transport.rank} changed a tensor while it was being sent")
         for message in self.receives:
             got = self.transport.receive(message.peer)
@@ -146,6 +167,11 @@ class _InFlight:
                     f"rank {message.peer} and got {got.dtype} {tuple(got.shape)}"
                 )
             message.tensor.copy_(got)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """Of a contiguous tensor, whose stride may be anything for all that where it has one element."""
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 @dataclass(frozen=True)

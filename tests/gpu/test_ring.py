@@ -114,8 +114,7 @@ def test_two_ranks_of_one_gpu(layout: df.Layout, kv_heads: int, d_qk: int, d_v: 
     x, kernel = problems.on(dense.make_inputs(p), "cuda"), of_one_program(p, 2, torch.device("cuda"))
 
     def part(transport: df.transport.SimulatedTransport) -> Results:
-        with torch.autograd.set_multithreading_enabled(False):  # or one thread would run the backward of both
-            return problems.to_cpu(dense.on_rank(p, x, df.ContextParallel(transport, layout, kernel=kernel)))
+        return problems.to_cpu(dense.on_rank(p, x, df.ContextParallel(transport, layout, kernel=kernel)))
 
     parts = df.transport.Simulator(2).run(part)
     assert_no_less_exact(p, dense.join(parts, layout, p.seq_len), problems.to_cpu(dense.on_rank(p, x, None)))

@@ -1,40 +1,17 @@
 """The kernels in Triton's interpreter, which is turned on for the whole process; `tests/gpu` runs them on a GPU."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
-import torch
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which torch does not do
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+from tests.interpreter import bfloat16_in_the_interpreter
+
 
 @pytest.fixture(autouse=True, scope="session")
-def bfloat16_in_the_interpreter():
-    """The interpreter multiplies bfloat16 as if its bits were integers and truncates when it rounds; mend both."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    plain_cast, plain_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-
-    def widened(x):
-        data = torch.from_numpy(x.data.view("int16").copy()).view(torch.bfloat16).float().numpy()
-        return TensorHandle(data, tl.float32)
-
-    def cast(self, src, dst_type):
-        if src.dtype.scalar == tl.bfloat16:
-            return plain_cast(self, widened(src), dst_type)
-        if dst_type.scalar == tl.bfloat16:
-            wide = plain_cast(self, src, tl.float32).data.copy()
-            data = torch.from_numpy(wide).bfloat16()  # to nearest, ties to even
-            return TensorHandle(data.view(torch.int16).numpy().view("uint16"), tl.bfloat16)
-        return plain_cast(self, src, dst_type)
-
-    def dot(self, a, b, d, *options):
-        a, b = (widened(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return plain_dot(self, a, b, d, *options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "cast_impl", cast)
-        patch.setattr(InterpreterBuilder, "create_dot", dot)
+def mended_interpreter() -> Iterator[None]:
+    with bfloat16_in_the_interpreter():
         yield

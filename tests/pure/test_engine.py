@@ -15,6 +15,7 @@ from tests.dense import (
     assert_exact,
     assert_no_less_exact,
     in_dtype,
+    join,
     make_inputs,
     on_rank,
     on_ranks,
@@ -190,6 +191,15 @@ def test_more_ranks_than_tokens(layout, seq_len):
     p = Problem(seq_len=seq_len, sinks=True)
     x = make_inputs(p)
     assert_exact(p, x, on_ranks(p, x, 6, layout))
+
+
+def test_a_batch_of_none_sends_nothing():
+    p = Problem(seq_len=6, batch=0, heads=4, kv_heads=2, d_v=5, sinks=True)
+    x = make_inputs(p)
+    simulator = df.transport.Simulator(2)
+    parts = simulator.run(lambda t: on_rank(p, x, df.ContextParallel(t, kernel=df.kernels.Reference())))
+    assert simulator.traffic.messages == 0
+    assert_exact(p, x, join(parts, df.Zigzag(), p.seq_len))
 
 
 def test_strides_do_not_matter():

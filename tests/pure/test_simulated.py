@@ -1,4 +1,7 @@
+import gc
 import threading
+import traceback
+import weakref
 
 import pytest
 import torch
@@ -103,6 +106,44 @@ def test_a_rank_that_fails_fails_the_run_by_name():
     assert threading.active_count() == before
 
 
+def lose(tensor):
+    raise KeyError("lost")
+
+
+def test_an_error_has_its_traceback_and_nothing_outlives_it():
+    kept = []
+
+    def work(transport):
+        tensor = torch.zeros(1)
+        kept.append(weakref.ref(tensor))
+        lose(tensor)
+
+    simulator = Simulator(2)
+    with pytest.raises(KeyError) as caught:
+        simulator.run(work)
+    assert [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)][-2:] == ["work", "lose"]
+    del caught
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None]
+
+
+def multithreaded():
+    return torch._C._is_multithreading_enabled()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_rank_runs_its_own_backward(before):
+    """Autograd has one thread for each GPU: the first rank to wait for a message in it would stop all others."""
+    with torch.autograd.set_multithreading_enabled(before):
+        assert Simulator(3).run(lambda transport: multithreaded()) == [False] * 3
+        assert multithreaded() == before
+
+
+def test_ranks_know_their_device():
+    assert Simulator(2).run(lambda transport: transport.device) == [torch.device("cpu")] * 2
+    assert Simulator(2, "meta").run(lambda transport: transport.device) == [torch.device("meta")] * 2
+
+
 def test_a_simulator_serves_again_after_a_failure():
     simulator = Simulator(2)
 
@@ -135,6 +176,19 @@ def test_a_tensor_in_flight_may_hold_nan():
         return arriving.isnan().item()
 
     assert Simulator(2).run(work) == [True, True]
+
+
+def test_a_stride_that_nobody_uses_does_not_matter():
+    """Two of one element, as a slice of a larger tensor has."""
+
+    def work(transport):
+        sent = torch.arange(8.0)[::2][transport.rank :][:1]
+        assert sent.is_contiguous() and sent.stride() == (2,)
+        arriving = torch.zeros(1)
+        transport.exchange([Message(sent, 1 - transport.rank)], [Message(arriving, 1 - transport.rank)]).wait()
+        return arriving.item()
+
+    assert Simulator(2).run(work) == [2.0, 0.0]
 
 
 def test_reading_before_wait_sees_nan():

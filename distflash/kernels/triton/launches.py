@@ -38,7 +38,8 @@ class Launch:
     arguments: dict[str, Any]
 
     def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments)
+        if self.programs:  # none where there are no rows
+            self.kernel[(self.programs,)](**self.arguments)
 
     def compile(self) -> Any:
         """The compiled kernel that `run` would launch."""
@@ -212,9 +213,9 @@ def _strided(x: Tensor) -> tuple[Tensor, int, int]:
     """``[B, rows, heads, dim]`` as `at_rows` takes it: (pointer, head stride, row stride)."""
     if x.dim() == 3:  # a stand-in where there is nothing to read or write
         return (x, 0, 0)
-    if not (_is_aligned(x) and _is_packed(x)):
-        raise ValueError(f"triton: an output {tuple(x.shape)} has strides {x.stride()}; expected a contiguous tensor")
-    return (x, x.stride(2), x.stride(1))
+    assert _is_aligned(x) and _is_packed(x), f"{tuple(x.shape)} at strides {x.stride()}: inputs are copied beforehand"
+    _, row, head = _steps(x)
+    return (x, head, row)
 
 
 def aligned(x: Tensor, packed: bool) -> Tensor:
@@ -230,7 +231,19 @@ def _is_aligned(x: Tensor) -> bool:
 
 
 def _is_packed(x: Tensor) -> bool:
-    return x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    batch, row, _ = _steps(x)
+    return x.numel() == 0 or batch == x.shape[1] * row
+
+
+def _steps(x: Tensor) -> tuple[int, int, int]:
+    """The strides of batches, rows and heads of ``[B, rows, heads, dim]``.
+
+    That of a dimension of size 1 may be anything: in its place one with which the tensor is packed, if it can be.
+    """
+    B, T, H, D = x.shape
+    head = x.stride(2) if H > 1 else D
+    row = x.stride(1) if T > 1 else x.stride(0) if B > 1 else H * head
+    return x.stride(0) if B > 1 else T * row, row, head
 
 
 def _scores(rows: Intervals, scores: Scores, scale: float, nothing: Tensor) -> dict[str, Any]:

@@ -1,0 +1,38 @@
+"""Triton's interpreter, mended where it is wrong."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@contextlib.contextmanager
+def bfloat16_in_the_interpreter() -> Iterator[None]:
+    """The interpreter multiplies bfloat16 as if its bits were integers and truncates when it rounds; mend both."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain_cast, plain_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def widened(x):
+        data = torch.from_numpy(x.data.view("int16").copy()).view(torch.bfloat16).float().numpy()
+        return TensorHandle(data, tl.float32)
+
+    def cast(self, src, dst_type):
+        if src.dtype.scalar == tl.bfloat16:
+            return plain_cast(self, widened(src), dst_type)
+        if dst_type.scalar == tl.bfloat16:
+            wide = plain_cast(self, src, tl.float32).data.copy()
+            data = torch.from_numpy(wide).bfloat16()  # to nearest, ties to even
+            return TensorHandle(data.view(torch.int16).numpy().view("uint16"), tl.bfloat16)
+        return plain_cast(self, src, dst_type)
+
+    def dot(self, a, b, d, *options):
+        a, b = (widened(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return plain_dot(self, a, b, d, *options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "cast_impl", cast)
+        patch.setattr(InterpreterBuilder, "create_dot", dot)
+        yield

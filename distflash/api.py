@@ -85,6 +85,15 @@ class ContextParallel:
         """How many ranks share the sequence."""
         return self.transport.world_size
 
+    @property
+    def check_every_call(self) -> bool:
+        """Whether the ranks compare every attention call. May be set between two calls, on all ranks alike."""
+        return self._agreement.every_call
+
+    @check_every_call.setter
+    def check_every_call(self, every_call: bool) -> None:
+        self._agreement.every_call = every_call
+
     def __repr__(self) -> str:
         return (
             f"ContextParallel(rank {self.rank} of {self.world_size}, layout={self.layout!r}, "

@@ -71,7 +71,7 @@ def verify(
     """
     _require_arguments(step, cp, model, reduction)
     ranks = cp.transport if group is None else groups.wider_transport(group, cp.transport)
-    meeting = Meeting(ranks, "distflash.verify", release=cp._refuse)
+    meeting = Meeting(ranks, "distflash.verify", release=lambda words: cp.refuse(words, in_attention=True))
     replays = _Replays(step, batch, cp, model, reduction, meeting)
     with meeting.part(), _every_call_compared(cp):
         report = replays.report(layers=False)
@@ -144,9 +144,8 @@ def _parts(result: Any) -> tuple[Tensor, list[Tensor], Mapping[str, Tensor] | No
 
 
 def _calls(cp: ContextParallel) -> int:
-    """How many calls of attention ``cp`` has planned so far."""
-    cache = cp._plan.cache_info()
-    return cache.hits + cache.misses
+    """How many calls of attention the ranks of ``cp`` have made so far."""
+    return cp._agreement.calls
 
 
 @contextmanager
@@ -166,15 +165,13 @@ def _alone(roots: Sequence[nn.Module], cp: ContextParallel) -> Iterator[None]:
 
 @contextmanager
 def _every_call_compared(cp: ContextParallel) -> Iterator[None]:
-    """Ranks compare every call of attention, where ``cp`` can be asked to, and not only those of a new signature."""
-    before = getattr(cp, "check_every_call", None)
+    """Ranks compare every call of attention, and not only those of a new signature."""
+    before = cp.check_every_call
     try:
-        if before is not None:
-            setattr(cp, "check_every_call", True)  # noqa: B010
+        cp.check_every_call = True
         yield
     finally:
-        if before is not None:
-            setattr(cp, "check_every_call", before)  # noqa: B010
+        cp.check_every_call = before
 
 
 def _require_arguments(step: object, cp: object, model: object, reduction: object) -> None:

@@ -6,6 +6,7 @@ from distflash.checkpointing import checkpoint_policy, keep_attention
 from distflash.layouts import Contiguous, Layout, Striped, Zigzag
 from distflash.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Window
 from distflash.schedules import Ring
+from distflash.transport import RankFailure
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "Layout",
     "Mask",
     "PrefixLM",
+    "RankFailure",
     "Ring",
     "Striped",
     "Window",

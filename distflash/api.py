@@ -7,6 +7,7 @@ dim of v.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -40,9 +41,15 @@ class ContextParallel:
         layout: which tokens each rank holds.
         schedule: in which order the other ranks' keys arrive.
         kernel: None for the best kernel that supports the call; a kernel given is used, or refused with all reasons.
+        timeout: seconds, as a number or timedelta, that this rank waits for another one at a time, before all ranks
+            raise `RankFailure`; at most the process group's own timeout, which None stands for. Longer than the longest
+            time by which ranks come apart: compilation, loading data, writing checkpoints.
 
     Raises:
         ValueError: an argument is of another kind (a string, a class, a mesh of two dimensions).
+
+    A rank that dies, raises in the middle of a call, or does not come in time ends the calls of all other ranks with
+    a `RankFailure`, and every later one at once. See docs/reliability.md.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class ContextParallel:
         layout: Layout = Zigzag(),
         schedule: Schedule = Ring(),
         kernel: Kernel | None = None,
+        timeout: float | timedelta | None = None,
     ) -> None:
         validation.require_layout(layout)
         validation.require_schedule(schedule)
@@ -58,7 +66,7 @@ class ContextParallel:
         self.layout = layout
         self.schedule = schedule
         self.kernel = kernel
-        self.transport = groups.transport_of(group)
+        self.transport = groups.guarded(groups.transport_of(group), validation.require_timeout(timeout))
         self.agreement = Agreement(self.transport)
         # A string, since torch.compile guards the value of strings and may turn ints into symbols.
         self._name = f"context_parallel_{ops.new_number()}"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distflash import engine
 from distflash.partial import accumulator_dtype
+from distflash.transport import during
 
 
 class Recipe(Protocol):
@@ -71,7 +72,7 @@ def attention(
     """``(out, lse)`` of `engine.forward`."""
     options = engine.Options(seq_len, sinks, alibi_slopes)
     call = _recipes[recipe].call(q, k, v, options, agree=True)
-    with _no_autocast(q):
+    with _no_autocast(q), during(call.transport, "forward", q):
         return engine.forward(q, k.contiguous(), v.contiguous(), call)
 
 
@@ -110,7 +111,7 @@ def attention_backward(
     """``(dq, dk, dv, dsinks)`` of `engine.backward`; dsinks is empty without sinks."""
     options = engine.Options(seq_len, sinks, alibi_slopes)
     call = _recipes[recipe].call(q, k, v, options, agree=False)
-    with _no_autocast(q):
+    with _no_autocast(q), during(call.transport, "backward", q):
         dq, dk, dv, dsinks = engine.backward(dout, dlse, q, k.contiguous(), v.contiguous(), out, lse, call)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from math import inf
 
 from torch import Tensor
@@ -14,6 +15,9 @@ from distflash.kernels import Kernel, Problem
 from distflash.layouts import Layout
 from distflash.masks import Mask
 from distflash.transport import Transport
+
+# Seconds, some 30 years: what a timedelta and torch's milliseconds can hold.
+_LONGEST = 1e9
 
 
 def tensors_problem(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -175,6 +179,19 @@ def require_kernel(kernel: object) -> None:
             f"kernel: expected a kernel such as df.kernels.Triton(), or None for the best that fits, got {kernel!r}"
             f"{_hint(kernel)}"
         )
+
+
+def require_timeout(timeout: object) -> timedelta | None:
+    """A positive number of seconds, or a timedelta, as a timedelta; None as it is."""
+    if timeout is None:
+        return None
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0.001 <= seconds < _LONGEST:
+        raise ValueError(
+            "timeout: expected a positive number of seconds, a positive datetime.timedelta, or None for the process "
+            f"group's own, got {timeout!r}"
+        )
+    return timedelta(seconds=float(seconds))
 
 
 def mask_problem(mask: object) -> str | None:

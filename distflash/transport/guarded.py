@@ -94,8 +94,7 @@ class Guarded:
         try:
             works = self.inner.exchange(sends, receives)
         except RuntimeError as raw:
-            peers = tuple(sorted({message.peer for message in (*receives, *sends)}))
-            self._stop(raw, f"an exchange with {ranks(peers)} to start", start)
+            self._stop(raw, _exchange_of((*receives, *sends)), start)
         return _Exchange(self, works)
 
     def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
@@ -203,6 +202,11 @@ class _Exchange:
 
     def wait(self) -> None:
         self.guarded.wait(self.works)
+
+
+def _exchange_of(messages: Sequence[Message]) -> str:
+    what = " and ".join(dict.fromkeys(message.what for message in messages))
+    return f"an exchange of {what} with {ranks(tuple(sorted({message.peer for message in messages})))} to start"
 
 
 def _cause(raw: RuntimeError) -> str:

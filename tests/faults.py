@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 import distflash as df
 from tests.ranks import Ranks, Reply
 
-TIMEOUT = 2.0  # seconds, of every wait
+TIMEOUT = 2.0  # seconds, of every wait for a rank that hangs
+LONG = 20.0  # of all other waits, which end without it
 FAULTY = 1  # the rank that fails
 S = 13
 
@@ -154,7 +155,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "exits": lambda: os._exit(1),
     "raises": raise_an_error,
     "hangs": lambda: time.sleep(TIMEOUT + 1.5),
-    "is late": lambda: time.sleep(TIMEOUT / 4),
+    "is late": lambda: time.sleep(0.5),
 }
 
 
@@ -183,7 +184,7 @@ class Ending:
     threads: tuple[str, ...]
 
 
-def end_of(phase: str, fault: str, timeout: float | None = TIMEOUT) -> Ending:
+def end_of(phase: str, fault: str) -> Ending:
     """Runs as a rank."""
     store, rank, ranks = dist.group.WORLD.get_group_store(), dist.get_rank(), dist.get_world_size()
     where = phases(ranks)[phase]
@@ -194,6 +195,7 @@ def end_of(phase: str, fault: str, timeout: float | None = TIMEOUT) -> Ending:
             FAULTS[fault]()
 
     points = Points(where.point, happens)
+    timeout = TIMEOUT if fault == "hangs" else LONG
     cp = df.ContextParallel(dist.group.WORLD, kernel=Passing(points), timeout=timeout)
     dist.barrier()
     result, error = None, None

@@ -6,6 +6,7 @@ dim of v.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from operator import index
 from typing import Any, Literal, Never, NoReturn
 
@@ -39,6 +40,10 @@ class ContextParallel:
         layout: which tokens each rank holds.
         schedule: in which order the other ranks' keys arrive.
         kernel: None for the best kernel that supports the call; a kernel given is used, or refused with all reasons.
+        timeout: seconds, as a number or timedelta, that this rank waits for another one at a time, before all ranks
+            raise `RankFailure`; at most the process group's own timeout, which None stands for. Longer than the longest
+            time by which ranks come apart: compilation, loading data, writing checkpoints. On GPUs, where the host waits
+            for nothing, a thread then watches what is queued; without a timeout only NCCL's own watchdog does.
         check_every_call: whether the ranks compare every attention call, forward and backward, before it sends
             anything. A rank that skips a call, or runs the backward of two calls in another order than the others, is
             then told so (if not, the ranks mix up the two calls' keys or gradients). None for the transport's default:
@@ -49,6 +54,9 @@ class ContextParallel:
 
     Raises:
         ValueError: an argument is of another kind (a string, a class, a mesh of two dimensions).
+
+    A rank that dies, raises in the middle of a call, or does not come in time ends the calls of all other ranks with
+    a `RankFailure`, and every later one at once. See docs/reliability.md.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class ContextParallel:
         schedule: Schedule = Ring(),
         kernel: Kernel | None = None,
         *,
+        timeout: float | timedelta | None = None,
         check_every_call: bool | None = None,
     ) -> None:
         validation.require_layout(layout)
@@ -66,7 +75,7 @@ class ContextParallel:
         self.layout = layout
         self.schedule = schedule
         self.kernel = kernel
-        self.transport = groups.transport_of(group)
+        self.transport = groups.guarded(groups.transport_of(group), validation.require_timeout(timeout))
         if not (check_every_call is None or isinstance(check_every_call, bool)):
             raise ValueError(f"check_every_call: expected True, False or None, got {check_every_call!r}")
         every_call = self.transport.checks_every_call if check_every_call is None else check_every_call
@@ -88,11 +97,11 @@ class ContextParallel:
     @property
     def check_every_call(self) -> bool:
         """Whether the ranks compare every attention call. May be set between two calls, on all ranks alike."""
-        return self._agreement.every_call
+        return self.agreement.every_call
 
     @check_every_call.setter
     def check_every_call(self, every_call: bool) -> None:
-        self._agreement.every_call = every_call
+        self.agreement.every_call = every_call
 
     def __repr__(self) -> str:
         return (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from distflash.transport import Alone, Distributed, SimulatedTransport, Transport
+from distflash.transport import Alone, Distributed, Guarded, SimulatedTransport, Transport
 
 
 def transport_of(group: object, of_several: str = 'pass one of them, such as mesh["context"]') -> Transport:
@@ -34,16 +36,38 @@ def transport_of(group: object, of_several: str = 'pass one of them, such as mes
     raise ValueError(f"group: expected a ProcessGroup or a one-dimensional DeviceMesh, got {group!r}; {remedy}")
 
 
+def guarded(transport: Transport, timeout: timedelta | None) -> Transport:
+    """``transport``; where it is a process group of several ranks, they tell one another why they stop.
+
+    Args:
+        timeout: the longest wait for another rank.
+    """
+    if transport.world_size == 1:
+        return transport
+    if isinstance(transport, Distributed):
+        return Guarded(transport if timeout is None else transport.within(timeout))
+    if isinstance(transport, Guarded) and timeout is not None:
+        return Guarded(transport.inner.within(timeout))
+    if timeout is not None and not isinstance(transport, Guarded):
+        raise ValueError(
+            f"timeout: {type(transport).__name__} has none, only process groups do; leave it out (a simulator reports "
+            "ranks that wait for nothing at once)"
+        )
+    return transport
+
+
 def wider_transport(group: object, shared: Transport) -> Transport:
     """The ranks of ``group``, among which those that share a sequence must be."""
     wider = transport_of(
         group, 'flatten it: mesh["data", "context"]._flatten(), or dist.group.WORLD if it holds all ranks'
     )
-    if isinstance(wider, Distributed) and isinstance(shared, Distributed):
+    if isinstance(wider, Distributed) and isinstance(shared, Guarded):
+        shared.require_sound()
         all_ranks, sharing = wider.members, shared.members
         if not set(sharing) <= set(all_ranks):
             raise ValueError(
                 f"group: holds ranks {list(all_ranks)}, but ranks {list(sharing)} share a sequence and all of their "
                 "tokens count; pass the group of data x context, not that of data alone"
             )
+        return guarded(wider, shared.inner.timeout)
     return wider

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from distflash.transport import Distributed, Transport
+from distflash.transport import Distributed, Guarded, Transport
 
 _POLL = 0.02  # seconds between looks into the store
 _GRACE = 2.0  # seconds in which ranks that are not held up by the failed one have noticed
@@ -121,7 +121,8 @@ def _quietly(work: Callable[[str], None], words: str) -> None:
 
 def _store_of(transport: Transport) -> dist.Store | None:
     """None for ranks that are no processes: those of a simulator, which ends all of them with the first that raises."""
-    return transport.group.get_group_store() if isinstance(transport, Distributed) else None
+    inner = transport.inner if isinstance(transport, Guarded) else transport
+    return inner.store if isinstance(inner, Distributed) else None
 
 
 def gather_texts(text: str, transport: Transport) -> list[str]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from distflash import engine
 from distflash.compiled import Data
 from distflash.partial import accumulator_dtype
+from distflash.transport import during
 
 
 class Recipe(Protocol):
@@ -103,7 +104,7 @@ def attention(
     options = engine.Options(seq_len, sinks, alibi_slopes)
     made = _recipes[recipe]
     call, number = made.filled(Data(ints, boundaries, numbers)).forward(q, k, v, options, needs_grad)
-    with _no_autocast(q):
+    with _no_autocast(q), during(call.transport, "forward", q):
         out, lse = engine.forward(q, k.contiguous(), v.contiguous(), call)
     return out, lse, q.new_full((int(made.numbered),), number, dtype=torch.int64)
 
@@ -152,7 +153,7 @@ def attention_backward(
     """``(dq, dk, dv, dsinks)`` of `engine.backward`; dsinks is empty without sinks."""
     options = engine.Options(seq_len, sinks, alibi_slopes)
     call = _recipes[recipe].filled(Data(ints, boundaries, numbers)).backward(q, k, v, options, number)
-    with _no_autocast(q):
+    with _no_autocast(q), during(call.transport, "backward", q):
         dq, dk, dv, dsinks = engine.backward(dout, dlse, q, k.contiguous(), v.contiguous(), out, lse, call)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 

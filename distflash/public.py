@@ -7,6 +7,7 @@ from distflash.differences import Report
 from distflash.layouts import Contiguous, Layout, Striped, Zigzag
 from distflash.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Window
 from distflash.schedules import Ring
+from distflash.transport import RankFailure
 from distflash.verification import verify
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Layout",
     "Mask",
     "PrefixLM",
+    "RankFailure",
     "Report",
     "Ring",
     "Striped",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from math import inf
 from numbers import Real
 from operator import index
@@ -24,6 +25,8 @@ ORDER = "[batch, seq_local, heads, head_dim]"
 MAX_SEQ_LEN = 2**31 - 1
 # What kernels compute in: a smaller scale would be 0 there, a larger one infinite.
 SMALLEST, LARGEST = (float(n) for n in (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max))
+# Seconds, some 30 years: what a timedelta and torch's milliseconds can hold.
+_LONGEST = 1e9
 
 
 def tensors_problem(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -332,6 +335,19 @@ def require_kernel(kernel: object) -> None:
             f"kernel: expected a kernel such as df.kernels.Triton(), or None for the best that fits, got {came(kernel)}"
             f"{_hint(kernel)}"
         )
+
+
+def require_timeout(timeout: object) -> timedelta | None:
+    """A positive number of seconds, or a timedelta, as a timedelta; None as it is."""
+    if timeout is None:
+        return None
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0.001 <= seconds < _LONGEST:
+        raise ValueError(
+            "timeout: expected a positive number of seconds, a positive datetime.timedelta, or None for the process "
+            f"group's own, got {timeout!r}"
+        )
+    return timedelta(seconds=float(seconds))
 
 
 def mask_problem(mask: object) -> str | None:

@@ -145,7 +145,7 @@ def _parts(result: Any) -> tuple[Tensor, list[Tensor], Mapping[str, Tensor] | No
 
 def _calls(cp: ContextParallel) -> int:
     """How many calls of attention the ranks of ``cp`` have made so far."""
-    return cp._agreement.calls
+    return cp.agreement.calls
 
 
 @contextmanager

@@ -37,7 +37,9 @@ class RankError(AssertionError):
 
 
 @dataclass(frozen=True)
-class _Reply:
+class Reply:
+    """What a rank returned if ``ok``, else how it failed."""
+
     ok: bool
     value: Any
 
@@ -66,13 +68,7 @@ class Ranks:
         Raises:
             RankError: with the traceback of every rank that failed.
         """
-        if not self._workers:
-            self._start()
-        for worker in self._workers:
-            worker.pipe.send((work, args))
-        replies = self._replies()
-        if len(replies) < self.count or not all(self._alive()):
-            self.stop()
+        replies = self.replies(work, *args)
         failures = [f"rank {rank}: {replies[rank].value}" for rank in sorted(replies) if not replies[rank].ok]
         silent = [str(rank) for rank in range(self.count) if rank not in replies]
         if silent:
@@ -80,6 +76,17 @@ class Ranks:
         if failures:
             raise RankError("\n".join(failures))
         return [replies[rank].value for rank in range(self.count)]
+
+    def replies(self, work: Callable[..., Any], *args: Any) -> dict[int, Reply]:
+        """Like `run`, but failures are told by rank; ranks that did not come back are left out."""
+        if not self._workers:
+            self._start()
+        for worker in self._workers:
+            worker.pipe.send((work, args))
+        replies = self._receive_all()
+        if len(replies) < self.count or not all(self._alive()):
+            self.stop()
+        return replies
 
     def stop(self) -> None:
         """End the processes, by force if need be."""
@@ -106,9 +113,9 @@ class Ranks:
             theirs.close()
             self._workers.append(_Worker(process, ours))
 
-    def _replies(self) -> dict[int, _Reply]:
+    def _receive_all(self) -> dict[int, Reply]:
         """What the ranks answer in time; once one has failed, the others have `_GRACE` to say so too."""
-        replies: dict[int, _Reply] = {}
+        replies: dict[int, Reply] = {}
         waiting = {worker.pipe: rank for rank, worker in enumerate(self._workers)}
         deadline = time.monotonic() + self.timeout
         while waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
@@ -119,13 +126,13 @@ class Ranks:
                     deadline = min(deadline, time.monotonic() + _GRACE)
         return replies
 
-    def _receive(self, rank: int) -> _Reply:
+    def _receive(self, rank: int) -> Reply:
         worker = self._workers[rank]
         try:
-            return _Reply(*worker.pipe.recv())
+            return Reply(*worker.pipe.recv())
         except (EOFError, ConnectionError):
             worker.process.join(_GRACE)
-            return _Reply(False, f"died with exit code {worker.process.exitcode}")
+            return Reply(False, f"died with exit code {worker.process.exitcode}")
 
     def _alive(self) -> list[bool]:
         return [worker.process.is_alive() for worker in self._workers]

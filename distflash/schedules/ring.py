@@ -33,12 +33,12 @@ class Ring:
     def visit(self, trip: Trip, kv: tuple[Tensor, ...]) -> Iterator[tuple[Step, tuple[Tensor, ...]]]:
         buffers = _Buffers(trip, kv)
         held = kv
-        for step, following in zip(trip.steps, (*trip.steps[1:], None), strict=True):
+        for number, (step, following) in enumerate(zip(trip.steps, (*trip.steps[1:], None), strict=True), start=1):
             if following is None:
                 yield step, held
                 return
             arriving = buffers.next(following.owner) if following.source is not None else ()
-            in_flight = _start(trip, following, kv, held, arriving)
+            in_flight = _start(trip, number, kv, held, arriving)
             yield step, held
             in_flight.wait()
             held = arriving or held
@@ -74,11 +74,13 @@ def _step(work: Work, rank: int, t: int) -> Step:
 
 
 def _start(
-    trip: Trip, step: Step, own: tuple[Tensor, ...], held: tuple[Tensor, ...], arriving: tuple[Tensor, ...]
+    trip: Trip, number: int, own: tuple[Tensor, ...], held: tuple[Tensor, ...], arriving: tuple[Tensor, ...]
 ) -> Pending:
-    sends = [Message(tensor, peer) for peer in step.relays_to for tensor in held]
-    sends += [Message(tensor, peer) for peer in step.gives_to for tensor in own]
-    receives = [] if step.source is None else [Message(tensor, step.source) for tensor in arriving]
+    """Start the exchange that brings the keys of step ``number``."""
+    step, what = trip.steps[number], f"the keys of ring step {number}"
+    sends = [Message(tensor, peer, what) for peer in step.relays_to for tensor in held]
+    sends += [Message(tensor, peer, what) for peer in step.gives_to for tensor in own]
+    receives = [] if step.source is None else [Message(tensor, step.source, what) for tensor in arriving]
     return trip.transport.exchange(sends, receives)
 
 
@@ -124,8 +126,9 @@ class RingHomecoming:
             for own, part in zip(self._own, self._incoming, strict=True):
                 own += part
         away = step.works and step.owner != self._rank
-        sends = [Message(part, step.owner) for part in self._rooms] if away else []
-        receives = [] if step.home_from is None else [Message(part, step.home_from) for part in self._incoming]
+        what = f"the gradients of ring step {self._trip.steps.index(step)}"
+        sends = [Message(part, step.owner, what) for part in self._rooms] if away else []
+        receives = [] if step.home_from is None else [Message(part, step.home_from, what) for part in self._incoming]
         self._in_flight = step, self._trip.transport.exchange(sends, receives)
 
     def finish(self) -> tuple[Tensor, ...]:

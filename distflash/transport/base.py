@@ -12,10 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Message:
-    """One contiguous tensor to, or from, one other rank."""
+    """One contiguous tensor to, or from, one other rank.
+
+    Attributes:
+        what: what the tensor is, for the words of an error.
+    """
 
     tensor: Tensor
     peer: int
+    what: str = "a message"
 
 
 class Pending(Protocol):

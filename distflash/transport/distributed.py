@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -14,22 +17,51 @@ from distflash.transport.base import Message
 HEAD_START = 2**14  # cycles of a GPU, about 9 us
 
 
-@dataclass(frozen=True)
-class _Works:
+# What `Work.wait` takes for the group's own timeout.
+_GROUPS_OWN = timedelta(0)
+# No message that is meant to arrive has this tag.
+_NEVER_SENT = 2**20
+
+
+@dataclass
+class Works:
     """Handles of one batch. They and their tensors are kept until `wait`, which NCCL needs to reuse memory safely."""
 
-    works: list[dist.Work]
+    works: Sequence[dist.Work]
+    receives: Sequence[Message]
+    sends: Sequence[Message]
+    timeout: timedelta
+    waits_for: int = 0
 
     def wait(self) -> None:
-        for work in self.works:
-            work.wait()
+        """Wait for one message after the other, the received ones first. On GPUs the host does not wait.
+
+        Raises:
+            RuntimeError: a peer is gone, or the deadline has passed.
+        """
+        for number, work in enumerate(self.works):
+            self.waits_for = number
+            work.wait(self.timeout)
+
+    def describe(self) -> str:
+        """What is waited for at the moment, or was when the wait failed."""
+        message = (*self.receives, *self.sends)[self.waits_for]
+        received = self.waits_for < len(self.receives)
+        return f"{message.what} from rank {message.peer}" if received else f"rank {message.peer} to take {message.what}"
 
 
 class Distributed:
-    """The ranks of a `torch.distributed` process group, or of a one-dimensional DeviceMesh."""
+    """The ranks of a `torch.distributed` process group, or of a one-dimensional DeviceMesh.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    Args:
+        group: this rank belongs to it.
+        timeout: how long one wait may last; None for the group's own timeout. On GPUs the host waits for no message:
+            see `distflash.transport.guarded`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
         self.group = group
+        self.timeout = timeout
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         # "nccl", "gloo", or one for each kind of device such as "cpu:gloo,cuda:nccl".
@@ -45,10 +77,21 @@ class Distributed:
         """The ranks of this group by their numbers in the default group."""
         return tuple(dist.get_process_group_ranks(self.group))
 
+    @property
+    def store(self) -> dist.Store:
+        """What all ranks of the group can read and write."""
+        return self.group.get_group_store()
+
+    def within(self, timeout: timedelta | None) -> Distributed:
+        """The same ranks with another timeout."""
+        other = copy(self)
+        other.timeout = timeout
+        return other
+
     def carries(self, device: torch.device) -> bool:
         return ("nccl" if device.type == "cuda" else "gloo") in self._backends
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Works:
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Works:
         """Point to point, one batch: NCCL then runs all of it as one kernel on its own stream."""
         # Receives first: gloo matches them as they arrive, and NCCL does not care within a batch.
         ops = [
@@ -60,7 +103,7 @@ class Distributed:
         if works and self.device.type == "cuda":
             # A grid as large as the GPU that begins before NCCL's kernel keeps it out until it ends.
             torch.cuda._sleep(HEAD_START)
-        return _Works(works)
+        return Works(works, receives, sends, self._limit((*receives, *sends)[0].tensor) if works else _GROUPS_OWN)
 
     def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
         mine = torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -76,13 +119,41 @@ class Distributed:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         total = x.to(self.device, copy=True)
-        dist.all_reduce(total, group=self.group)
+        self._finish(dist.all_reduce(total, group=self.group, async_op=True), total)
         return total.to(x.device)
+
+    def mark(self) -> Callable[[], bool] | None:
+        """A question whether all that was queued on the device until now is done; None where the host has waited."""
+        if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event.query
+
+    def close(self) -> None:
+        """End what is under way, here and on all ranks that wait for this one; the group is of no use afterwards."""
+        if "nccl" in self._backends:
+            self.group.abort()
+        if "gloo" in self._backends:
+            # gloo closes all connections of a group when a wait of one of its ranks times out. It has no call for that.
+            for peer in range(self.world_size):
+                with suppress(RuntimeError, ValueError):  # a connection to it is closed already, or it is this rank
+                    never = dist.irecv(torch.empty(1), group=self.group, group_src=peer, tag=_NEVER_SENT)
+                    assert never is not None
+                    never.wait(timedelta(milliseconds=1))
 
     def _all_gather_equal(self, x: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(x) for _ in range(self.world_size)]
-        dist.all_gather(parts, x, group=self.group)
+        self._finish(dist.all_gather(parts, x, group=self.group, async_op=True), x)
         return parts
+
+    def _finish(self, work: dist.Work | None, x: Tensor) -> None:
+        assert work is not None, "this rank belongs to the group"
+        work.wait(self._limit(x))
+
+    def _limit(self, x: Tensor) -> timedelta:
+        """How long the host may wait for ``x``. A wait for a GPU's takes no time, and with a limit it would."""
+        return _GROUPS_OWN if self.timeout is None or x.device.type == "cuda" else self.timeout
 
 
 def _gpu() -> torch.device:

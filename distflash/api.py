@@ -41,8 +41,8 @@ class ContextParallel:
         schedule: in which order the other ranks' keys arrive.
         kernel: None for the best kernel that supports the call; a kernel given is used, or refused with all reasons.
         timeout: seconds, as a number or timedelta, that this rank waits for another one at a time, before all ranks
-            raise `RankFailure`; at most the process group's own timeout, which None stands for. Longer than the longest
-            time by which ranks come apart: compilation, loading data, writing checkpoints. On GPUs, where the host waits
+            raise `RankFailure`; at most the process group's own timeout, which None stands for. Longer than the time by
+            which ranks can come apart: compilation, loading data, writing checkpoints. On GPUs, where the host waits
             for nothing, a thread then watches what is queued; without a timeout only NCCL's own watchdog does.
         check_every_call: whether the ranks compare every attention call, forward and backward, before it sends
             anything. A rank that skips a call, or runs the backward of two calls in another order than the others, is

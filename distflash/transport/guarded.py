@@ -118,7 +118,8 @@ class Guarded:
             works.wait()
         except RuntimeError as raw:
             self._stop(raw, works.describe(), start)
-        self._queued(works.describe())
+        if self._watches and works.works:
+            self._queued(works.describe())
         self.require_sound()
 
     @contextmanager

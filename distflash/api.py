@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from operator import index
 from typing import Any, Literal, Never, NoReturn
 
 import torch
@@ -177,7 +176,9 @@ class ContextParallel:
         problem = problem or validation.documents_problem(mask, seq_len)
         if problem is not None:
             raise ValueError(problem)
-        return self._plan(mask, index(seq_len), torch.device(self.transport.device if device is None else device))
+        return self._plan(
+            mask, validation.as_length(seq_len), torch.device(self.transport.device if device is None else device)
+        )
 
     def _build_plan(self, mask: Mask, seq_len: int, device: torch.device) -> Plan:
         sharding = Sharding(mask, self.layout, seq_len, self.world_size)
@@ -358,8 +359,7 @@ def attention(
         problem = validation.seq_len_problem(seq_len)
     if problem is not None:
         cp._refuse(problem)
-    assert seq_len is not None
-    seq_len, scale = index(seq_len), validation.as_number(scale)
+    seq_len, scale = validation.as_length(seq_len), validation.as_number(scale)
     softcap, dropout_p = (validation.as_number(x) or 0.0 for x in (softcap, dropout_p))
     if torch.compiler.is_compiling():
         number = cp._compiled_recipe(cp._name, mask.key, scale, softcap, dropout_p)

@@ -141,7 +141,10 @@ def _documents_problem(cu_seqlens: Any, how: ShardBatch) -> str | None:
         return f"cu_seqlens: end at {mask.seq_len}, but seq_len is {how.seq_len}; they must end at S"
     documents = len(mask.cu_seqlens) - 1
     if how.max_documents is not None and documents > how.max_documents:
-        return f"cu_seqlens: {documents} documents are more than max_documents={how.max_documents}; raise it, or pack fewer"
+        return (
+            f"cu_seqlens: {documents} documents are more than max_documents={how.max_documents}; "
+            "raise it, or pack fewer"
+        )
     return None
 
 

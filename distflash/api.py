@@ -7,7 +7,6 @@ dim of v.
 from __future__ import annotations
 
 from datetime import timedelta
-from operator import index
 from typing import Any, Literal, Never, NoReturn
 
 import torch
@@ -248,7 +247,7 @@ class ContextParallel:
         if problem is not None:
             raise ValueError(problem)
         where = torch.device(self.transport.device if device is None else device)
-        return self._calls.plan(Exact(mask), index(seq_len), where)
+        return self._calls.plan(Exact(mask), validation.as_length(seq_len), where)
 
     def _recipe(self, mask: Mask, scale: float | None, softcap: float, dropout_p: float) -> tuple[int, Data]:
         """The number by which an op finds the call's recipe, and what the op is given beside it."""
@@ -322,7 +321,7 @@ def attention(
     )
     if problem is not None:
         cp.refuse(problem, in_attention=True)
-    seq_len, scale = None if seq_len is None else index(seq_len), validation.as_number(scale)
+    seq_len, scale = None if seq_len is None else validation.as_length(seq_len), validation.as_number(scale)
     softcap, dropout_p = ((validation.as_number(x) or 0.0) + 0.0 for x in (softcap, dropout_p))  # -0.0 is 0.0
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks))
     recipe, data = cp._recipe(mask, scale, softcap, dropout_p)

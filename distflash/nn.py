@@ -59,15 +59,16 @@ class RotaryEmbedding(nn.Module):
         return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
-def _require_positions(positions: object, batch: int, tokens: int) -> None:
-    expected = f"positions: expected integers [{tokens}] or [{batch}, {tokens}], global positions of q's tokens"
-    if not isinstance(positions, Tensor):
-        raise ValueError(f"{expected}, got {type(positions).__name__}; cp.positions(seq_len) gives them")
-    fits = positions.dim() in (1, 2) and positions.shape[-1] == tokens
+def _require_positions(positions: Tensor, batch: int, tokens: int) -> None:
+    fits = isinstance(positions, Tensor) and positions.dim() in (1, 2) and positions.shape[-1] == tokens
     if fits and positions.dim() == 2:
         fits = positions.shape[0] == 1 or positions.shape[0] == batch
+    # Words only where they are needed: under torch.compile, to format a length is to pin it.
     if not fits or positions.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{expected}, got {positions.dtype} {list(positions.shape)}; cp.positions(seq_len) gives them")
+        raise ValueError(
+            f"positions: expected integers [{tokens}] or [{batch}, {tokens}], global positions of q's tokens, got "
+            f"{validation.came(positions)}; cp.positions(seq_len) gives them"
+        )
 
 
 def _require_count(name: str, value: object) -> None:

@@ -231,11 +231,18 @@ def documents_problem(mask: Mask, seq_len: int) -> str | None:
     return f"mask: cu_seqlens end at {mask.seq_len} but seq_len is {seq_len}; they must end at S"
 
 
+def as_length(seq_len: object) -> int:
+    """A length that `seq_len_problem` has found nothing wrong with, as Python's int or, while compiling, its symbol."""
+    length = as_int(seq_len)  # not `operator.index`, which would pin a symbol
+    assert length is not None
+    return length
+
+
 def require_seq_len(seq_len: object) -> int:
     """The length as Python's int, or a ValueError."""
     if (problem := seq_len_problem(seq_len)) is not None:
         raise ValueError(problem)
-    return index(seq_len)  # type: ignore[arg-type]
+    return as_length(seq_len)
 
 
 def length_problem(

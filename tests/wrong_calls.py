@@ -520,10 +520,10 @@ MODULES = [
         r"x: 8 local tokens, but Zigzag\(\) gives rank \d of 2 4 of seq_len=8", zeros(1, 8, 16), seq_len=8),
     forward("with a string for a mask", "mask: expected a Mask .*objects, not strings", zeros(1, 4, 16), mask="causal"),
     rope("one position for all",
-        r"positions: expected integers \[4\] or \[1, 4\], .*got torch.int64 \[1\]", (1, 4, 2, 16), torch.tensor([3])),
-    rope("positions as a list", "positions: expected integers .*got list", (1, 4, 2, 16), [0, 1, 2, 3]),
+        r"positions: expected integers \[4\] or \[1, 4\], .*got a Tensor of torch.int64 \[1\]", (1, 4, 2, 16), torch.tensor([3])),
+    rope("positions as a list", r"positions: expected integers .*got \[0, 1, 2, 3\]", (1, 4, 2, 16), [0, 1, 2, 3]),
     rope("positions of another batch",
-        r"positions: expected .*got torch.int64 \[3, 4\]", (2, 4, 2, 16), torch.arange(12).view(3, 4)),
+        r"positions: expected .*got a Tensor of torch.int64 \[3, 4\]", (2, 4, 2, 16), torch.arange(12).view(3, 4)),
     rope("another head_dim",
         r"q: expected \[batch, tokens, heads, head_dim=16\], got \[1, 4, 2, 8\]", (1, 4, 2, 8), torch.arange(4)),
 ]  # fmt: skip

@@ -139,8 +139,8 @@ def _documents_problem(cu_seqlens: Any, how: ShardBatch) -> str | None:
     documents = len(mask.cu_seqlens) - 1
     if how.max_documents is not None and documents > how.max_documents:
         return (
-            f"cu_seqlens: {documents} documents are more than max_documents={how.max_documents}; raise it, or pack "
-            "fewer"
+            f"cu_seqlens: {documents} documents are more than max_documents={how.max_documents}; "
+            "raise it, or pack fewer"
         )
     return None
 

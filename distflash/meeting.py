@@ -61,7 +61,7 @@ class Meeting:
         while not self._store.check(keys):
             self._require_no_failure()
             if time.monotonic() > give_up:
-                raise RuntimeError(f"{self.name}: some rank did not come within {self.patience:.0f} s")
+                raise RuntimeError(f"{self.name}: some rank did not come within {self.patience:g} s")
             time.sleep(_POLL)
         return [self._store.get(key).decode() for key in keys]
 

@@ -122,7 +122,8 @@ class _Replays:
     def _run(self, cp: ContextParallel | None, layers: bool) -> Run:
         """One run, from the same state of the random number generators."""
         inputs = {f"batch[{n}]": x for n, x in enumerate(tensors_in(self.batch)) if x.is_leaf and x.requires_grad}
-        with torch.random.fork_rng(), Recorder(self.model, layers, inputs) as recorder:
+        gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(gpus), Recorder(self.model, layers, inputs) as recorder:
             loss, returned, gradients = _parts(self.step(self.batch, cp))
             done = self.meeting.exchange(str(int(gradients is not None or recorder.has_gradients())))
             if "1" not in done and loss.requires_grad:

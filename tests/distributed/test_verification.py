@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distflash as df
 from launch.config import ModelConfig
 from launch.model import Decoder
+from tests.jobs import ROOT, finish, start, torchrun
 
 SHAPE = ModelConfig(layers=3, dim=32, heads=4, kv_heads=2, ffn=48)
 SEQ_LEN = 67  # that nothing divides
@@ -332,3 +333,15 @@ def test_gradients_that_step_brings(ranks_of):
     right, wrong = (ranks_of(2).run(elsewhere, fault)[0] for fault in ("", "one percent"))
     assert right.ok and not right.notes, str(right)
     assert [row.name for row in wrong.rows if not row.ok] == ["norm.weight"]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_example_of_the_documentation(reduction, tmp_path):
+    """As it stands it is verified; with the other reduction it ends as the text says."""
+    example = (ROOT / "docs/verify.md").read_text().split("```python\n")[1].split("```")[0]
+    file = tmp_path / "example.py"
+    file.write_text(example.replace('reduction="mean"', f'reduction="{reduction}"'))
+    text = finish(start(*torchrun(2), file, PYTHONPATH=str(ROOT)), expected=int(reduction == "sum"), timeout=150)
+    assert ("verified: sharded and unsharded agree in" in text) == (reduction == "mean")
+    assert ("all gradients are 0.5 times what they should be" in text) == (reduction == "sum")

@@ -1,0 +1,55 @@
+"""Texts between ranks, and the words of one that raises."""
+
+import time
+
+import pytest
+import torch.distributed as dist
+
+from distflash.meeting import Meeting
+from distflash.transport import Distributed
+
+
+def exchanged():
+    """Runs as a rank: two meetings of one name do not see each other's texts."""
+    ranks = Distributed(dist.group.WORLD)
+    return [Meeting(ranks, "test").exchange(f"{n}: {ranks.rank}") for n in range(2)]
+
+
+def test_everyone_gets_every_text(ranks_of):
+    expected = [[f"{n}: {rank}" for rank in range(3)] for n in range(2)]
+    assert ranks_of(3).run(exchanged) == [expected] * 3
+
+
+def interrupted(kind, words):
+    """Runs as a rank: the second raises where the others meet."""
+    ranks, released, start = Distributed(dist.group.WORLD), [], time.monotonic()
+    meeting = Meeting(ranks, "test", release=released.append)
+    with pytest.raises((RuntimeError, ValueError, OSError)) as error, meeting.part():
+        if ranks.rank == 1:
+            raise kind(words)
+        meeting.exchange("")
+    assert not released and time.monotonic() - start < 10  # all have noticed by themselves
+    return type(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("kind", [OSError, ValueError])
+def test_the_words_of_a_rank_that_raises_reach_the_others(kind, ranks_of):
+    first, second, third = ranks_of(3).run(interrupted, kind, "no more tokens")
+    assert second == (kind, "no more tokens")
+    for other, (seen, words) in ((0, first), (2, third)):
+        assert seen is (ValueError if kind is ValueError else RuntimeError)
+        assert words == f"test: rank 1 raised {kind.__name__}: no more tokens. This is rank {other}, which stops"
+
+
+def absent():
+    """Runs as a rank: the last one never comes."""
+    ranks = Distributed(dist.group.WORLD)
+    meeting = Meeting(ranks, "test", patience=0.5)
+    if ranks.rank == 0:
+        with pytest.raises(RuntimeError, match="test: some rank did not come within 0.5 s"):
+            meeting.exchange("")
+    return True
+
+
+def test_a_rank_that_never_comes_is_given_up(ranks_of):
+    assert ranks_of(2).run(absent) == [True, True]

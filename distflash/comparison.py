@@ -259,6 +259,11 @@ def judge(tables: list[Tables], notes: list[str]) -> Report:
         notes = [*notes, "the replays of different ranks differ: give every rank the same batch and weights"]
     if (factor := _common_factor(tables, gradients)) is not None:
         notes = [*notes, f"all gradients are {factor:.4g} times what they should be: see reduction= of cp.mean"]
+    if events and not any(sums.compared for sums in events.values()):
+        notes = [
+            *notes,
+            "no module's output was compared: the replay's have no dimension with more tokens than a rank's",
+        ]
     first = _first_difference(events, rows, gradients)
     return Report((*rows, *gradients), first, not_finite, tuple(notes))
 

@@ -20,7 +20,7 @@ from distflash.transport import Distributed, Guarded, Transport
 
 _POLL = 0.02  # seconds between looks into the store
 _GRACE = 2.0  # seconds in which ranks that are not held up by the failed one have noticed
-_RELEASE = 10.0  # seconds that `release` may take
+_RELEASE = 3.0  # seconds in which `release` reaches ranks that wait for this one; it goes on after that
 
 
 @dataclass

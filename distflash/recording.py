@@ -84,7 +84,6 @@ class Recorder:
     roots: list[nn.Module] = field(default_factory=list)
     events: dict[Event, Tensor] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
-    finished: bool = False  # a root has returned
     _names: dict[nn.Module, str] = field(default_factory=dict)
     _calls: dict[nn.Module, int] = field(default_factory=dict)
     _stack: list[nn.Module] = field(default_factory=list)
@@ -197,7 +196,6 @@ class Recorder:
         if self.layers or not self._stack:
             self._keep(module, True, output)
         self._calls[module] = self._calls.get(module, 0) + 1
-        self.finished = self.finished or not self._stack
         self.dtypes |= {x.dtype for x in tensors_in(output)}
 
     def _measure_part(self, name: str, x: Tensor) -> None:

@@ -49,9 +49,8 @@ def verify(
         step: ``step(batch, cp)`` returns the loss of the whole batch, a scalar, the same on every rank. Given a group
             it shards the batch (`ContextParallel.shard`); given None it computes the same on the whole batch, and sends
             nothing of its own. It may call ``backward`` itself, else verify does. It neither clips gradients (clipping
-            hides factors) nor changes weights. It may return a tuple: the
-            loss, further tensors to compare, and a mapping of names to whole gradients where parameters do not hold
-            them (DeepSpeed).
+            hides factors) nor changes weights. It may return a tuple: the loss, further tensors to compare, and a
+            mapping of names to whole gradients where parameters do not hold them (DeepSpeed).
         batch: the whole batch, the same on every rank.
         cp: the group that holds the sequence. Modules that hold it in an attribute, as `distflash.nn.SelfAttention`
             does, have None there during the replay.
@@ -136,7 +135,7 @@ def _parts(result: Any) -> tuple[Tensor, list[Tensor], Mapping[str, Tensor] | No
     """The loss, further tensors and gradients that step returned."""
     loss, *others = result if isinstance(result, tuple | list) and result else (result,)
     if isinstance(loss, int | float):
-        loss = torch.tensor(float(loss), dtype=torch.float64)
+        loss = torch.tensor(float(loss))  # float32, in which losses are computed: a Python number no longer says it
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise ValueError(f"step: expected it to return the loss, a scalar, first; got {what}")

@@ -46,7 +46,7 @@ def absent():
     ranks = Distributed(dist.group.WORLD)
     meeting = Meeting(ranks, "test", patience=0.5)
     if ranks.rank == 0:
-        with pytest.raises(RuntimeError, match="test: some rank did not come within 0.5 s"):
+        with pytest.raises(RuntimeError, match=r"test: some rank did not come within 0\.5 s"):
             meeting.exchange("")
     return True
 

@@ -308,6 +308,7 @@ def test_data_parallel_ranks(ranks_of):
         reports = ranks_of(4).run(data_parallel, fault)
         assert all(report == reports[0] for report in reports)
         assert reports[0].ok == (not fault), str(reports[0])
+        assert any("no module's output was compared" in note for note in reports[0].notes)
 
 
 def elsewhere(fault):

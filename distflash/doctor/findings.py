@@ -45,11 +45,7 @@ def from_json(text: str) -> list[Finding]:
 
 
 def merged(by_rank: Sequence[Sequence[Finding]]) -> list[tuple[Finding, str]]:
-<<<<<<< HEAD
-    """One line for what several ranks found alike, with the ranks, in the order of the first of them."""
-=======
     """One line for what several ranks found alike, with the ranks; ordered as on the first rank that made the check."""
->>>>>>> wt-verify
     order: dict[str, int] = {}
     alike: dict[tuple[str, str, str], list[tuple[int, Finding]]] = {}
     for rank, findings in enumerate(by_rank):

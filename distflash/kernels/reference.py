@@ -22,10 +22,20 @@ from distflash.partial import Partial, Softmax, accumulator_dtype
 
 @dataclass(frozen=True)
 class Reference:
-    """Plain torch. ``block_q`` and ``block_k`` bound the memory of a tile: ``B * H * block_q * block_k`` numbers."""
+    """Plain torch. ``block_q`` and ``block_k`` bound the memory of a tile: ``B * H * block_q * block_k`` numbers.
+
+    Raises:
+        ValueError: a block size is no int of at least 1.
+    """
 
     block_q: int = 128
     block_k: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("block_q", "block_k"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"Reference({name}): expected an int of at least 1, got {size!r}")
 
     def not_supported_reasons(self, problem: Problem) -> list[str]:
         reasons = []

@@ -52,6 +52,8 @@ class Simulator:
     """
 
     def __init__(self, world_size: int, device: torch.device | str = "cpu") -> None:
+        if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
+            raise ValueError(f"world_size: expected a number of ranks, at least 1, got {world_size!r}")
         self.world_size = world_size
         self.device = _with_index(torch.device(device))
         self.traffic = Traffic()

@@ -26,6 +26,12 @@ def test_outputs_must_fit_where_the_queries_were():
         assert "as wide" not in reasons(d_qk=d_qk, d_v=d_v)
 
 
+@pytest.mark.parametrize("margin", [-1, 1.5, True, "8"])
+def test_a_margin_is_a_number_of_multiprocessors(margin):
+    with pytest.raises(ValueError, match="margin"):
+        Hopper(margin=margin)
+
+
 def test_short_dtypes_are_no_reason():
     assert "float" not in reasons(dtype=torch.float16)
 

@@ -41,3 +41,11 @@ def test_the_whole_score_matrix_is_never_made():
     with Watch():
         oracle.run(Reference(block_q=64, block_k=64), case, x)
     assert largest <= 2048 * 16 * 4  # of q, k and v themselves
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True])
+def test_blocks_have_a_size(size):
+    with pytest.raises(ValueError, match=r"Reference\(block_q\)"):
+        Reference(block_q=size)
+    with pytest.raises(ValueError, match=r"Reference\(block_k\)"):
+        Reference(block_k=size)

@@ -215,3 +215,9 @@ def test_another_shape_or_dtype_than_expected_is_detected(room):
 
     with pytest.raises(SimulationError, match=r"rank 1 expected .* from rank 0 and got torch.float32 \(2,\)"):
         Simulator(2).run(work)
+
+
+@pytest.mark.parametrize("world_size", [0, -1, 1.5])
+def test_a_simulator_has_ranks(world_size):
+    with pytest.raises(ValueError, match="world_size"):
+        Simulator(world_size)

@@ -36,6 +36,9 @@ class Hopper:
             tile instead of five.
         margin: multiprocessors left to communication, which a grid as large as the GPU would hold up.
         forward_tile, backward_tile: in place of the shipped ones, for tuning.
+
+    Raises:
+        ValueError: margin is no int of at least 0.
     """
 
     deterministic: bool = False
@@ -43,10 +46,16 @@ class Hopper:
     forward_tile: ForwardTile | None = None
     backward_tile: BackwardTile | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.margin, int) or isinstance(self.margin, bool) or self.margin < 0:
+            raise ValueError(f"Hopper(margin): expected a number of multiprocessors, at least 0, got {self.margin!r}")
+
     def not_supported_reasons(self, problem: Problem) -> list[str]:
         reasons = Triton().not_supported_reasons(problem)
         if not reasons and torch.cuda.get_device_capability(problem.device) != (9, 0):
             reasons.append("the Hopper kernel needs a GPU of compute capability 9.0 (H100, H200)")
+        elif not reasons and self._programs(problem.device) < 1:
+            reasons.append(f"margin={self.margin} leaves the Hopper kernel no multiprocessor")
         if problem.dtype not in DTYPES:
             reasons.append(f"the Hopper kernel takes float16 and bfloat16, not {problem.dtype}")
         if padded(problem.d_v) > padded(problem.d_qk):  # outputs leave by the place of the queries

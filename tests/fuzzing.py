@@ -313,7 +313,19 @@ def run_job(options: Options, job: int) -> Tally:
             try_one(options, number, solve, tally)
             if tally.cases % 500 == 0:
                 print(f"job {job}: {tally.cases} cases, {len(tally.failed)} failed", flush=True)
+            if options.device == "cuda" and not _has_gpu():
+                print(f"job {job}: ends after case {number}, which has left it no GPU", flush=True)
+                break
     return tally
+
+
+def _has_gpu() -> bool:
+    """After an illegal access a process can do nothing more on its GPU."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def run(options: Options) -> Tally:

@@ -14,7 +14,8 @@ from distflash.transport import Transport
 
 def take(x: Tensor, dim: int, ranges: tuple[range, ...]) -> Tensor:
     """The positions in ``ranges`` of ``x`` along ``dim``, as a new tensor."""
-    return torch.cat([x[_along(dim, r)] for r in ranges], dim=dim)
+    # A rank without tokens may have no range at all.
+    return torch.cat([x[_along(dim, r)] for r in ranges or (range(0),)], dim=dim)
 
 
 def _along(dim: int, r: range) -> tuple[slice, ...]:

@@ -74,7 +74,7 @@ def dense(p: Problem, x: Inputs) -> Results:
     """The definition, in float64, with the whole score matrix; gradients by autograd."""
     q, k, v = (t.double().requires_grad_() for t in (x.q.clone(), x.k.clone(), x.v.clone()))
     sinks = None if x.sinks is None else x.sinks.clone().double().requires_grad_()
-    s = _scores(p, q, k, x.slopes)
+    s = scores(p, q, k, x.slopes)
     sink_column = s.new_full((*s.shape[:-1], 1), -torch.inf)
     if sinks is not None:
         sink_column = sinks[None, :, None, None].expand_as(sink_column)
@@ -83,25 +83,26 @@ def dense(p: Problem, x: Inputs) -> Results:
     blind = (s == -torch.inf).all(-1)
     s = s.masked_fill(blind[..., None], 0.0)
     probability = s.softmax(-1)[..., :-1].masked_fill(blind[..., None], 0.0)
-    out = torch.einsum("bhij,bjhd->bihd", probability, _per_query_head(p, v))
+    out = torch.einsum("bhij,bjhd->bihd", probability, per_query_head(p, v))
     lse = s.logsumexp(-1).masked_fill(blind, -torch.inf)
     torch.autograd.backward((out, lse), (x.dout.double(), x.dlse.double()))
     return _results(out, lse, q, k, v, sinks)
 
 
-def _scores(p: Problem, q: Tensor, k: Tensor, slopes: Tensor | None) -> Tensor:
+def scores(p: Problem, q: Tensor, k: Tensor, slopes: Tensor | None) -> Tensor:
     """``[B, H, S, S]``, -inf where the mask forbids."""
-    s = torch.einsum("bihd,bjhd->bhij", q, _per_query_head(p, k)) * (p.d_qk**-0.5 if p.scale is None else p.scale)
+    s = torch.einsum("bihd,bjhd->bhij", q, per_query_head(p, k)) * (p.d_qk**-0.5 if p.scale is None else p.scale)
     if p.softcap:
         s = p.softcap * torch.tanh(s / p.softcap)
-    positions = torch.arange(p.seq_len)
+    positions = torch.arange(p.seq_len, device=q.device)
     if slopes is not None:
         s = s - slopes.double()[:, None, None] * (positions[:, None] - positions).abs()
     return s.masked_fill(~p.mask.materialize(positions, positions, p.seq_len), -torch.inf)
 
 
-def _per_query_head(p: Problem, x: Tensor) -> Tensor:
-    return x.repeat_interleave(p.heads // p.kv_heads, dim=2)
+def per_query_head(p: Problem, x: Tensor) -> Tensor:
+    """``[B, S, G, D]``, each key head once for each of its query heads; of query heads as they are."""
+    return x.repeat_interleave(p.heads // x.shape[2], dim=2)
 
 
 def on_rank(p: Problem, x: Inputs, cp: df.ContextParallel | None) -> Results:
@@ -133,7 +134,9 @@ def join(parts: Sequence[Results], layout: df.Layout, seq_len: int) -> Results:
 
     def whole(name: str) -> Tensor:
         tensors, dim = [part[name] for part in parts], TOKENS[name]
-        return torch.stack(tensors).sum(0) if dim is None else torch.cat(tensors, dim).index_select(dim, order)
+        if dim is None:
+            return torch.stack(tensors).sum(0)
+        return torch.cat(tensors, dim).index_select(dim, order.to(tensors[0].device))
 
     return {name: whole(name) for name in parts[0]}
 
@@ -168,7 +171,7 @@ def assert_no_less_exact(p: Problem, x: Inputs, got: Results, one_rank: Results)
     thousandth of what storing the result in bfloat16 costs.
     """
     truth = dense(p, x)
-    unit = torch.finfo(torch.float32).eps * max(1.0, _largest_score(p, x))
+    unit = torch.finfo(torch.float32).eps * max(1.0, largest_score(p, x))
     gradients = [name for name in truth if name not in ("out", "lse")]
     for name in truth:
         size = max(_norm(truth[n]) for n in (gradients if name in gradients else [name]))
@@ -188,8 +191,9 @@ def in_dtype(p: Problem, dtype: torch.dtype) -> Problem:
     return replace(p, dtype=dtype)
 
 
-def _largest_score(p: Problem, x: Inputs) -> float:
-    s = _scores(p, x.q.double(), x.k.double(), x.slopes)
+def largest_score(p: Problem, x: Inputs) -> float:
+    """The largest magnitude of a score that is seen."""
+    s = scores(p, x.q.double(), x.k.double(), x.slopes)
     seen = s[s > -torch.inf].abs()
     return float(seen.max()) if len(seen) else 0.0
 

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 import distflash as df
 from distflash.transport import Simulator
+from tests.random_calls import Dealt
 from tests.strategies import layouts
 
 
@@ -25,6 +26,13 @@ def test_unshard_inverts_shard(layout, seq_len, world_size, dim):
         return cp.unshard(mine, dim)
 
     assert all(torch.equal(whole, x) for whole in run(world_size, work, layout))
+
+
+def test_a_layout_may_give_a_rank_no_range_at_all():
+    x = torch.randn(2, 5, 3)
+    shards = run(3, lambda cp: (cp.shard(x), cp.unshard(cp.shard(x))), Dealt(ends=(2, 5), owners=(2, 0)))
+    assert [shard.shape[1] for shard, _ in shards] == [3, 0, 2]
+    assert all(torch.equal(whole, x) for _, whole in shards)
 
 
 @given(layouts, st.integers(1, 40), st.integers(1, 8))

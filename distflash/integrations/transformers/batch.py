@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from distflash.api import ContextParallel
 from distflash.layouts import Layout
@@ -44,9 +44,22 @@ _NO_LABELS = (
 
 
 class _Trace:
-    """Whether a layer has attended over the ranks with this part of a batch."""
+    """Which layers have attended over the ranks with this part of a batch."""
 
-    attended = False
+    def __init__(self) -> None:
+        self.layers: set[int] = set()  # ids of modules
+        self.compiled = False  # whether a layer has whose id compiled code does not know
+
+    @property
+    def attended(self) -> bool:
+        return self.compiled or bool(self.layers)
+
+    def note(self, layer: nn.Module) -> None:
+        """A layer has attended."""
+        if torch.compiler.is_compiling():
+            self.compiled = True
+        else:
+            self.layers.add(id(layer))
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,15 @@ class Shard:
     documents: Documents | None
     contents: tuple[tuple[str, str], ...] = ()
     trace: _Trace = field(default_factory=_Trace, compare=False, repr=False)
+
+    @property
+    def seq_local(self) -> int:
+        """How many tokens this rank holds."""
+        return self.layout.length(self.seq_len, self.world_size, self.rank)
+
+    def of_rank(self, rank: int) -> Shard:
+        """The same batch's part that another rank holds."""
+        return replace(self, rank=rank)
 
     def position_ids(self, device: torch.device) -> Tensor:
         """int64 ``[T]``: the place of each of this rank's tokens in its document."""
@@ -158,7 +180,7 @@ class _Divisor:
         return loss_sum / self.value.to(loss_sum.device)
 
 
-class _Misuse(ValueError, AttributeError):
+class Misuse(ValueError, AttributeError):
     """An AttributeError too, so that who only asks whether there is such an attribute is told that there is not."""
 
 
@@ -169,14 +191,14 @@ class _Unreadable:
     reason: str = ""  # the default lets pickle ask a new object for its attributes
 
     def _refuse(self, *_: Any) -> Any:
-        raise _Misuse(self.reason)
+        raise Misuse(self.reason)
 
     __getattr__ = __getitem__ = __rtruediv__ = _refuse
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [*args, *(kwargs or {}).values()]
-        raise _Misuse(next(x.reason for x in given if isinstance(x, cls)))
+        raise Misuse(next(x.reason for x in given if isinstance(x, cls)))
 
 
 def _checked(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,6 @@ _MOST_PARAMETERS = 3 * 10**6
 HEADS: dict[str, dict[str, Any]] = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
 
 
@@ -45,7 +44,7 @@ class Family:
         cls = configuration_auto.CONFIG_MAPPING[self.model_type]
         known = inspect.signature(cls.__init__).parameters
         sizes = {name: size for name, size in SIZES.items() if name in known}
-        return cls(**{**sizes, **OVERRIDES.get(self.model_type, {})})
+        return cls(**{**sizes, **OVERRIDES.get(self.class_name, OVERRIDES.get(self.model_type, {}))})
 
     def model(self, attention: str) -> Any:
         """With random weights far from 0, gains and biases included, so that no part of a model is idle."""
@@ -73,8 +72,7 @@ def families() -> Iterator[Family]:
     """All text families: those whose configuration holds no other one, of images, audio or a text model beside them."""
     for head, classes in HEADS.items():
         for model_type, names in sorted(classes.items()):
-            composite = configuration_auto.CONFIG_MAPPING[model_type].sub_configs if model_type != "dbrx" else {}
-            if not composite:
+            if not configuration_auto.CONFIG_MAPPING[model_type].sub_configs:
                 yield Family(model_type, names if isinstance(names, str) else names[0], head)
 
 
@@ -117,7 +115,7 @@ def error(got: Results, expected: Results) -> float:
 
 
 def outcome(family: Family, cp: df.ContextParallel) -> str:
-    """ "equal (error)", "refused: reason", "wrong (error)", or what else was raised. All ranks of ``cp`` call."""
+    """In words: "equal (error)", "refused: reason", "wrong (error)", or what else was raised. All ranks of ``cp`` call."""
     dft.register(cp)
     try:
         got = over_ranks(family, cp)
@@ -137,8 +135,6 @@ def _targets(family: Family, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _loss_sum(family: Family, logits: Tensor, targets: Tensor) -> Tensor:
-    if family.head == "classification":
-        return logits.square().sum()
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 

@@ -90,7 +90,7 @@ def main() -> None:
     """Start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="model types; all if left out")
-    parser.add_argument("--head", choices=("causal", "masked", "classification"), help="only these classes")
+    parser.add_argument("--head", choices=("causal", "masked"), help="only these classes")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.name}")
     options = parser.parse_args()

@@ -121,15 +121,9 @@ def _no_shard(module: nn.Module) -> str:
             'itself. Generate on one process with the whole prompt: model.set_attn_implementation("sdpa") before, and '
             '"distflash" again after it'
         )
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return (
-            f"model: {type(module).__name__}.forward takes no further keywords, so that a batch's Shard does not reach "
-            "the attention; the model is not supported"
-        )
     return (
-        f"batch: was not sharded for this group of ranks; {PASS_ALL}. If you did: this model's layers do not pass "
-        "keywords on to their attention, and are not supported"
+        f"batch: nothing that shard_batch adds has reached the attention of {type(module).__name__}; {PASS_ALL}. If "
+        "you did: this model's layers do not pass keywords on to their attention, and are not supported"
     )
 
 

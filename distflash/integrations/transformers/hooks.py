@@ -58,7 +58,8 @@ class ModelHooks:
 
     def _attendance_problem(self, model: PreTrainedModel, shard: Shard) -> str | None:
         layers = shard.trace.layers
-        if shard.trace.compiled or model in self._attended and any(id(module) in layers for module in model.modules()):
+        known = model in self._attended and any(id(module) in layers for module in model.modules())
+        if known or shard.trace.compiled:
             return None
         problem = attendance_problem(model, layers)
         if problem is None:

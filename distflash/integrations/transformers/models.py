@@ -19,7 +19,16 @@ from distflash.integrations.transformers.batch import NAME, Shard
 
 # Types of layers that mix tokens by attention, or not at all. Others (convolutions, linear attention) would see this
 # rank's tokens only.
-_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe", "dense", "sparse"}
+_LAYER_TYPES = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "attention",
+    "mlp",
+    "moe",
+    "dense",
+    "sparse",
+}
 _POOLING = re.compile(r"For(SequenceClassification|MultipleChoice|NextSentencePrediction)|DoubleHeads")
 
 
@@ -48,9 +57,11 @@ def model_problem(model: PreTrainedModel) -> str | None:
         )
     if getattr(model, "pooler", None) is not None:
         return (
-            f"model: {name} has a pooler, which would take the first of this rank's tokens, not of the sequence; build "
-            "the model with add_pooling_layer=False"
+            f"model: {name} has a pooler, which would take the first of this rank's tokens, not of the sequence; "
+            "models that pool are not supported (BertModel and others can be built with add_pooling_layer=False)"
         )
+    if getattr(config, "trigram_input", False):
+        return f"model: {name} adds the neighbours of a token to it, which may be on another rank; it is not supported"
     return _position_problem(model) or _mixer_problem(model)
 
 
@@ -130,7 +141,7 @@ def output_problem(model: PreTrainedModel, output: Any, shard: Shard) -> str | N
 
 
 def _own_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model, without those of other models in it, which have a forward of their own to be checked at."""
+    """The modules of a model, without those of other models in it, which are checked at their own forward."""
     yield model
     for child in model.children():
         if not isinstance(child, PreTrainedModel):

@@ -25,8 +25,8 @@ def rope_problem(config: Any, shard: Shard) -> str | None:
         limit = kinds["longrope"].get("original_max_position_embeddings") or config.max_position_embeddings
         if min(lengths) <= limit < max(lengths):
             return (
-                f"rope_type: 'longrope' has other frequencies up to {limit} tokens than beyond, and the library chooses "
-                f"by a rank's own last token: here that is number {' / '.join(map(str, lengths))} on the ranks. Use "
+                f"rope_type: 'longrope' has other frequencies up to {limit} tokens than beyond, and the library "
+                f"chooses by a rank's own last token: here that is number {' / '.join(map(str, lengths))} on the ranks. Use "
                 f"sequences of at most {limit} tokens, or of at least {limit + shard.world_size} in the layout "
                 "df.Striped(), which has every rank's last token at the end of the sequence"
             )
@@ -34,10 +34,10 @@ def rope_problem(config: Any, shard: Shard) -> str | None:
         limit = config.max_position_embeddings
         if limit < max(lengths) and len(set(lengths)) > 1:
             return (
-                f"rope_type: 'dynamic' computes its frequencies from the length where that is more than {limit} tokens, "
-                f"and the library takes a rank's own last token for it: here number {' / '.join(map(str, lengths))} on "
-                f"the ranks. Use sequences of at most {limit} tokens, or a rope_type whose frequencies are fixed (yarn, "
-                "linear, llama3)"
+                f"rope_type: 'dynamic' computes its frequencies from the length where that is more than {limit} "
+                "tokens, and the library takes a rank's own last token for it: here that is number "
+                f"{' / '.join(map(str, lengths))} on the ranks. Use sequences of at most {limit} tokens, or a "
+                "rope_type whose frequencies are fixed (yarn, linear, llama3)"
             )
     return None
 

@@ -11,11 +11,12 @@ A layer's mask is the one that the model asks that registry for, as with the lib
 with the batch as a `Shard`, a keyword of the model's forward that reaches every layer.
 """
 
-from distflash.integrations.transformers.batch import Shard, shard_batch, shard_labels, shard_position_ids
+from distflash.integrations.transformers.batch import NAME, Shard, shard_batch, shard_labels, shard_position_ids
 from distflash.integrations.transformers.loss import loss_function
 from distflash.integrations.transformers.registry import register, unregister
 
 __all__ = [
+    "NAME",
     "Shard",
     "loss_function",
     "register",

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from distflash.api import ContextParallel
 from distflash.layouts import Layout
@@ -29,13 +29,16 @@ _WHOLE = ("labels", "shift_labels", "attention_mask")
 _BOUNDARIES = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 # Follow from the boundaries.
 _DERIVED = ("max_length_q", "max_length_k", "seq_idx")
+# How the names of images, video and audio begin.
+_MEDIA = ("pixel", "image", "video", "audio", "input_features", "mm_")
 _KNOWN = (*_PER_TOKEN, *_WHOLE, *_BOUNDARIES, *_DERIVED, "position_ids", "num_items_in_batch")
 
 PASS_ALL = "pass the model all that shard_batch(batch, cp) returns: model(**shard_batch(batch, cp))"
 _LABELS_READ = (
-    "labels: this loss reads `labels`, which it would shift within each rank's part, and lose one at every edge. The "
-    "labels, shifted in the whole sequence, are in `shift_labels`: set model.loss_function = loss_function(cp), or "
-    "leave labels out of the call and compute the loss from the logits and shift_labels"
+    "labels: this model's loss reads `labels`, and would shift them within each rank's part, or not at all. The "
+    "labels, shifted in the whole sequence, are in `shift_labels`: set model.loss_function = loss_function(cp) if the "
+    "model uses one, or leave labels out of the call and compute the loss from the logits and shift_labels. If the "
+    "loss is not that of the next token, leave labels out of the batch and take this rank's by cp.shard(labels)"
 )
 _NO_LABELS = (
     "labels: the batch had none when it was sharded. Labels have to be shifted in the whole sequence, before it is "
@@ -44,9 +47,22 @@ _NO_LABELS = (
 
 
 class _Trace:
-    """Whether a layer has attended over the ranks with this part of a batch."""
+    """Which layers have attended over the ranks with this part of a batch."""
 
-    attended = False
+    def __init__(self) -> None:
+        self.layers: set[int] = set()  # ids of modules
+        self.compiled = False  # whether a layer has whose id compiled code does not know
+
+    @property
+    def attended(self) -> bool:
+        return self.compiled or bool(self.layers)
+
+    def note(self, layer: nn.Module) -> None:
+        """A layer has attended."""
+        if torch.compiler.is_compiling():
+            self.compiled = True
+        else:
+            self.layers.add(id(layer))
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,15 @@ class Shard:
     documents: Documents | None
     contents: tuple[tuple[str, str], ...] = ()
     trace: _Trace = field(default_factory=_Trace, compare=False, repr=False)
+
+    @property
+    def seq_local(self) -> int:
+        """How many tokens this rank holds."""
+        return self.layout.length(self.seq_len, self.world_size, self.rank)
+
+    def of_rank(self, rank: int) -> Shard:
+        """The same batch's part that another rank holds."""
+        return replace(self, rank=rank)
 
     def position_ids(self, device: torch.device) -> Tensor:
         """int64 ``[T]``: the place of each of this rank's tokens in its document."""
@@ -105,7 +130,7 @@ def shard_batch(batch: Mapping[str, Any], cp: ContextParallel) -> dict[str, Any]
     Raises:
         ValueError: the batch has been sharded before, has padding, or holds what cannot be sharded.
     """
-    whole = _checked(batch)
+    whole = _checked(batch, cp)
     ids = whole["input_ids"]
     B, S = ids.shape
     documents = _documents(whole, S)
@@ -123,7 +148,7 @@ def shard_batch(batch: Mapping[str, Any], cp: ContextParallel) -> dict[str, Any]
     if labels is None:
         return {**part, "num_items_in_batch": _Unreadable(_NO_LABELS)}
     count = whole.get("num_items_in_batch")
-    count = (labels != IGNORED).sum() if count is None else torch.as_tensor(count)
+    count = (labels != IGNORED).sum() if count is None else _count(count)
     return {
         **part,
         "labels": _Unreadable(_LABELS_READ),
@@ -158,7 +183,15 @@ class _Divisor:
         return loss_sum / self.value.to(loss_sum.device)
 
 
-class _Misuse(ValueError, AttributeError):
+def _count(given: Any) -> Tensor:
+    """``num_items_in_batch``, as the library gives it: a number, or a tensor of one."""
+    number = isinstance(given, int | float) and not isinstance(given, bool)
+    if not number and not (isinstance(given, Tensor) and given.numel() == 1):
+        raise ValueError(f"num_items_in_batch: expected a number, got {_shape(given)}")
+    return torch.as_tensor(given).reshape(())
+
+
+class Misuse(ValueError, AttributeError):
     """An AttributeError too, so that who only asks whether there is such an attribute is told that there is not."""
 
 
@@ -169,35 +202,40 @@ class _Unreadable:
     reason: str = ""  # the default lets pickle ask a new object for its attributes
 
     def _refuse(self, *_: Any) -> Any:
-        raise _Misuse(self.reason)
+        raise Misuse(self.reason)
 
     __getattr__ = __getitem__ = __rtruediv__ = _refuse
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [*args, *(kwargs or {}).values()]
-        raise _Misuse(next(x.reason for x in given if isinstance(x, cls)))
+        raise Misuse(next(x.reason for x in given if isinstance(x, cls)))
 
 
-def _checked(batch: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(batch: Mapping[str, Any], cp: ContextParallel) -> dict[str, Any]:
     """The batch as a dict of tensors ``[B, S]``, or the reason why it cannot be sharded."""
+    if not isinstance(cp, ContextParallel):
+        raise ValueError(f"cp: expected the ContextParallel that register was given, got {type(cp).__name__}")
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"batch: expected tensors by name, as a collator returns them, got {type(batch).__name__}")
     whole = dict(batch)
     if NAME in whole:
         raise ValueError("batch: has been sharded already; call shard_batch once, on the whole batch")
-    if unknown := [name for name in whole if name not in _KNOWN]:
-        raise ValueError(
-            f"batch: holds {', '.join(map(repr, unknown))}, which shard_batch does not know how to shard; it knows "
-            f"{', '.join(_KNOWN)}. Leave the others out, or pass them to the model yourself"
-        )
+    _require_known(whole)
     ids = whole.get("input_ids")
+    if ids is None:
+        raise ValueError("batch: has no input_ids, a tensor [batch, seq_len]")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
-        shape = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f'input_ids: expected a tensor [batch, seq_len], got {shape}; ask for return_tensors="pt"')
+        raise ValueError(
+            f'input_ids: expected a tensor [batch, seq_len], got {_shape(ids)}; ask for return_tensors="pt"'
+        )
     for name in (*_PER_TOKEN, *_WHOLE):
         x = whole.get(name)
         if x is not None and (not isinstance(x, Tensor) or x.shape != ids.shape):
-            shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name}: expected a tensor {list(ids.shape)}, as input_ids, got {shape}")
+            raise ValueError(f"{name}: expected a tensor {list(ids.shape)}, as input_ids, got {_shape(x)}")
+        if x is not None and name != "attention_mask" and (x.is_floating_point() or x.is_complex()):
+            raise ValueError(f"{name}: expected integers, got {x.dtype}")
+    _require_tokens(ids, cp)
     ones = whole.get("attention_mask")
     if ones is not None and not bool((ones == 1).all()):
         raise ValueError(
@@ -207,11 +245,41 @@ def _checked(batch: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
+def _require_known(whole: Mapping[str, Any]) -> None:
+    unknown = [name for name in whole if name not in _KNOWN]
+    if media := [name for name in unknown if str(name).startswith(_MEDIA)]:
+        raise ValueError(
+            f"batch: holds {', '.join(map(repr, media))}; images, video and audio are not supported, since a rank has "
+            "a part of the tokens that stand for them. Leave them out, with their tokens"
+        )
+    if unknown:
+        raise ValueError(
+            f"batch: holds {', '.join(map(repr, map(str, unknown)))}, which shard_batch does not know how to shard; it "
+            f"knows {', '.join(_KNOWN)}. Leave the others out, or pass them to the model yourself"
+        )
+
+
+def _require_tokens(ids: Tensor, cp: ContextParallel) -> None:
+    """Asked of all ranks' parts on every rank, so that all of them raise."""
+    B, S = ids.shape
+    empty = [rank for rank in range(cp.world_size) if cp.layout.length(S, cp.world_size, rank) == 0]
+    if B == 0 or empty:
+        where = f", which leaves {len(empty)} of {cp.world_size} ranks without a token" if empty else ""
+        raise ValueError(
+            f"input_ids: {B} sequences of {S} tokens{where}; models cannot run on no tokens. Use longer sequences, or "
+            "fewer ranks that hold one together"
+        )
+
+
+def _shape(x: Any) -> object:
+    return list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+
+
 def _documents(whole: Mapping[str, Any], seq_len: int) -> Documents | None:
     """Where documents end, by whatever tells it; None for one document."""
     told = {name: Documents(whole[name]) for name in _BOUNDARIES if whole.get(name) is not None}
     if whole.get("position_ids") is not None:
-        told["position_ids"] = _documents_of(whole["position_ids"], seq_len)
+        told["position_ids"] = _documents_of(whole["position_ids"], *whole["input_ids"].shape)
     if len(set(told.values())) > 1:
         raise ValueError(f"batch: {' and '.join(told)} tell of different documents; give one of them")
     for name, documents in told.items():
@@ -221,11 +289,13 @@ def _documents(whole: Mapping[str, Any], seq_len: int) -> Documents | None:
     return None
 
 
-def _documents_of(position_ids: Any, seq_len: int) -> Documents:
+def _documents_of(position_ids: Any, batch: int, seq_len: int) -> Documents:
     """Documents begin where positions are 0; anything but counting up from there is refused."""
-    if not isinstance(position_ids, Tensor) or position_ids.dim() > 2 or position_ids.shape[-1:] != (seq_len,):
-        shape = list(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
-        raise ValueError(f"position_ids: expected a tensor [batch, {seq_len}], as input_ids, got {shape}")
+    shapes = ((batch, seq_len), (1, seq_len), (seq_len,))
+    if not isinstance(position_ids, Tensor) or position_ids.shape not in shapes:
+        raise ValueError(
+            f"position_ids: expected a tensor [{batch}, {seq_len}], as input_ids, got {_shape(position_ids)}"
+        )
     rows = position_ids.reshape(-1, seq_len)
     row = rows[0]
     if not bool((rows == row).all()):

@@ -43,6 +43,6 @@ def loss_function(
         distflash.require_attended()
         targets = shift_labels.to(logits.device).flatten()
         total = F.cross_entropy(logits.float().flatten(0, -2), targets, ignore_index=IGNORED, reduction="sum")
-        return cp.mean(total, (targets != IGNORED).sum(), reduction, group)
+        return cp.mean(total, (targets != IGNORED).sum(), reduction=reduction, group=group)
 
     return causal_lm_loss

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-# GptOssPreTrainedModel: so that it is among the models that `_choosy_models` finds.
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    GptOssPreTrainedModel,  # noqa: F401
-    PreTrainedModel,
-    modeling_flash_attention_utils,
-)
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, modeling_flash_attention_utils
 
 from distflash.api import ContextParallel
 from distflash.integrations.transformers.attention import Attention
 from distflash.integrations.transformers.batch import NAME
+
+# Families that list which flash attentions they take, as far as this version of the library has them: they are
+# imported, so that they are among those that `_choosy_models` finds.
+_CHOOSY = ("Flint", "GptOss", "GraniteMoeSWA", "GraniteSWA", "MiMoV2Flash", "MiniMaxM3VL", "OpenAIPrivacyFilter")
 
 
 def register(cp: ContextParallel) -> None:
@@ -26,7 +24,9 @@ def register(cp: ContextParallel) -> None:
 
     The library holds every name with "flash" in it for a package to be loaded, and some models list those that they
     take. So this also notes that there is nothing to load, and adds the name to the lists of the models that have been
-    imported (gpt-oss always).
+    imported, and of those that are known to have one.
+
+    Until `unregister`, hooks on all modules check models of the library before and after their forward.
 
     Raises:
         ValueError: the name is taken; `unregister` first.
@@ -35,6 +35,8 @@ def register(cp: ContextParallel) -> None:
         raise ValueError(f"cp: expected a ContextParallel, got {cp!r}; make one of the process group first")
     if NAME in AttentionInterface():
         raise ValueError(f"register: attention is registered as {NAME!r} already; call unregister() first")
+    for family in _CHOOSY:
+        getattr(transformers, f"{family}PreTrainedModel", None)
     attention = Attention(cp)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention.mask)
@@ -46,7 +48,9 @@ def register(cp: ContextParallel) -> None:
 def unregister() -> None:
     """Take back all that `register` did. Models made with it refuse to run until they are given another attention."""
     # The registry has no method for this.
-    AttentionInterface._global_mapping.pop(NAME, None)
+    attention = AttentionInterface._global_mapping.pop(NAME, None)
+    if attention is not None:
+        attention.hooks.remove()
     AttentionMaskInterface._global_mapping.pop(NAME, None)
     for model in _choosy_models():
         model._compatible_flash_implementations = [n for n in model._compatible_flash_implementations if n != NAME]

@@ -1,0 +1,162 @@
+"""Models of which a layer's attention is not all that would have to be done over the ranks, each with its reason.
+
+What attention cannot see is looked for before a model's forward (its class, its modules), and after it (whether its
+layers have used distflash, and whether its outputs are those of this rank's tokens).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distflash.integrations.transformers.batch import NAME, Shard
+
+# Types of layers that mix tokens by attention, or not at all. Others (convolutions, linear attention) would see this
+# rank's tokens only.
+_LAYER_TYPES = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "attention",
+    "mlp",
+    "moe",
+    "dense",
+    "sparse",
+}
+_POOLING = re.compile(r"For(SequenceClassification|MultipleChoice|NextSentencePrediction)|DoubleHeads")
+
+
+def model_problem(model: PreTrainedModel) -> str | None:
+    """Why a model cannot be right over several ranks, by its class and its modules; None if nothing is known."""
+    name, config = type(model).__name__, model.config
+    if getattr(config, "is_encoder_decoder", False):
+        return (
+            f"model: {name} is an encoder-decoder, which is not supported: keys have to be those of the queries' own "
+            "tokens"
+        )
+    if not _takes_keywords(type(model).forward):
+        return (
+            f"model: {name}.forward takes no further keywords, by which a batch's Shard would reach the layers; the "
+            "model is not supported"
+        )
+    if _has_own_attention(type(model)):
+        return (
+            f"model: the attention of {name} does not go through the library's registry of attentions, by which "
+            "distflash is used; the model is not supported"
+        )
+    if _POOLING.search(name):
+        return (
+            f"model: {name} makes one result of a sequence, from the last or first of this rank's tokens, which is not "
+            "supported. Use the model without that head, and take the token from cp.unshard(last_hidden_state)"
+        )
+    if getattr(model, "pooler", None) is not None:
+        return (
+            f"model: {name} has a pooler, which would take the first of this rank's tokens, not of the sequence; "
+            "models that pool are not supported (BertModel and others can be built with add_pooling_layer=False)"
+        )
+    if getattr(config, "trigram_input", False):
+        return f"model: {name} adds the neighbours of a token to it, which may be on another rank; it is not supported"
+    return _position_problem(model) or _mixer_problem(model)
+
+
+def _position_problem(model: PreTrainedModel) -> str | None:
+    name = type(model).__name__
+    for module in _own_modules(model):
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            return (
+                f"model: {name} counts positions from padding_idx + 1 and leaves out padding, which position ids of "
+                "this rank's tokens cannot tell; it is not supported"
+            )
+    is_innermost = not any(isinstance(module, PreTrainedModel) for module in model.modules() if module is not model)
+    if is_innermost and "position_ids" not in inspect.signature(type(model).forward).parameters:
+        return (
+            f"model: {name}.forward takes no position_ids: it would count this rank's tokens from 0 instead of using "
+            "their positions in the whole sequence; it is not supported"
+        )
+    return None
+
+
+def _mixer_problem(model: PreTrainedModel) -> str | None:
+    if others := set(getattr(model.config, "layer_types", None) or ()) - _LAYER_TYPES:
+        return (
+            f"model: has layers of type {', '.join(sorted(others))}, which are not supported: they mix tokens by other "
+            "means than full, sliding or chunked attention, and would see this rank's tokens only"
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv1d) and module.kernel_size != (1,) and module in set(_own_modules(model)):
+            owner = type(model.get_submodule(path.rpartition(".")[0])).__name__
+            return (
+                f"model: {owner} mixes tokens by a convolution ({path}), which would see this rank's tokens only; "
+                "models with such layers are not supported"
+            )
+    return None
+
+
+def attendance_problem(model: PreTrainedModel, attended: set[int]) -> str | None:
+    """After a forward: whether a layer has not attended over the ranks.
+
+    Args:
+        attended: the ids of the modules that have called distflash's attention.
+    """
+    kinds = tuple({type(module) for module in model.modules() if id(module) in attended})
+    if not kinds:
+        remedy = 'give the model attn_implementation="distflash" after register(cp)'
+        if model.config._attn_implementation == NAME:
+            remedy = "its layers mix tokens by something else than the library's attention, and are not supported"
+        return (
+            "attn_implementation: the batch was sharded, but no layer of the model has used distflash, so that each "
+            f"rank saw its own tokens only. {type(model).__name__} has {model.config._attn_implementation!r}: " + remedy
+        )
+    for layers in model.modules():
+        if not isinstance(layers, nn.ModuleList):
+            continue
+        uses = [any(isinstance(module, kinds) for module in layer.modules()) for layer in layers]
+        if any(uses) and not all(uses):
+            other = type(layers[uses.index(False)]).__name__
+            return (
+                f"model: has layers of {other} beside those that attend, which have not used distflash: they would "
+                "see this rank's tokens only, and are not supported"
+            )
+    return None
+
+
+def output_problem(model: PreTrainedModel, output: Any, shard: Shard) -> str | None:
+    """After a forward: whether there are results that are not one for each of this rank's tokens."""
+    if not hasattr(output, "items"):
+        return None
+    for name, x in output.items():
+        per_token = name.endswith(("logits", "hidden_state", "pooler_output"))
+        if per_token and isinstance(x, Tensor) and (x.dim() < 2 or x.shape[1] != shard.seq_local):
+            return (
+                f"{name}: {type(model).__name__} makes {list(x.shape)} of {shard.seq_local} tokens of this rank, not a "
+                "result for each; results of some or all tokens together are not supported"
+            )
+    return None
+
+
+def _own_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model, without those of other models in it, which are checked at their own forward."""
+    yield model
+    for child in model.children():
+        if not isinstance(child, PreTrainedModel):
+            yield from _own_modules(child)
+
+
+def _has_own_attention(model: type) -> bool:
+    """By the source of the model's file, which the library, too, asks whether the attention can be changed."""
+    try:
+        source = inspect.getsource(sys.modules[model.__module__])
+    except (KeyError, OSError, TypeError):  # no file: a notebook
+        return False
+    defines_attention = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE)
+    return defines_attention is not None and "ALL_ATTENTION_FUNCTIONS" not in source
+
+
+def _takes_keywords(function: Any) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())

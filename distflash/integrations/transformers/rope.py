@@ -1,0 +1,57 @@
+"""RoPE whose frequencies depend on the length: refused where the ranks would come to different ones.
+
+The library takes the length for the largest position id + 1, and a rank has those of its own tokens only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from distflash.integrations.transformers.batch import Shard
+
+
+def rope_problem(config: Any, shard: Shard) -> str | None:
+    """Why the ranks would rotate queries and keys by other frequencies than one process with the whole batch."""
+    if shard.world_size == 1:
+        return None
+    kinds = {parameters["rope_type"]: parameters for parameters in _rope_parameters(config)}
+    if not kinds.keys() & {"dynamic", "longrope"}:
+        return None
+    lengths = [_length(shard, rank) for rank in range(shard.world_size)]
+    if "longrope" in kinds:
+        limit = kinds["longrope"].get("original_max_position_embeddings") or config.max_position_embeddings
+        if min(lengths) <= limit < max(lengths):
+            own = " / ".join(map(str, lengths))
+            return (
+                f"rope_type: 'longrope' has other frequencies up to {limit} tokens than beyond, and the library "
+                f"chooses by a rank's own last token: here that is number {own} on the ranks. "
+                f"Use sequences of at most {limit} tokens, or of at least {limit + shard.world_size} in the layout "
+                "df.Striped(), which has every rank's last token at the end of the sequence"
+            )
+    if "dynamic" in kinds:
+        limit = config.max_position_embeddings
+        if limit < max(lengths) and len(set(lengths)) > 1:
+            return (
+                f"rope_type: 'dynamic' computes its frequencies from the length where that is more than {limit} "
+                "tokens, and the library takes a rank's own last token for it: here that is number "
+                f"{' / '.join(map(str, lengths))} on the ranks. Use sequences of at most {limit} tokens, or a "
+                "rope_type whose frequencies are fixed (yarn, linear, llama3)"
+            )
+    return None
+
+
+def _rope_parameters(config: Any) -> Iterator[Mapping[str, Any]]:
+    """The parameters of each of the model's rotary embeddings: one for all layers, or one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for each in [parameters, *parameters.values()]:
+        if isinstance(each, Mapping) and "rope_type" in each:
+            yield each
+
+
+def _length(shard: Shard, rank: int) -> int:
+    """What the library takes for the length on a rank: its largest position id + 1."""
+    ids = shard.of_rank(rank).position_ids(torch.device("cpu"))
+    return int(ids.max()) + 1 if len(ids) else 0

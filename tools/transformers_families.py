@@ -1,0 +1,106 @@
+"""Which families of Transformers are exact over ranks: tried with the installed library, and written into the docs.
+
+python -m tools.transformers_families llama roberta      # these, on the screen
+python -m tools.transformers_families --write            # all, in some minutes, into docs/transformers.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+
+import distflash as df
+from tools.families import Family, families, outcome
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "transformers.md"
+_BEGIN, _END = "<!-- families: begin -->", "<!-- families: end -->"
+# A rank that waits for one that has raised something unforeseen is freed after this time.
+_TIMEOUT = timedelta(seconds=10)
+
+
+def tried(family: Family, store: dist.Store) -> str:
+    """The family's outcome on all ranks, each of which calls; where they differ, one after the other."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    # A group of its own, since one in which ranks have raised at different places is of no further use.
+    group = dist.new_group(timeout=_TIMEOUT)
+    try:
+        own = outcome(family, df.ContextParallel(group))
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        own = f"{type(error).__name__} in {Path(line.filename).name}:{line.lineno}: {error}"
+    key = f"{family.class_name}/{family.model_type}/{family.head}"
+    store.set(f"{key}/{rank}", own)
+    outcomes = [store.get(f"{key}/{other}").decode() for other in range(world_size)]
+    dist.destroy_process_group(group)
+    return " || ".join(dict.fromkeys(outcomes))
+
+
+def run_rank(rank: int, ranks: int, folder: str, chosen: Sequence[Family], write: bool) -> None:
+    """One process of those that try all families together."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=ranks)
+    store = dist.FileStore(f"{folder}/outcomes", ranks)
+    rows = []
+    for family in chosen:
+        rows.append((family, tried(family, store)))
+        if rank == 0:
+            print(*row(*rows[-1]), sep=" | ", flush=True)
+    if rank == 0 and write:
+        PAGE.write_text(with_table(PAGE.read_text(), rows, ranks))
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads are not waited for
+
+
+def row(family: Family, text: str) -> tuple[str, str, str]:
+    """Of the table: family, class, result."""
+    return family.model_type, family.class_name, " ".join(text.replace("|", "\\|").split())
+
+
+def with_table(page: str, rows: Sequence[tuple[Family, str]], ranks: int) -> str:
+    """The page with this table between its marks."""
+    equal = sum(text.startswith("equal") for _, text in rows)
+    lines = [
+        f"{equal} of {len(rows)} classes are equal, on {ranks} ranks beside `eager` on one, in float32, with "
+        f"transformers {transformers.__version__} and torch {torch.__version__}.",
+        "",
+        "| family | class | result |",
+        "|---|---|---|",
+        *("| {} | `{}` | {} |".format(*row(family, text)) for family, text in rows),
+    ]
+    table = "\n".join([_BEGIN, *lines, _END])
+    assert _BEGIN in page and _END in page, f"{PAGE} has no marks for the table"
+    return re.sub(f"{_BEGIN}.*{_END}", lambda _: table, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Start the ranks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="model types; all if left out")
+    parser.add_argument("--head", choices=("causal", "masked"), help="only these classes")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.name}")
+    options = parser.parse_args()
+    every = [f for f in families() if options.head in (None, f.head)]
+    chosen = [f for f in every if f.model_type in options.families or not options.families]
+    if options.write and len(chosen) < len(list(families())):
+        parser.error("--write: writes all families; leave out the names and --head")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(run_rank, (options.ranks, folder, chosen, options.write), nprocs=options.ranks)
+
+
+if __name__ == "__main__":
+    main()

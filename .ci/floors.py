@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("distflash", "launch", "benchmarks", "tests", ".ci")
+SOURCES = ("distflash", "launch", "benchmarks", "tests", "tools", ".ci")
 
 NO_DISTRIBUTED = tuple(
     f"distflash/{room}" for room in ("masks", "layouts", "intervals", "partial", "kernels", "schedules", "engine")

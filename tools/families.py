@@ -115,7 +115,7 @@ def error(got: Results, expected: Results) -> float:
 
 
 def outcome(family: Family, cp: df.ContextParallel) -> str:
-    """In words: "equal (error)", "refused: reason", "wrong (error)", or what else was raised. All ranks of ``cp`` call."""
+    """In words: "equal (error)", "refused: reason" or "wrong (error)". All ranks of ``cp`` call."""
     dft.register(cp)
     try:
         got = over_ranks(family, cp)

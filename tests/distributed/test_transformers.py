@@ -198,7 +198,11 @@ def on_rank_with_mistake(mistake):
 @pytest.mark.parametrize(
     ("mistake", "on_rank_1", "on_rank_0"),
     [
-        (unsharded, r"batch: was not sharded .* model\(\*\*shard_batch\(batch, cp\)\)", "rank 1 refused this call"),
+        (
+            unsharded,
+            r"batch: nothing that shard_batch adds .* model\(\*\*shard_batch\(batch, cp\)\)",
+            "rank 1 refused this call",
+        ),
         (with_padding, "attention_mask: has zeros", "rank 1 refused this call"),
         (without_position_ids, "position_ids: are not those of this rank's tokens", "rank 1 refused this call"),
         (of_another_batch, "input_ids differs between rank 0 and rank 1.*same whole batch", "input_ids differs"),

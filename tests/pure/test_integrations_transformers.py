@@ -17,8 +17,6 @@ from transformers import (
     DynamicCache,
     GptOssPreTrainedModel,
     LlamaConfig,
-    Qwen3NextConfig,
-    T5Config,
     masking_utils,
     modeling_flash_attention_utils,
 )
@@ -180,25 +178,52 @@ IDS = torch.arange(8).view(1, 8)
     ("changes", "words"),
     [
         ({"distflash": None}, "batch: has been sharded already"),
-        ({"pixel_values": IDS}, "batch: holds 'pixel_values', which shard_batch does not know"),
+        ({"inputs_embeds": IDS}, "batch: holds 'inputs_embeds', which shard_batch does not know"),
+        ({"pixel_values": IDS}, "batch: holds 'pixel_values'; images, video and audio are not supported"),
         ({"input_ids": [[1, 2]]}, r'input_ids: expected a tensor \[batch, seq_len\], got list.*return_tensors="pt"'),
         ({"input_ids": IDS[0]}, r"input_ids: expected a tensor \[batch, seq_len\], got \[8\]"),
+        ({"input_ids": None}, r"batch: has no input_ids, a tensor \[batch, seq_len\]"),
+        ({"input_ids": IDS.float()}, "input_ids: expected integers, got torch.float32"),
+        ({"input_ids": IDS[:0]}, "input_ids: 0 sequences of 8 tokens; models cannot run on no tokens"),
+        ({3: IDS}, "batch: holds '3', which shard_batch does not know"),
+        ({"labels": IDS.float()}, "labels: expected integers, got torch.float32"),
+        ({"labels": IDS, "num_items_in_batch": "all"}, "num_items_in_batch: expected a number, got str"),
+        ({"labels": IDS, "num_items_in_batch": IDS}, r"num_items_in_batch: expected a number, got \[1, 8\]"),
+        ({"position_ids": IDS.repeat(3, 1)}, r"position_ids: expected a tensor \[1, 8\].*got \[3, 8\]"),
         ({"labels": IDS[:, 1:]}, r"labels: expected a tensor \[1, 8\], as input_ids, got \[1, 7\]"),
         ({"labels": IDS + 1}, "labels: are the tokens that follow, so shifted already; pass them as shift_labels"),
         ({"shift_labels": IDS}, "shift_labels: are the tokens themselves.*pass them as labels"),
         ({"attention_mask": (IDS > 1).long()}, "attention_mask: has other values than 1.*DataCollatorWithFlattening"),
         ({"position_ids": IDS + 4}, r"position_ids: expected 0, 1, 2.*was this batch sharded already\?"),
         ({"position_ids": IDS * 2}, r"position_ids: expected 0, 1, 2"),
-        ({"position_ids": IDS.expand(3, 1, 8)}, r"position_ids: expected a tensor \[batch, 8\].*got \[3, 1, 8\]"),
+        ({"position_ids": IDS.expand(3, 1, 8)}, r"position_ids: expected a tensor \[1, 8\].*got \[3, 1, 8\]"),
         ({"cu_seqlens": [0, 3, 7]}, "cu_seqlens: ends at 7, but the sequence has 8 tokens"),
         ({"cu_seqlens": [0, 3, 8], "position_ids": IDS}, "cu_seqlens and position_ids tell of different documents"),
         ({"cu_seq_lens_q": [0, 3, 8], "cu_seq_lens_k": [0, 4, 8]}, "cu_seq_lens_q and cu_seq_lens_k tell of different"),
     ],
-    ids=lambda x: ", ".join(x) if isinstance(x, dict) else None,
+    ids=lambda x: ", ".join(map(str, x)) if isinstance(x, dict) else None,
 )
 def test_batches_that_are_refused(changes, words, cp):
     with pytest.raises(ValueError, match=words):
         tf.shard_batch({"input_ids": IDS, **changes}, cp)
+
+
+def test_what_is_no_batch_or_no_group_is_refused(cp):
+    for batch in (IDS, [IDS], None):
+        with pytest.raises(ValueError, match="batch: expected tensors by name, as a collator returns them, got"):
+            tf.shard_batch(batch, cp)
+    with pytest.raises(ValueError, match="cp: expected the ContextParallel that register was given, got NoneType"):
+        tf.shard_batch({"input_ids": IDS}, None)
+
+
+@pytest.mark.parametrize("layout", [df.Contiguous(), df.Zigzag(), df.Striped()], ids=repr)
+def test_fewer_tokens_than_ranks_are_refused_on_every_rank(layout):
+    def work(transport):
+        with pytest.raises(ValueError, match=r"input_ids: 1 sequences of 2 tokens, which leaves 1 of 3 ranks without"):
+            tf.shard_batch({"input_ids": IDS[:, :2]}, df.ContextParallel(transport, layout))
+        return True
+
+    assert Simulator(3).run(work) == [True] * 3
 
 
 def test_sequences_that_are_packed_differently_are_refused(cp):
@@ -230,17 +255,17 @@ def test_a_described_mask_is_the_librarys_matrix(kind, causal, cp):
         asked = {name: x for name, x in asked.items() if name != "past_key_values"}
     described, matrix = (create(config, **asked) for config._attn_implementation in ("distflash", "eager"))
     expected = torch.ones(S, S, dtype=torch.bool) if matrix is None else matrix[0, 0] == 0
-    assert torch.equal(described.materialize(torch.arange(S), torch.arange(S)), expected)
+    assert torch.equal(described.mask.materialize(torch.arange(S), torch.arange(S)), expected)
 
 
 def test_a_model_that_is_told_not_to_be_causal(cp):
     config = LlamaConfig(**SMALL, is_causal=False)
     ids = whole_batch()["input_ids"]
     outputs = []
-    for attention in ("eager", "distflash"):
+    for attention, batch in (("eager", {"input_ids": ids}), ("distflash", tf.shard_batch({"input_ids": ids}, cp))):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-        outputs.append(model(**tf.shard_batch({"input_ids": ids}, cp)).logits)
+        outputs.append(model(**batch).logits)
     assert relative(*outputs) <= 1e-5
     assert relative(outputs[1], eager(Case("llama", (S,)))["logits"]) > 1e-2
 
@@ -251,7 +276,10 @@ def test_a_model_that_is_told_not_to_be_causal(cp):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"distflash": None}, r"batch: was not sharded for this group of ranks; pass the model all that shard_batch"),
+        (
+            {"distflash": None},
+            r"batch: nothing that shard_batch adds has reached the attention of LlamaAttention; pass the model all",
+        ),
         ({"position_ids": torch.arange(S)[None] + 1}, "position_ids: are not those of this rank's tokens"),
         ({"use_cache": True}, "use_cache: not supported; a KV cache"),
         ({"output_attentions": True}, "output_attentions: not supported; no rank computes"),
@@ -260,7 +288,7 @@ def test_a_model_that_is_told_not_to_be_causal(cp):
         ({"attention_mask": torch.ones(2, 2 * S)}, "attention_mask: 22 keys for 11 queries"),
         ({"attention_mask": torch.zeros(2, 1, S, S)}, "attention_mask: expected the mask .* got Tensor; matrices"),
     ],
-    ids=lambda x: ", ".join(x) if isinstance(x, dict) else None,
+    ids=lambda x: ", ".join(map(str, x)) if isinstance(x, dict) else None,
 )
 def test_calls_that_are_refused(changes, words, cp):
     part = {**tf.shard_batch(whole_batch(), cp), **changes}
@@ -298,25 +326,20 @@ def test_masks_laid_over_the_models_are_refused(cp):
         dict(attention_mask=torch.ones(1, S), block_sequence_ids=torch.zeros(1, S, dtype=torch.int64)),
         dict(attention_mask=None, position_ids=torch.tensor([[*range(4), *range(S - 4)]])),
     ):
-        with pytest.raises(ValueError, match="mask: the model asks for another than causal, bidirectional or sliding"):
-            masking_utils.create_causal_mask(**asked, **more)
-    config.attention_chunk_size = 2 * S
-    with pytest.raises(ValueError, match=r"mask: the model asks for .* local_size=22, which is not supported"):
-        masking_utils.create_chunked_causal_mask(**asked, attention_mask=torch.ones(1, S))
+        described = masking_utils.create_causal_mask(**asked, **more)
+        assert described.mask is None
+        assert described.problem.startswith("mask: the model lays something over a causal, bidirectional or sliding")
+    config.sliding_window = -1
+    described = masking_utils.create_sliding_window_causal_mask(**asked, attention_mask=torch.ones(1, S))
+    assert described.mask is None and "within -1 keys, which is not supported" in described.problem
 
 
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        (T5Config, "encoder-decoder models are not supported"),
-        (Qwen3NextConfig, "layers of type linear_attention, which are not supported"),
-    ],
-)
-def test_models_whose_tokens_meet_elsewhere_are_refused(config, words, cp):
-    config = config()
-    config._attn_implementation = "distflash"
-    with pytest.raises(ValueError, match=words):
-        masking_utils.create_causal_mask(config, torch.zeros(1, S, 1), torch.ones(1, S), None)
+def test_a_chunked_mask_is_the_librarys_matrix(cp):
+    config = LlamaConfig(**SMALL, attn_implementation="distflash")
+    config.attention_chunk_size = 4 * S
+    asked = dict(inputs_embeds=torch.zeros(1, S, 1), attention_mask=torch.ones(1, S), past_key_values=None)
+    described = masking_utils.create_chunked_causal_mask(config, **asked)
+    assert described.mask == df.Causal() & df.Chunked(4 * S)
 
 
 def test_a_router_loss_of_local_tokens_is_refused(cp):
@@ -340,9 +363,8 @@ def test_a_model_with_another_attention_gives_no_loss(attention, own, cp):
     model = Case("llama").model(attention)
     if own:
         model.loss_function = tf.loss_function(cp)
-    with pytest.raises(
-        ValueError, match="attn_implementation: the batch was sharded, but no layer of the model has used"
-    ):
+    words = f"no layer of the model has used distflash.*LlamaModel has '{attention}': give the model attn_impl"
+    with pytest.raises(ValueError, match=words):
         model(**tf.shard_batch(whole_batch(), cp))
 
 
@@ -363,11 +385,11 @@ def test_a_loss_that_would_shift_a_part_is_told_so(cp):
         lambda: torch.nn.functional.pad(labels, (0, 1)),
         lambda: torch.nn.functional.cross_entropy(torch.zeros(3, 4), labels),
     ):
-        with pytest.raises(ValueError, match=r"labels: this loss reads `labels`.*loss_function"):
+        with pytest.raises(ValueError, match=r"labels: this model's loss reads `labels`.*loss_function"):
             read()
     assert not hasattr(labels, "to")  # who moves what can be moved leaves it alone
     config = BertConfig(**{**SMALL, "attention_probs_dropout_prob": 0.0}, attn_implementation="distflash")
-    with pytest.raises(ValueError, match="labels: this loss reads `labels`"):
+    with pytest.raises(ValueError, match="labels: this model's loss reads `labels`"):
         BertForMaskedLM(config)(**tf.shard_batch(whole_batch(), cp))
 
 
@@ -379,7 +401,8 @@ def test_autocast_is_as_exact_as_eager_under_autocast(cp):
     for case in map(Case, CONFIGS):
         for attention, relative_errors in errors.items():
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                part = tf.shard_batch({"input_ids": case.inputs()["input_ids"]}, cp)
+                batch = {"input_ids": case.inputs()["input_ids"]}
+                part = batch if attention == "eager" else tf.shard_batch(batch, cp)
                 logits = case.model(attention)(**part).logits
             relative_errors.append(relative(logits, eager(case)["logits"]))
     assert math.hypot(*errors["distflash"]) <= 1.1 * math.hypot(*errors["eager"]), errors

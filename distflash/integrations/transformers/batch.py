@@ -39,9 +39,9 @@ KIND = "Transformers batch"
 PASS_ALL = "pass the model all that shard_batch(batch, cp) returns: model(**shard_batch(batch, cp))"
 _LABELS_READ = (
     "labels: this model's loss reads `labels`, and would shift them within each rank's part, or not at all. The "
-    "labels, shifted in the whole sequence, are in `shift_labels`: set model.loss_function = loss_function(cp) if the model "
-    "uses one, or leave labels out of the call and compute the loss from the logits and shift_labels. If the loss is "
-    "not that of the next token, leave labels out of the batch and take this rank's by cp.shard(labels)"
+    "labels, shifted in the whole sequence, are in `shift_labels`: set model.loss_function = loss_function(cp) if the "
+    "model uses one, or leave labels out of the call and compute the loss from the logits and shift_labels. If the "
+    "loss is not that of the next token, leave labels out of the batch and take this rank's by cp.shard(labels)"
 )
 _NO_LABELS = (
     "labels: the batch had none when it was sharded. Labels have to be shifted in the whole sequence, before it is "

@@ -8,12 +8,13 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
 from distflash.api import ContextParallel
 from distflash.integrations.transformers.batch import KIND, NAME, Shard
 from distflash.integrations.transformers.models import attendance_problem, model_problem, output_problem
+from distflash.integrations.transformers.rope import rope_problem
 
 
 class ModelHooks:
@@ -27,14 +28,16 @@ class ModelHooks:
         self._known: WeakSet[nn.Module] = WeakSet()
         self._attended: WeakSet[nn.Module] = WeakSet()
         self._handles = (
-            register_module_forward_pre_hook(self._before),
-            register_module_forward_hook(self._after, with_kwargs=True),
+            torch_module.register_module_forward_pre_hook(self._before),
+            torch_module.register_module_forward_hook(self._after, with_kwargs=True),
         )
 
     def remove(self) -> None:
         """Take the hooks back."""
         for handle in self._handles:
             handle.remove()
+            # torch forgets this one, and would take it for a hook that is still there.
+            torch_module._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling() or not isinstance(module, PreTrainedModel) or module in self._known:
@@ -51,7 +54,12 @@ class ModelHooks:
         shard = kwargs.get(NAME)
         if not isinstance(shard, Shard):
             return
-        problem = self._attendance_problem(module, shard) or output_problem(module, output, shard)
+        problem = (
+            self._attendance_problem(module, shard)
+            or output_problem(module, output, shard)
+            # The first layer has asked this, too, but not where layers are compiled, or had the batch before.
+            or rope_problem(module.config, shard)
+        )
         if problem is not None:
             self.cp.refuse(problem, KIND)
 

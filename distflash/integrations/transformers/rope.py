@@ -24,10 +24,11 @@ def rope_problem(config: Any, shard: Shard) -> str | None:
     if "longrope" in kinds:
         limit = kinds["longrope"].get("original_max_position_embeddings") or config.max_position_embeddings
         if min(lengths) <= limit < max(lengths):
+            own = " / ".join(map(str, lengths))
             return (
                 f"rope_type: 'longrope' has other frequencies up to {limit} tokens than beyond, and the library "
-                f"chooses by a rank's own last token: here that is number {' / '.join(map(str, lengths))} on the ranks. Use "
-                f"sequences of at most {limit} tokens, or of at least {limit + shard.world_size} in the layout "
+                f"chooses by a rank's own last token: here that is number {own} on the ranks. "
+                f"Use sequences of at most {limit} tokens, or of at least {limit + shard.world_size} in the layout "
                 "df.Striped(), which has every rank's last token at the end of the sequence"
             )
     if "dynamic" in kinds:

@@ -1,6 +1,8 @@
 """What is accepted, and how messages describe what came. What is refused is in tests/wrong_calls.py."""
 
+from datetime import timedelta
 from fractions import Fraction
+from math import inf, nan
 
 import numpy as np
 import pytest
@@ -122,3 +124,43 @@ def test_a_kernel_asked_for_is_refused_with_all_reasons():
         ValueError, match=r"kernel: Picky.*does not support this call: the moon is full; 4 heads are too"
     ):
         df.attention(**tensors(), cp=cp)
+
+
+ALONE = df.transport.Alone()
+BAD_GROUPS = {
+    "layout as a string": (dict(layout="zigzag"), "layout: expected a Layout such as .*'zigzag'; objects, not strings"),
+    "layout as a class": (dict(layout=df.Zigzag), r"layout: .*not the class: Zigzag\(\)"),
+    "schedule as a string": (dict(schedule="ring"), "schedule: expected a Schedule such as .*objects, not strings"),
+    "schedule as a class": (dict(schedule=df.Ring), r"schedule: .*not the class: Ring\(\)"),
+    "kernel as a string": (dict(kernel="triton"), "kernel: expected a kernel such as .*objects, not strings"),
+    "kernel as a class": (dict(kernel=df.kernels.Reference), r"kernel: .*not the class: Reference\(\)"),
+    "group as a string": (dict(group="world"), "group: expected a ProcessGroup or a one-dimensional DeviceMesh"),
+    "group as a number": (dict(group=2), "group: expected a ProcessGroup or a one-dimensional DeviceMesh"),
+    "no group": (dict(group=None), "group: expected a ProcessGroup or a one-dimensional DeviceMesh"),
+    "timeout as a string": (dict(timeout="60"), "timeout: expected a positive number of seconds.*got '60'"),
+    "timeout as a bool": (dict(timeout=True), "timeout: expected a positive number of seconds.*got True"),
+    "no time at all": (dict(timeout=0), "timeout: expected a positive number of seconds.*got 0"),
+    "negative timeout": (dict(timeout=timedelta(seconds=-1)), "timeout: expected a positive number of seconds"),
+    "endless timeout": (dict(timeout=inf), "timeout: expected a positive number of seconds.*got inf"),
+    "timeout of no number": (dict(timeout=nan), "timeout: expected a positive number of seconds.*got nan"),
+    "timeout of a simulator": (
+        dict(group=df.transport.SimulatedTransport(df.transport.Simulator(2), 0), timeout=5),
+        "timeout: SimulatedTransport has none",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_GROUPS.values(), ids=BAD_GROUPS.keys())
+def test_bad_groups_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        df.ContextParallel(**{"group": ALONE} | arguments)
+
+
+@pytest.mark.parametrize("timeout", [0.5, 60, timedelta(minutes=5), None])
+def test_timeouts(timeout):
+    df.ContextParallel(ALONE, timeout=timeout)
+
+
+def test_cp_must_be_a_context_parallel():
+    with pytest.raises(ValueError, match="cp: expected a ContextParallel or None"):
+        df.attention(**tensors(), cp=ALONE)

@@ -48,8 +48,12 @@ class Calls:
         self._plans = lru_cache(_PLANS)(self._build_plan)
         self._recipes = lru_cache(_PLANS)(self._build_recipe)
         self._recipes_of_same = lru_cache(_PLANS)(self._find_recipe)
+        self.kernel_for = lru_cache(_PLANS)(self._kernel_for)
         # Graphs hold the numbers of templates alone, so templates are kept for as long as this object.
         self.template = lru_cache(None)(self._build_template)
+
+    def _kernel_for(self, problem: Problem) -> Kernel | str:
+        return validation.kernel_for(problem, self.kernel, (Hopper(), Triton(), Reference()))
 
     def plan(self, mask: Exact, seq_len: int, device: torch.device) -> Plan:
         """What this rank does under ``mask``."""
@@ -147,7 +151,7 @@ class Recipe(_Fillable):
 
     def kernel(self, problem: Problem) -> Kernel:
         """The kernel that a call takes."""
-        kernel = validation.kernel_for(problem, self.calls.kernel, (Hopper(), Triton(), Reference()))
+        kernel = self.calls.kernel_for(problem)
         return self.calls.refuse(kernel) if isinstance(kernel, str) else kernel
 
     def _seq_len(self, name: str, x: Tensor, seq_len: int | None) -> int:

@@ -59,15 +59,19 @@ def test_the_table_has_nothing_but_equal_and_refused_families():
     assert sum(result.startswith("equal") for result in table.values()) > 90
 
 
-def longrope_on_rank(seq_len, layout):
+def longrope_on_rank(seq_len, layout, after_another=False):
     """Runs as a rank: the logits of a model with longrope whose limit is 20 tokens, or the error's text."""
     from distflash.integrations import transformers as tf
+    from tests.tiny_models import Case
 
     cp = df.ContextParallel(dist.group.WORLD, layout)
     tf.register(cp)
     try:
         ids = torch.arange(seq_len)[None] % 40
-        return cp.unshard(longrope("distflash")(**tf.shard_batch({"input_ids": ids}, cp)).logits).detach()
+        part = tf.shard_batch({"input_ids": ids}, cp)
+        if after_another:
+            Case("llama").model("distflash")(**part)
+        return cp.unshard(longrope("distflash")(**part).logits).detach()
     except ValueError as error:
         return str(error)
     finally:
@@ -109,6 +113,11 @@ def test_longrope_is_eagers_or_refused(seq_len, layout, ranks_of):
     else:
         expected = longrope("eager")(input_ids=torch.arange(seq_len)[None] % 40).logits.detach()
         assert all(relative(logits, expected) <= 1e-5 for logits in got)
+
+
+def test_longrope_is_refused_in_the_second_model_of_a_batch_too(ranks_of):
+    got = ranks_of(2).run(longrope_on_rank, 24, df.Zigzag(), True)
+    assert all(text.startswith("rope_type: 'longrope' has other frequencies up to 20 tokens") for text in got)
 
 
 def one_rank_with_eager(eager_rank):

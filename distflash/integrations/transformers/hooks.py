@@ -15,6 +15,7 @@ from distflash.api import ContextParallel
 from distflash.integrations.transformers.batch import NAME, Shard
 from distflash.integrations.transformers.models import attendance_problem, model_problem, output_problem
 from distflash.integrations.transformers.refusal import refuse
+from distflash.integrations.transformers.rope import rope_problem
 
 
 class ModelHooks:
@@ -54,13 +55,18 @@ class ModelHooks:
         shard = kwargs.get(NAME)
         if not isinstance(shard, Shard):
             return
-        problem = self._attendance_problem(module, shard) or output_problem(module, output, shard)
+        problem = (
+            self._attendance_problem(module, shard)
+            or output_problem(module, output, shard)
+            # The first layer has asked this, too, but not where layers are compiled, or had the batch before.
+            or rope_problem(module.config, shard)
+        )
         if problem is not None:
             refuse(self.cp, problem)
 
     def _attendance_problem(self, model: PreTrainedModel, shard: Shard) -> str | None:
         layers = shard.trace.layers
-        known = model in self._attended and any(id(module) in layers for module in model.modules())
+        known = model in self._attended and any(module in layers for module in model.modules())
         if known or shard.trace.compiled:
             return None
         problem = attendance_problem(model, layers)

@@ -156,11 +156,11 @@ def test_helpers_shard_labels_and_positions():
 
 
 def test_the_number_to_divide_by_is_a_ranks_share_and_may_be_given():
-    batch, total = whole_batch(), torch.tensor(6.0)
+    batch, total, layer = whole_batch(), torch.tensor(6.0), torch.nn.Identity()
     count = int((batch["labels"][:, 1:] != -100).sum())
     for given, expected in ((None, count), (24, 24), (torch.tensor(24), 24)):
         for part in parts_of({**batch, "num_items_in_batch": given}, 2, df.Zigzag()):
-            part["distflash"].trace.note(torch.nn.Identity())
+            part["distflash"].trace.note(layer)
             assert total / part["num_items_in_batch"] == 6 / (expected / 2)
 
 

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +54,11 @@ class _Trace:
     """Which layers have attended over the ranks with this part of a batch."""
 
     def __init__(self) -> None:
-        self.layers: set[int] = set()  # ids of modules
-        self.compiled = False  # whether a layer has whose id compiled code does not know
+        self.layers: WeakSet[nn.Module] = WeakSet()
+        self.compiled = False  # whether a compiled layer has, which does not say which one it is
+
+    def __reduce__(self) -> tuple[type[_Trace], tuple[()]]:
+        return _Trace, ()  # a copy, as from a data loader's worker, has seen no layer
 
     @property
     def attended(self) -> bool:
@@ -65,7 +69,7 @@ class _Trace:
         if torch.compiler.is_compiling():
             self.compiled = True
         else:
-            self.layers.add(id(layer))
+            self.layers.add(layer)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class ModelHooks:
 
     def _attendance_problem(self, model: PreTrainedModel, shard: Shard) -> str | None:
         layers = shard.trace.layers
-        known = model in self._attended and any(id(module) in layers for module in model.modules())
+        known = model in self._attended and any(module in layers for module in model.modules())
         if known or shard.trace.compiled:
             return None
         problem = attendance_problem(model, layers)

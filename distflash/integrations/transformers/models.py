@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -98,13 +98,13 @@ def _mixer_problem(model: PreTrainedModel) -> str | None:
     return None
 
 
-def attendance_problem(model: PreTrainedModel, attended: set[int]) -> str | None:
+def attendance_problem(model: PreTrainedModel, attended: Container[nn.Module]) -> str | None:
     """After a forward: whether a layer has not attended over the ranks.
 
     Args:
-        attended: the ids of the modules that have called distflash's attention.
+        attended: the modules that have called distflash's attention.
     """
-    kinds = tuple({type(module) for module in model.modules() if id(module) in attended})
+    kinds = tuple({type(module) for module in model.modules() if module in attended})
     if not kinds:
         remedy = 'give the model attn_implementation="distflash" after register(cp)'
         if model.config._attn_implementation == NAME:

@@ -1,14 +1,16 @@
-"""What becomes of the other ranks when one fails: real gloo processes, one of which dies, raises, hangs or comes late.
+"""What becomes of the other ranks when one fails: real processes, one of which dies, raises, hangs or comes late.
 
-`tests/distributed/test_faults.py` asserts it. As a script this measures every phase and fault at 2, 3 and 4 ranks, and
-writes the table of docs/reliability.md:
+`tests/distributed/test_faults.py` asserts it on gloo, `tests/gpu/test_faults.py` on NCCL. As a script this measures
+every phase and fault at 2, 3 and 4 ranks on gloo, and what the guard costs, and writes both into docs/reliability.md:
 
-    python -m tests.faults
+    OMP_NUM_THREADS=1 python -m tests.faults
 """
 
 from __future__ import annotations
 
+import math
 import os
+import platform
 import signal
 import threading
 import time
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import distflash as df
+from distflash.transport import Message, during
 from tests.ranks import Ranks, Reply
 
 TIMEOUT = 2.0  # seconds, of every wait for a rank that hangs
@@ -84,7 +87,7 @@ class Passing(df.kernels.Reference):
 
 def _tokens(cp: df.ContextParallel) -> torch.Tensor:
     whole = torch.randn(1, S, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return cp.shard(whole).requires_grad_()
+    return cp.shard(whole.to(cp.transport.device)).requires_grad_()
 
 
 def attend(cp: df.ContextParallel, points: Points) -> torch.Tensor:
@@ -201,28 +204,35 @@ def end_of(phase: str, fault: str) -> Ending:
     result, error = None, None
     try:
         result = where.step(cp, points)
-        cp.mean(torch.zeros(()), 0, reduction="sum")  # who got its messages earlier waits here
+        # Who got its messages earlier waits here. On GPUs the first of these ends the wait, the second one says so.
+        for _ in range(2):
+            _use(cp)
     except Exception as raised:
         cause = type(raised.__cause__).__name__
         error = type(raised).__name__, str(raised), getattr(raised, "failed", ()), cause
     seconds = time.monotonic() - float(store.get("fault"))
     again = _again(cp) if error else ("", "", 0.0)
+    result = None if result is None else result.cpu()
     running = tuple(thread.name for thread in threading.enumerate() if thread.name.startswith("distflash"))
     return Ending(result, error, seconds, again, running)
+
+
+def _use(cp: df.ContextParallel) -> None:
+    float(cp.mean(torch.zeros((), device=cp.transport.device), 0, reduction="sum"))
 
 
 def _again(cp: df.ContextParallel) -> tuple[str, str, float]:
     start = time.monotonic()
     try:
-        cp.mean(torch.zeros(()), 0, reduction="sum")
+        _use(cp)
     except Exception as raised:
         return type(raised).__name__, str(raised), time.monotonic() - start
     return "", "", time.monotonic() - start
 
 
-def endings(ranks: int, phase: str, fault: str) -> dict[int, Reply]:
+def endings(ranks: int, phase: str, fault: str, backend: str = "gloo") -> dict[int, Reply]:
     """How each rank ended: `Ending`, or words for a rank that died."""
-    group = Ranks(ranks, "gloo", timeout=30)
+    group = Ranks(ranks, backend, timeout=60)
     try:
         return group.replies(end_of, phase, fault)
     finally:
@@ -242,6 +252,54 @@ def survivors(replies: dict[int, Reply]) -> list[Ending]:
     return [reply.value for rank, reply in sorted(replies.items()) if rank != FAULTY]
 
 
+def exchange_microseconds(guarded: bool, exchanges: int = 300) -> float:
+    """Runs as one of two ranks: processor time of the host for an exchange of a few bytes, the least of nine runs."""
+    transport: df.transport.Transport = df.transport.Distributed(dist.group.WORLD)
+    if guarded:
+        transport = df.ContextParallel(transport, timeout=LONG).transport
+    peer, sent, arriving = 1 - transport.rank, torch.zeros(16), torch.zeros(16)
+    best = math.inf
+    for _ in range(9):
+        start = time.thread_time()
+        for _ in range(exchanges):
+            transport.exchange([Message(sent, peer)], [Message(arriving, peer)]).wait()
+        best = min(best, time.thread_time() - start)
+    return best / exchanges * 1e6
+
+
+def guard_microseconds(passes: int = 100_000) -> tuple[float, float]:
+    """Runs as one of two ranks: what the guard adds to an exchange, and to a forward or backward, without sending."""
+    guarded = df.ContextParallel(dist.group.WORLD, timeout=LONG).transport
+    q, plain = torch.zeros(1, 1, 1, 1), df.transport.Distributed(dist.group.WORLD)
+    assert isinstance(guarded, df.transport.Guarded)
+    start = time.thread_time()
+    for _ in range(passes):
+        guarded.exchange([], []).wait()
+    middle = time.thread_time()
+    for _ in range(passes):
+        plain.exchange([], []).wait()
+    end = time.thread_time()
+    for _ in range(passes):
+        with during(guarded, "forward", q):
+            pass
+    return (2 * middle - start - end) / passes * 1e6, (time.thread_time() - end) / passes * 1e6
+
+
+def cost() -> str:
+    """What the guard costs on gloo, as a sentence."""
+    group = Ranks(2, "gloo", timeout=120)
+    try:
+        plain, guarded = (group.run(exchange_microseconds, kind)[0] for kind in (False, True))
+        exchange, direction = group.run(guard_microseconds)[0]
+    finally:
+        group.stop()
+    return (
+        f"An exchange over gloo takes {plain:.0f} us of the host's processor time without the guard and {guarded:.0f} "
+        f"us with it. The guard's own part is {exchange:.1f} us an exchange and {direction:.1f} us a forward or "
+        f"backward (torch {torch.__version__}, 2 ranks, {os.cpu_count()} cores; {platform.machine()}).\n"
+    )
+
+
 def table() -> str:
     """Every phase and fault: seconds to the last end of a rank that did nothing wrong, and what rank 0 of 3 says."""
     rows = ["| phase | rank 1 | seconds with 2, 3, 4 ranks | rank 0 of 3 |", "|---|---|---|---|"]
@@ -257,7 +315,7 @@ def table() -> str:
 def main() -> None:
     before, rest = DOCUMENT.read_text().split(BEGIN)
     after = rest.split(END, 1)[1]
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{table()}\n{cost()}\n{END}{after}")
 
 
 if __name__ == "__main__":

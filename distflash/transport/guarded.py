@@ -116,7 +116,7 @@ class Guarded:
             works.wait()
         except RuntimeError as raw:
             self._stop(raw, works.describe(), start)
-        if self.device.type == "cuda":
+        if works.works and self.device.type == "cuda":
             self._queued(works.describe())
         self.require_sound()
 

@@ -1,12 +1,16 @@
 """One rank fails, in every phase of a call; all others raise one error that says why, in time."""
 
+import os
 import re
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import distflash as df
 from tests import faults
 from tests.faults import FAULTY, TIMEOUT, Ending
+from tests.ranks import Ranks
 
 # Seconds. A rank that is gone, or that raised, is noticed at once; then the ranks give one another a second.
 AT_ONCE = 8.0
@@ -29,7 +33,7 @@ def check_error(ending: Ending, phase: faults.Phase, fault: str) -> None:
     assert re.search(phase.said, words)
     if fault == "raises":
         assert re.match(
-            rf"rank 1 raised in call \d, (for|back)ward of q .*, ZeroDivisionError: one over nothing\.", words
+            r"rank 1 raised in call \d, (for|back)ward of q .*, ZeroDivisionError: one over nothing\.", words
         )
     else:
         assert "Nothing was heard of rank 1" in words
@@ -64,3 +68,61 @@ def check_the_faulty(reply, fault):
         assert reply.value.error[0] == "ZeroDivisionError" and reply.value.again[0] == "RankFailure"
     else:  # it comes back too late
         assert reply.value.error[0] == "RankFailure"
+
+
+def mean_over_a_group():
+    """Runs as a rank; rank 1 ends. What the other is told by `mean` over all ranks, then over those of the sequence."""
+    cp = df.ContextParallel(dist.new_group(), timeout=faults.LONG)
+    dist.barrier()
+    if cp.rank == FAULTY:
+        os._exit(1)
+    words = []
+    for group in (dist.group.WORLD, None):
+        with pytest.raises(df.RankFailure) as failure:
+            cp.mean(torch.zeros(()), 1, reduction="sum", group=group)
+        words.append(str(failure.value))
+    return words
+
+
+@pytest.mark.timeout(60)
+def test_a_wider_group_says_why_too():
+    ranks = Ranks(2, "gloo", timeout=30)
+    try:
+        replies = ranks.replies(mean_over_a_group)
+    finally:
+        ranks.stop()
+    assert replies[0].ok, replies[0].value
+    for words in replies[0].value:
+        assert re.match(
+            "rank 0 waited .* for the sum over all ranks .*: a connection is closed. Nothing was heard", words
+        )
+
+
+@pytest.mark.timeout(60)
+def test_the_store_may_die_with_its_rank():
+    """Where rank 0 keeps the store: the other rank says what it knows itself."""
+    ranks = Ranks(2, "gloo", timeout=30)
+    try:
+        replies = ranks.replies(die_with_the_store)
+    finally:
+        ranks.stop()
+    assert replies[1].ok, replies[1].value
+    assert re.match("rank 1 waited .* for all ranks to say .*: a connection is closed$", replies[1].value)
+
+
+def die_with_the_store():
+    rank, address = dist.get_rank(), "127.0.0.1"
+    store = dist.TCPStore(address, 0, is_master=True) if rank == 0 else None
+    ports = [torch.tensor([store.port if store else 0])]
+    dist.broadcast(ports[0], 0)
+    store = store or dist.TCPStore(address, int(ports[0]), is_master=False)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    cp = df.ContextParallel(dist.group.WORLD, timeout=faults.LONG)
+    dist.barrier()
+    if rank == 0:
+        os._exit(1)
+    x = torch.zeros(1, 4, 1, 4)
+    with pytest.raises(df.RankFailure) as failure:
+        df.attention(x, x, x, cp=cp)
+    return str(failure.value)

@@ -1,5 +1,8 @@
 """Bad input: a ValueError that names the argument, on every rank, before anything is sent."""
 
+from datetime import timedelta
+from math import inf, nan
+
 import pytest
 import torch
 
@@ -114,6 +117,16 @@ BAD_GROUPS = {
     "group as a string": (dict(group="world"), "group: expected a ProcessGroup or a one-dimensional DeviceMesh"),
     "group as a number": (dict(group=2), "group: expected a ProcessGroup or a one-dimensional DeviceMesh"),
     "no group": (dict(group=None), "group: expected a ProcessGroup or a one-dimensional DeviceMesh"),
+    "timeout as a string": (dict(timeout="60"), "timeout: expected a positive number of seconds.*got '60'"),
+    "timeout as a bool": (dict(timeout=True), "timeout: expected a positive number of seconds.*got True"),
+    "no time at all": (dict(timeout=0), "timeout: expected a positive number of seconds.*got 0"),
+    "negative timeout": (dict(timeout=timedelta(seconds=-1)), "timeout: expected a positive number of seconds"),
+    "endless timeout": (dict(timeout=inf), "timeout: expected a positive number of seconds.*got inf"),
+    "timeout of no number": (dict(timeout=nan), "timeout: expected a positive number of seconds.*got nan"),
+    "timeout of a simulator": (
+        dict(group=df.transport.SimulatedTransport(df.transport.Simulator(2), 0), timeout=5),
+        "timeout: SimulatedTransport has none",
+    ),
 }
 
 
@@ -121,6 +134,11 @@ BAD_GROUPS = {
 def test_bad_groups_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         df.ContextParallel(**{"group": ALONE} | arguments)
+
+
+@pytest.mark.parametrize("timeout", [0.5, 60, timedelta(minutes=5), None])
+def test_timeouts(timeout):
+    df.ContextParallel(ALONE, timeout=timeout)
 
 
 def test_cp_must_be_a_context_parallel():

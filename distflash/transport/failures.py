@@ -57,21 +57,31 @@ class Report:
 
 
 class Reports:
-    """The reports of one group, shared by its ranks through a store."""
+    """The reports of one group, shared by its ranks through a store.
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+    Args:
+        store: called when something has failed; where it fails in turn, ranks only know their own words.
+    """
+
+    def __init__(self, store: Callable[[], dist.Store], rank: int, world_size: int) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
 
     def read(self) -> Report | None:
         """The first report of the group, if there is one and the store answers."""
-        return _in_time(lambda: _report(self._store.get(_FIRST)) if self._store.check([_FIRST]) else None)
+
+        def read() -> Report | None:
+            store = self._store()
+            return _report(store.get(_FIRST)) if store.check([_FIRST]) else None
+
+        return _in_time(read)
 
     def file(self, report: Report) -> Report:
         """Put ``report`` where the others find it; returns the first one of the group, which may be another rank's."""
 
         def file() -> Report:
-            first = _report(self._store.compare_set(_FIRST, "", json.dumps(asdict(report))))
-            self._store.set(f"{_STOPPED}/{self._rank}", report.words)
+            store = self._store()
+            first = _report(store.compare_set(_FIRST, "", json.dumps(asdict(report))))
+            store.set(f"{_STOPPED}/{self._rank}", report.words)
             return first
 
         return _in_time(file) or report
@@ -81,9 +91,9 @@ class Reports:
         others = [rank for rank in range(self._world_size) if rank != self._rank]
 
         def missing() -> tuple[int, ...]:
-            deadline = time.monotonic() + _GATHERING
+            store, deadline = self._store(), time.monotonic() + _GATHERING
             while True:
-                silent = tuple(rank for rank in others if not self._store.check([f"{_STOPPED}/{rank}"]))
+                silent = tuple(rank for rank in others if not store.check([f"{_STOPPED}/{rank}"]))
                 if not silent or time.monotonic() > deadline:
                     return silent
                 time.sleep(0.02)

@@ -49,7 +49,7 @@ class Guarded:
         self.rank, self.world_size, self.device = inner.rank, inner.world_size, inner.device
         self.checks_every_call, self.near = inner.checks_every_call, inner.near
         self.carries = inner.carries
-        self._reports = Reports(inner.store, inner.rank, inner.world_size)
+        self._reports = Reports(lambda: inner.store, inner.rank, inner.world_size)
         # Marks cost the host some 10 us an exchange, and must not be asked about while a CUDA graph is captured.
         self._watches = inner.device.type == "cuda" and inner.timeout is not None
         self._watch = Watch(self._is_stuck)

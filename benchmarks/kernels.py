@@ -44,7 +44,7 @@ MORE = [
 def bare(inputs: tuple[Tensor, ...], mask: df.Mask, kernel: Kernel) -> Passes:
     """Our kernel by itself: no autograd, no engine, buffers there already; backward without rowsum(dout out)."""
     q, k, v, dout = (x.detach() for x in inputs)
-    rows = df.ContextParallel(df.transport.Alone()).plan(mask, q.shape[1], q.device).intervals[0]
+    rows = df.ContextParallel(df.transport.Alone()).plan(mask, q.shape[1], q.device).intervals[0][0]
     scores, only = Scores(q.shape[-1] ** -0.5), Hop(first=True, last=True)
     into = Partial.empty(q, v.shape[-1], hops=1)
     dq = QueryGradient(torch.empty_like(q), None)

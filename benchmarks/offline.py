@@ -71,7 +71,7 @@ class Tensors:
             q=q,
             k=empty(B, K, G, d_qk),
             v=empty(B, K, G, d_v),
-            intervals=Intervals(rows, rows, keys, keys, rows, keys, pairs=0),
+            intervals=Intervals(range(K), rows, rows, keys, keys, rows, keys, pairs=0),
             per_head=empty(H, dtype=wide),
             saved=Saved(q, dout, lse, lse, empty(2, B * H, T, dtype=wide), counter=counter),
             partial=Partial(empty(B, T, H, d_v), lse, running, counter),

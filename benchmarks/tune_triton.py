@@ -84,7 +84,7 @@ class Bench:
         self.q, self.dout = normal(shape.heads, shape.d_qk), normal(shape.heads, shape.d_v)
         self.k, self.v = normal(shape.kv_heads, shape.d_qk), normal(shape.kv_heads, shape.d_v)
         mask = masks.Full() if shape.mask == "full" else masks.Causal()
-        self.rows: Intervals = build(Sharding(mask, Contiguous(), shape.seq_len, 1), 0, 0).to(self.q.device)
+        self.rows: Intervals = build(Sharding(mask, Contiguous(), shape.seq_len, 1), 0, 0)[0].to(self.q.device)
         self.scores = Scores(shape.d_qk**-0.5)
         self.into = Partial.empty(self.q, shape.d_v, hops=1)
         self.dq = QueryGradient(torch.empty_like(self.q), None)

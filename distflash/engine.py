@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial as bind
 
@@ -47,13 +47,13 @@ class Plan:
 
     Attributes:
         steps: of the schedule, with the steps that no rank needs left out.
-        intervals: for each owner that this rank works on.
+        intervals: for each owner that this rank works on, one or more (see `intervals.build`): a kernel pass for each.
         lengths: local tokens of every rank.
         pairs: int64 ``[W, W]``, allowed (query, key) pairs of each rank with each owner.
     """
 
     steps: tuple[Step, ...]
-    intervals: Mapping[int, Intervals]
+    intervals: Mapping[int, tuple[Intervals, ...]]
     lengths: tuple[int, ...]
     pairs: Tensor
 
@@ -64,7 +64,7 @@ class Plan:
         owners = [step.owner for step in steps if step.works]
         return Plan(
             steps=steps,
-            intervals={owner: build(sharding, rank, owner).to(device) for owner in owners},
+            intervals={owner: tuple(x.to(device) for x in build(sharding, rank, owner)) for owner in owners},
             lengths=tuple(sharding.length(r) for r in range(sharding.world_size)),
             pairs=pairs,
         )
@@ -77,6 +77,11 @@ class Plan:
     @property
     def working(self) -> tuple[Step, ...]:
         return tuple(step for step in self.steps if step.works)
+
+    @property
+    def passes(self) -> int:
+        """How many times a kernel runs over this rank's queries: once for each part of the mask and working step."""
+        return sum(map(len, self.intervals.values()))
 
 
 @dataclass(frozen=True)
@@ -96,11 +101,11 @@ class Call:
     def heads_first(self, kv_heads: int) -> int:
         """How many key heads attend to this rank's own keys before the first keys arrive; the others take both at once.
 
-        0 where all heads take the keys of one owner after the other: where there is nothing to wait for, or where keys
-        may be on their way for longer than so few heads have work.
+        0 where all heads take the keys of one owner after the other: where there is nothing to wait for, where the mask
+        has several parts, or where keys may be on their way for longer than so few heads have work.
         """
         some, working = math.ceil(kv_heads * SHARE_FIRST), self.plan.working
-        starts = len(working) > 1 and working[0].owner == self.transport.rank
+        starts = 1 < len(working) == self.plan.passes and working[0].owner == self.transport.rank
         return some if starts and some < kv_heads and self.transport.near else 0
 
     def heads_apart(self, k: Tensor, enough: int) -> int:
@@ -133,7 +138,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     Returns:
         out ``[B, T, H, V]`` in q's dtype, lse ``[B, H, T]`` in the accumulator's dtype.
     """
-    hops = len(call.plan.working)
+    hops = call.plan.passes
     partial = Partial.empty(q, v.shape[-1], hops)
     if not q.shape[0]:  # on every rank: nothing to attend to and nothing to send
         return partial.final, partial.lse
@@ -144,7 +149,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     for step, hop, (k_held, v_held) in call.visit((k, v)):
         if not step.works:
             continue
-        keys = Keys(k_held, v_held, call.plan.intervals[step.owner])
+        parts = call.plan.intervals[step.owner]
+        keys = Keys(k_held, v_held, parts[0])
         if pair and some and hop.first:
             pair.forward_some(q, keys, call.scores, some, into=partial)
             own = keys
@@ -152,7 +158,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
             pair.forward_both(q, own, keys, call.scores, some, hop.last, into=partial)
             own = None
         else:
-            call.kernel.forward(q, keys.k, keys.v, keys.rows, call.scores, hop, into=partial)
+            for rows, place in _passes(parts, hop):
+                k_seen, v_seen = _of(rows, k_held), _of(rows, v_held)
+                call.kernel.forward(q, k_seen, v_seen, rows, call.scores, place, into=partial)
     return partial.final, partial.lse
 
 
@@ -174,7 +182,7 @@ def backward(
     dtype = accumulator_dtype(q.dtype)
     saved = call.kernel.save(q, out, lse, dout, dlse)
     home = call.schedule.homecoming(call.trip, (k, v), dtype)
-    hops = len(call.plan.working)
+    hops = call.plan.passes
     summed = hops > 1 and saved.sums is None
     dq = QueryGradient(q.new_empty(q.shape), q.new_empty(q.shape, dtype=dtype) if summed else None)
     if not hops:
@@ -185,7 +193,8 @@ def backward(
         if not step.works:
             home.send(step)
             continue
-        keys = Keys(k_held, v_held, call.plan.intervals[step.owner])
+        parts = call.plan.intervals[step.owner]
+        keys = Keys(k_held, v_held, parts[0])
         dkv = KeyGradient(*home.room(step))
         if pair and some and hop.first:
             pair.backward_some(saved, keys, call.scores, range(some), hop, dq, dkv)
@@ -194,13 +203,47 @@ def backward(
         else:
             hop = Hop(hop.first, hop.last and not own)
             keys_done = bind(home.send, step)
-            call.kernel.backward(saved, keys.k, keys.v, keys.rows, call.scores, hop, dq, dkv, keys_done)
+            _backward(saved, keys, parts, hop, dq, dkv, keys_done, call)
     if pair and own:
         keys, dkv = own
         others = range(some, k.shape[2])
         pair.backward_some(saved, keys, call.scores, others, Hop(first=False, last=True), dq, dkv)
     dk, dv = home.finish()
     return dq.final, dk, dv, _sinks_gradient(saved, call.scores.sinks)
+
+
+def _passes(parts: tuple[Intervals, ...], hop: Hop) -> Iterator[tuple[Intervals, Hop]]:
+    """The parts of the mask in a step, each with its place among all passes of the call."""
+    for n, rows in enumerate(parts):
+        yield rows, Hop(first=hop.first and n == 0, last=hop.last and n == len(parts) - 1)
+
+
+def _of(rows: Intervals, x: Tensor) -> Tensor:
+    """The keys of ``x [B, K, ...]`` that ``rows`` are about."""
+    return x[:, rows.keys.start : rows.keys.stop]
+
+
+def _backward(
+    saved: Saved, keys: Keys, parts: tuple[Intervals, ...], hop: Hop, dq: QueryGradient, dkv: KeyGradient,
+    keys_done: Callable[[], None], call: Call,
+) -> None:  # fmt: skip
+    """`Kernel.backward` of a step. Parts of the mask after the first are added to its dK and dV, which round once."""
+    if len(parts) == 1:
+        call.kernel.backward(saved, keys.k, keys.v, keys.rows, call.scores, hop, dq, dkv, keys_done)
+        return
+    dtype = accumulator_dtype(saved.q.dtype)
+    total = KeyGradient(torch.empty_like(dkv.dk, dtype=dtype), torch.empty_like(dkv.dv, dtype=dtype))
+    for rows, place in _passes(parts, hop):
+        k, v = _of(rows, keys.k), _of(rows, keys.v)
+        first = rows is parts[0]  # about all keys
+        part = total if first else KeyGradient(k.new_empty(k.shape, dtype=dtype), v.new_empty(v.shape, dtype=dtype))
+        call.kernel.backward(saved, k, v, rows, call.scores, place, dq, part, lambda: None)
+        if not first:
+            _of(rows, total.dk).add_(part.dk)
+            _of(rows, total.dv).add_(part.dv)
+    dkv.dk.copy_(total.dk)
+    dkv.dv.copy_(total.dv)
+    keys_done()
 
 
 def _sinks_gradient(saved: Saved, sinks: Tensor | None) -> Tensor | None:

@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 
 from distflash.layouts import Layout
-from distflash.masks import FAR, Mask
+from distflash.masks import FAR, Ends, Mask
+
+# A union of more intervals than this is refused: each is a pass over all queries.
+MOST_PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -38,18 +41,25 @@ class Sharding:
     def length(self, rank: int) -> int:
         return self.layout.length(self.seq_len, self.world_size, rank)
 
-    def ends(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The global ends ``(lo, hi)``, int64 ``[T]``, of the queries that ``rank`` holds.
+    def parts(self, rank: int) -> tuple[Ends, ...]:
+        """The global ends ``(lo, hi)``, int64 ``[T]``, of each part of the mask, for the queries that ``rank`` holds.
 
         Raises:
-            ValueError: the mask's ends are not what `Mask.ends` promises.
+            ValueError: the mask's ends are not what `Mask.ends` promises, or it has too many parts.
         """
         positions = self.positions(rank)
-        lo, hi = self.mask.ends(positions, self.seq_len)
-        _require_ends(self.mask, positions, lo, hi)
-        return lo.clamp(0, self.seq_len), hi.clamp(0, self.seq_len)
+        parts = self.mask.parts(positions, self.seq_len)
+        if len(parts) > MOST_PARTS:
+            raise ValueError(
+                f"mask: {self.mask!r} gives the queries of rank {rank} {len(parts)} intervals of keys that cannot be "
+                f"joined; expected at most {MOST_PARTS}, since each is a pass of the kernel over the queries. Use a "
+                "mask of fewer parts, or one that allows more pairs"
+            )
+        for lo, hi in parts:
+            _require_ends(self.mask, positions, lo, hi)
+        return tuple((lo.clamp(0, self.seq_len), hi.clamp(0, self.seq_len)) for lo, hi in parts)
 
-    def local(self, ends: tuple[Tensor, Tensor], owner: int) -> tuple[Tensor, Tensor]:
+    def local(self, ends: Ends, owner: int) -> Ends:
         """Global ends as ends in the owner's local key indices; an empty interval has ``hi == lo``."""
         lo, hi = (self.layout.count_below(end, self.seq_len, self.world_size, owner) for end in ends)
         return lo, torch.maximum(lo, hi)
@@ -60,6 +70,7 @@ class Intervals:
     """Which of an owner's keys each of a rank's queries sees, for rows and, transposed, for columns.
 
     Attributes:
+        keys: the owner's local keys that this is about. Indices of keys count from its start, and K is its length.
         row_lo, row_hi: int32 ``[T]``, non-decreasing: query ``i`` sees local keys ``row_lo[i] <= j < row_hi[i]``.
         col_lo, col_hi: int32 ``[K]``, non-decreasing: key ``j`` is seen by local queries
             ``col_lo[j] <= i < col_hi[j]``.
@@ -68,6 +79,7 @@ class Intervals:
         unseen: at most two ranges that together hold every key that no query sees, known on the host.
     """
 
+    keys: range
     row_lo: Tensor
     row_hi: Tensor
     col_lo: Tensor
@@ -126,20 +138,42 @@ def _sum(r: range) -> int:
     return len(r) * (r[0] + r[-1]) // 2
 
 
-def build(sharding: Sharding, rank: int, owner: int) -> Intervals:
-    """The intervals between ``rank``'s queries and ``owner``'s keys, on the CPU. See the module's docstring."""
-    row_lo, row_hi = sharding.local(sharding.ends(rank), owner)
-    keys = torch.arange(sharding.length(owner))
+def build(sharding: Sharding, rank: int, owner: int) -> tuple[Intervals, ...]:
+    """The intervals between ``rank``'s queries and ``owner``'s keys, on the CPU. See the module's docstring.
+
+    Returns:
+        One for each part of the mask in which a pair is allowed, but at least one. The first is about all keys of the
+        owner, each other one about the keys from the first to the last that it allows.
+    """
+    local = [sharding.local(ends, owner) for ends in sharding.parts(rank)]
+    seen = [ends for ends in local if bool((ends[1] > ends[0]).any())] or local[:1]
+    # The part of most pairs comes first: the others then are about few keys.
+    seen.sort(key=lambda ends: int((ends[0] - ends[1]).sum()))
+    positions, whole = (sharding.positions(rank), sharding.positions(owner)), range(sharding.length(owner))
+    return tuple(_intervals(positions, ends, _hull(ends) if n else whole) for n, ends in enumerate(seen))
+
+
+def _hull(ends: Ends) -> range:
+    """From the first key to the last that any query sees."""
+    lo, hi = (end[ends[1] > ends[0]] for end in ends)
+    return range(int(lo[0]), int(hi[-1]))
+
+
+def _intervals(positions: tuple[Tensor, Tensor], ends: Ends, keys: range) -> Intervals:
+    """Of ``ends`` in the owner's local key indices, about ``keys``. positions: of the queries, and of all keys."""
+    row_lo, row_hi = ((end - keys.start).clamp(0, len(keys)) for end in ends)
+    columns = torch.arange(len(keys))
     # The ends ascend, so the rows with row_lo[i] <= j are the first ones, and those with row_hi[i] > j the last ones.
-    col_hi = torch.searchsorted(row_lo, keys, right=True)
-    col_lo = torch.minimum(torch.searchsorted(row_hi, keys, right=True), col_hi)
+    col_hi = torch.searchsorted(row_lo, columns, right=True)
+    col_lo = torch.minimum(torch.searchsorted(row_hi, columns, right=True), col_hi)
     return Intervals(
+        keys=keys,
         row_lo=row_lo.int(),
         row_hi=row_hi.int(),
         col_lo=col_lo.int(),
         col_hi=col_hi.int(),
-        q_positions=sharding.positions(rank).int(),
-        k_positions=sharding.positions(owner).int(),
+        q_positions=positions[0].int(),
+        k_positions=positions[1][keys.start : keys.stop].int(),
         pairs=int((row_hi - row_lo).sum()),
         unseen=_ranges_of(col_lo == col_hi),
     )
@@ -166,11 +200,23 @@ def count_pairs(sharding: Sharding) -> Tensor:
     _require_cover(sharding)
     ranks = range(sharding.world_size)
     # All ranks' queries in one tensor, rank after rank: W small passes instead of W x W tiny ones.
-    lo, hi = (torch.cat(ends) for ends in zip(*map(sharding.ends, ranks), strict=True))
+    parts = [sharding.parts(rank) for rank in ranks]
+    most = max(map(len, parts))
     stops = torch.tensor([0, *(sharding.length(rank) for rank in ranks)]).cumsum(0)
     counts = torch.empty(len(ranks), len(ranks), dtype=torch.int64)
     for owner in ranks:
-        local_lo, local_hi = sharding.local((lo, hi), owner)
-        before = torch.cat([stops[:1], (local_hi - local_lo).cumsum(0)])
-        counts[:, owner] = before[stops].diff()
+        seen = sum(_seen(sharding, [_nth(own, n) for own in parts], owner) for n in range(most))
+        counts[:, owner] = torch.cat([stops[:1], torch.as_tensor(seen).cumsum(0)])[stops].diff()
     return counts
+
+
+def _nth(parts: tuple[Ends, ...], n: int) -> Ends:
+    """The n-th part; an empty one where a rank has fewer than others."""
+    nothing = torch.zeros_like(parts[0][0])
+    return parts[n] if n < len(parts) else (nothing, nothing)
+
+
+def _seen(sharding: Sharding, ends: list[Ends], owner: int) -> Tensor:
+    """How many of the owner's keys each query of all ranks sees, by the ends of each rank's queries."""
+    lo, hi = sharding.local((torch.cat([lo for lo, _ in ends]), torch.cat([hi for _, hi in ends])), owner)
+    return hi - lo

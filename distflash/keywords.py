@@ -16,7 +16,7 @@ _INSTEAD = {
     ("causal", "is_causal"): "write mask=df.Causal()",
     ("attn_mask", "attention_mask", "attn_bias", "bias", "block_mask", "mask_mod"): (
         f"masks are objects, which every rank can evaluate at its own positions: write mask= and one of {_MASKS}, "
-        "combined with &; a rule of your own is a subclass of df.Mask with `ends`"
+        "combined with & and |; a rule of your own is a subclass of df.Mask with `ends`"
     ),
     ("window_size", "sliding_window", "window", "local_size"): (
         "write mask=df.Window(left, right); a causal window of w keys, the query's own included, is df.Window(w - 1); "

@@ -1,16 +1,19 @@
 """Masks as pairs of monotone ends.
 
-Every mask gives the query at global position ``i`` one interval of keys ``lo(i) <= j < hi(i)``, and neither end
-ever moves backwards as ``i`` grows. Everything else in the package (skipping hops, splitting tiles into full and
-partial, transposing for the keys' backward) follows from these two facts; see ``docs/math.md``.
+A mask gives the query at global position ``i`` one interval of keys ``lo(i) <= j < hi(i)``, and neither end ever
+decreases as ``i`` grows. Everything else in the package (skipping ring steps, splitting tiles into full and partial,
+transposing for the keys' backward) follows from these two facts; see ``docs/math.md``.
+
+A union ``a | b`` is a few such pairs with no key in common (`Mask.parts`). What of ``b`` lies outside ``a`` is
+``[lo_b, min(hi_b, lo_a))`` and ``[max(lo_b, hi_a), hi_b)``. The minimum and the maximum of non-decreasing functions
+are non-decreasing, so unions and intersections of unions are unions again.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from operator import index
 from typing import Any, Never, SupportsIndex
 
@@ -21,14 +24,19 @@ from torch import Tensor
 FAR = 2**62
 
 
-class Mask(ABC):
-    """Which keys a query may see. Compose two masks with ``&``: a pair is allowed where both allow it.
+# ``(lo, hi)``, int64 ``[n]`` each: the ends of the keys' interval of each of n queries.
+Ends = tuple[Tensor, Tensor]
 
-    A new mask is one frozen dataclass with one method, `ends`.
+
+class Mask:
+    """Which keys a query may see.
+
+    Combine masks with ``&`` (a pair is allowed where both allow it) and ``|`` (where either allows it).
+
+    A new mask is one frozen dataclass with one method: `ends`, or `parts` if a query sees several intervals.
     """
 
-    @abstractmethod
-    def ends(self, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    def ends(self, positions: Tensor, seq_len: int) -> Ends:
         """Both ends of the keys' interval, ``lo <= j < hi``, of each query.
 
         Args:
@@ -39,7 +47,20 @@ class Mask(ABC):
             ``(lo, hi)``, int64 ``[n]`` each, both non-decreasing. They may reach outside ``[0, S)`` and an
             interval may be empty (``hi <= lo``): `intervals` clamps them, and refuses ends that decrease or that have
             wrapped around at int64's limits.
+
+        Raises:
+            TypeError: a query sees several intervals under this mask. Use `parts`.
         """
+        raise TypeError(f"{self!r} gives a query several intervals of keys; use parts(positions, seq_len)")
+
+    def parts(self, positions: Tensor, seq_len: int) -> tuple[Ends, ...]:
+        """Pairs of ends as `ends` returns them, no two with a key in common: a query sees the keys of all of them.
+
+        Args:
+            positions: int64 ``[n]``, ascending global positions of queries.
+            seq_len: the global sequence length ``S``.
+        """
+        return (self.ends(positions, seq_len),)
 
     @property
     def seq_len(self) -> int | None:
@@ -59,20 +80,28 @@ class Mask(ABC):
         if seq_len is None:
             last = max(int(p.max()) if p.numel() else -1 for p in (q_positions, k_positions))
             seq_len = last + 1
-        lo, hi = self.ends(q_positions, seq_len)
-        keys = k_positions[None, :]
-        return (keys >= lo[:, None]) & (keys < hi[:, None])
+        order = q_positions.argsort()
+        seen = [
+            (k_positions >= lo[:, None]) & (k_positions < hi[:, None])
+            for lo, hi in self.parts(q_positions[order], seq_len)
+        ]
+        return torch.stack(seen).any(0)[order.argsort()]
 
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         return And(self, other)
 
+    def __or__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return Or(self, other)
+
     def __bool__(self) -> Never:
         # `a and b` is b alone: without this, a would be dropped in silence.
         raise ValueError(
-            f"mask: {self!r} has no truth value; combine masks with `a & b`, not `a and b`, and test for a missing one "
-            "with `mask is None`"
+            f"mask: {self!r} has no truth value; combine masks with `a & b` or `a | b`, not `a and b` or `a or b`, and "
+            "test for a missing one with `mask is None`"
         )
 
 
@@ -80,7 +109,7 @@ class Mask(ABC):
 class Full(Mask):
     """Every query sees every key: ``[0, S)``."""
 
-    def ends(self, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    def ends(self, positions: Tensor, seq_len: int) -> Ends:
         return torch.zeros_like(positions), torch.full_like(positions, seq_len)
 
 
@@ -88,7 +117,7 @@ class Full(Mask):
 class Causal(Mask):
     """A query sees itself and what came before: ``[0, i + 1)``."""
 
-    def ends(self, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    def ends(self, positions: Tensor, seq_len: int) -> Ends:
         return torch.zeros_like(positions), positions + 1
 
 
@@ -110,7 +139,7 @@ class Window(Mask):
         _set_count(self, "left", least=0, hint="; for no limit write sys.maxsize")
         _set_count(self, "right", least=0, hint="; for no limit write sys.maxsize")
 
-    def ends(self, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    def ends(self, positions: Tensor, seq_len: int) -> Ends:
         return positions - min(self.left, FAR), positions + min(self.right, FAR) + 1
 
 
@@ -168,7 +197,7 @@ class Documents(Mask):
     def seq_len(self) -> int:
         return self.cu_seqlens[-1]
 
-    def ends(self, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    def ends(self, positions: Tensor, seq_len: int) -> Ends:
         boundaries = torch.tensor(self.cu_seqlens, dtype=torch.int64, device=positions.device)
         document = torch.searchsorted(boundaries, positions.contiguous(), right=True) - 1
         document = document.clamp(0, len(self.cu_seqlens) - 2)
@@ -184,7 +213,7 @@ class PrefixLM(Mask):
     def __post_init__(self) -> None:
         _set_count(self, "length", least=0)
 
-    def ends(self, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    def ends(self, positions: Tensor, seq_len: int) -> Ends:
         return torch.zeros_like(positions), (positions + 1).clamp_min(min(self.length, FAR))
 
 
@@ -197,15 +226,15 @@ class Chunked(Mask):
     def __post_init__(self) -> None:
         _set_count(self, "size", least=1)
 
-    def ends(self, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    def ends(self, positions: Tensor, seq_len: int) -> Ends:
         size = min(self.size, FAR)
         start = torch.div(positions, size, rounding_mode="floor") * size
         return start, start + size
 
 
 @dataclass(frozen=True)
-class And(Mask):
-    """Both masks at once: the larger ``lo`` and the smaller ``hi``. Written ``a & b``.
+class _Pair(Mask):
+    """Two masks combined.
 
     Raises:
         ValueError: the two sides are for different lengths.
@@ -220,7 +249,7 @@ class And(Mask):
         a, b = self.first.seq_len, self.second.seq_len
         if a is not None and b is not None and a != b:
             raise ValueError(
-                f"mask: the two sides of & are for different lengths, {a} and {b}; "
+                f"mask: the two sides of {self._sign} are for different lengths, {a} and {b}; "
                 "both cu_seqlens must end at the same S"
             )
 
@@ -228,10 +257,80 @@ class And(Mask):
     def seq_len(self) -> int | None:
         return self.second.seq_len if self.first.seq_len is None else self.first.seq_len
 
-    def ends(self, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-        lo_a, hi_a = self.first.ends(positions, seq_len)
-        lo_b, hi_b = self.second.ends(positions, seq_len)
-        return torch.maximum(lo_a, lo_b), torch.minimum(hi_a, hi_b)
+    @property
+    def _sign(self) -> str:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class And(_Pair):
+    """Both masks at once: the larger ``lo`` and the smaller ``hi``. Written ``a & b``."""
+
+    @property
+    def _sign(self) -> str:
+        return "&"
+
+    def ends(self, positions: Tensor, seq_len: int) -> Ends:
+        return _both(self.first.ends(positions, seq_len), self.second.ends(positions, seq_len))
+
+    def parts(self, positions: Tensor, seq_len: int) -> tuple[Ends, ...]:
+        pairs = product(self.first.parts(positions, seq_len), self.second.parts(positions, seq_len))
+        return _tidy([_both(a, b) for a, b in pairs])
+
+
+@dataclass(frozen=True)
+class Or(_Pair):
+    """Either mask. Written ``a | b``. A key that both allow is seen once."""
+
+    @property
+    def _sign(self) -> str:
+        return "|"
+
+    def parts(self, positions: Tensor, seq_len: int) -> tuple[Ends, ...]:
+        first = _tidy(list(self.first.parts(positions, seq_len)))
+        rest = _tidy(list(self.second.parts(positions, seq_len)))
+        for a in first:
+            rest = _tidy([outside for b in rest for outside in _less(b, a)])
+        return _tidy([*first, *rest])
+
+
+def _both(a: Ends, b: Ends) -> Ends:
+    return torch.maximum(a[0], b[0]), torch.minimum(a[1], b[1])
+
+
+def _less(b: Ends, a: Ends) -> tuple[Ends, Ends]:
+    """What of ``b`` comes before ``a``'s intervals and after them. An empty interval of ``a`` has ``lo == hi``."""
+    return (b[0], torch.minimum(b[1], a[0])), (torch.maximum(b[0], a[1]), b[1])
+
+
+def _tidy(parts: list[Ends]) -> tuple[Ends, ...]:
+    """The same keys in fewer parts: without empty ones, and with those that touch in every row as one.
+
+    At least one part is returned. An empty interval has ``lo == hi``.
+    """
+    kept: list[Ends] = []
+    for lo, hi in parts:
+        part = lo, torch.maximum(lo, hi)
+        if bool((part[0] == part[1]).all()):
+            continue
+        for n, other in enumerate(kept):
+            joined = _joined(other, part)
+            if joined is not None:
+                kept[n] = joined
+                break
+        else:
+            kept.append(part)
+    return tuple(kept) if kept else ((parts[0][0], parts[0][0]),)
+
+
+def _joined(a: Ends, b: Ends) -> Ends | None:
+    """Two disjoint parts as one, if in every row they touch or one is empty, and the ends do not decrease."""
+    a_empty, b_empty = (lo == hi for lo, hi in (a, b))
+    if not bool((a_empty | b_empty | (a[1] == b[0]) | (b[1] == a[0])).all()):
+        return None
+    lo = torch.where(a_empty, b[0], torch.where(b_empty, a[0], torch.minimum(a[0], b[0])))
+    hi = torch.where(a_empty, b[1], torch.where(b_empty, a[1], torch.maximum(a[1], b[1])))
+    return None if bool((lo.diff() < 0).any() or (hi.diff() < 0).any()) else (lo, hi)
 
 
 def _set_count(mask: Mask, name: str, *, least: int, hint: str = "") -> None:

@@ -368,13 +368,13 @@ def _mask_hint(mask: object) -> str:
     if mask is None or isinstance(mask, bool):
         return "; a causal mask is df.Causal(), and none is df.Full()"
     if isinstance(mask, tuple | list):
-        return "; combine masks with &, as in df.Causal() & df.Window(1023)"
+        return "; combine masks with & or |, as in df.Causal() & df.Window(1023)"
     if isinstance(mask, int):
         return "; a causal window of w keys is df.Window(w - 1)"
     return (
         "; masks are objects, which every rank can evaluate at its own positions: df.Causal(), df.Window(left, right), "
-        "df.Documents(cu_seqlens), df.PrefixLM(length), df.Chunked(size), combined with &; a rule of your own is a "
-        "subclass of df.Mask with `ends`"
+        "df.Documents(cu_seqlens), df.PrefixLM(length), df.Chunked(size), combined with & and |; a rule of your own "
+        "is a subclass of df.Mask with `ends`"
     )
 
 

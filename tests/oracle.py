@@ -214,7 +214,8 @@ def run(kernel: Kernel, case: Case, x: Inputs, heads_first: int = 0) -> dict[str
     parts = []
     for owner in owners:
         positions = case.sharding.positions(owner).to(device)
-        rows = build(case.sharding, case.rank, owner).to(device)
+        (whole,) = build(case.sharding, case.rank, owner)
+        rows = whole.to(device)
         parts.append((positions, rows, x.k[:, positions], x.v[:, positions]))
 
     into = Partial.empty(x.q, case.d_v, hops=W)

@@ -205,8 +205,11 @@ def _layout(random: Random, seq_len: int, ranks: int) -> df.Layout:
 
 
 def _mask(random: Random, seq_len: int) -> df.Mask:
-    one = _simple_mask(random, seq_len)
-    return one & _simple_mask(random, seq_len) if random.random() < 0.35 else one
+    mask = _simple_mask(random, seq_len)
+    while random.random() < 0.4:
+        other = _simple_mask(random, seq_len)
+        mask = mask & other if random.random() < 0.5 else mask | other
+    return mask
 
 
 def _simple_mask(random: Random, seq_len: int) -> df.Mask:

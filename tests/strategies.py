@@ -47,8 +47,14 @@ def simple_masks(seq_len: int) -> st.SearchStrategy[df.Mask]:
 
 
 def masks(seq_len: int) -> st.SearchStrategy[df.Mask]:
+    """Masks, their intersections and unions, and these nested once more."""
     one = simple_masks(seq_len)
-    return st.one_of(one, st.builds(lambda a, b: a & b, one, one))
+    two = one | combinations(one, one)
+    return one | two | combinations(two, one) | combinations(one, two)
+
+
+def combinations(a: st.SearchStrategy[df.Mask], b: st.SearchStrategy[df.Mask]) -> st.SearchStrategy[df.Mask]:
+    return st.builds(lambda a, b: a & b, a, b) | st.builds(lambda a, b: a | b, a, b)
 
 
 @st.composite

@@ -19,6 +19,9 @@ PROBLEMS = {
     "window": Problem(df.Window(9, 3), 61, heads=3),
     "causal documents": Problem(df.Causal() & df.Documents([0, 7, 8, 33, 47]), 47),
     "prefix": Problem(df.PrefixLM(20), 50, sinks=True),
+    "union of three": Problem(
+        df.Window(5, 0) | df.PrefixLM(3) & df.Chunked(9) | Blind(11, 30), 47, heads=4, sinks=True
+    ),
     "rows that see nothing": Problem(Blind(11, 30), 47, alibi=True),
     "more ranks than tokens": Problem(df.Causal(), 2, sinks=True),
 }

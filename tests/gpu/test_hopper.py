@@ -117,7 +117,7 @@ def test_work_is_shared_out_anew_in_every_launch():
     """The counters are back at zero, also where there are fewer blocks than multiprocessors."""
     for seq_len in (40, 3000):
         q = torch.randn(1, seq_len, 8, 64, device="cuda", dtype=torch.float16)
-        rows = build(Sharding(masks.Causal(), Contiguous(), seq_len, 1), 0, 0).to("cuda")
+        rows = build(Sharding(masks.Causal(), Contiguous(), seq_len, 1), 0, 0)[0].to("cuda")
         into = Partial.empty(q, 64, hops=1)
         scores, hop = Scores(64**-0.5), Hop(first=True, last=True)
         Hopper().forward(q, q, q, rows, scores, hop, into)

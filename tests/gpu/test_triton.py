@@ -51,7 +51,7 @@ def test_offsets_beyond_two_to_the_31():
     """The last rows of a tensor of more than 2^31 elements, under a window that only the rows around them see."""
     T, H, D, tail = 2**19 + 64, 33, 128, 300
     sharding = Sharding(masks.Window(63, 0), Contiguous(), T, 1)
-    rows = build(sharding, 0, 0).to("cuda")
+    rows = build(sharding, 0, 0)[0].to("cuda")
     q = torch.randn(1, T, H, D, device="cuda", dtype=torch.bfloat16)
     assert q.numel() > 2**31
     k = torch.randn(1, T, 1, D, device="cuda", dtype=torch.bfloat16)

@@ -190,7 +190,9 @@ def test_a_scale_that_is_data_is_refused_too(scale):
         fast(*inputs(), scale)
 
 
-@pytest.mark.parametrize("mask", [df.Causal(), df.Window(3, 2), df.Causal() & df.Documents([0, 5, S])], ids=repr)
+@pytest.mark.parametrize(
+    "mask", [df.Causal(), df.Window(3, 2) | df.PrefixLM(2), df.Causal() & df.Documents([0, 5, S])], ids=repr
+)
 def test_dynamic(mask):
     layer = Layer()
     fast, counter = compiled(layer, dynamic=True)

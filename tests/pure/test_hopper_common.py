@@ -56,7 +56,7 @@ def intervals(draw):
     seq_len, world_size = draw(st.integers(1, 300)), draw(st.integers(1, 8))
     sharding = Sharding(draw(masks(seq_len)), draw(layouts), seq_len, world_size)
     rank, source = (draw(st.integers(0, world_size - 1)) for _ in range(2))
-    return build(sharding, rank, source)
+    return build(sharding, rank, source)[0]
 
 
 def blocks(length: int, block: int) -> list[tuple[int, int]]:

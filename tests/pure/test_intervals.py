@@ -25,39 +25,83 @@ def as_dense(lo, hi, n):
     return (indices >= lo[:, None]) & (indices < hi[:, None])
 
 
-@given(shardings(), st.data())
-def test_rows_and_columns_are_the_mask(sharding, data):
-    rank, owner = (data.draw(st.integers(0, sharding.world_size - 1)) for _ in range(2))
-    got, expected = build(sharding, rank, owner), visible(sharding, rank, owner)
+@st.composite
+def builds(draw):
+    """A sharding with the intervals between two of its ranks."""
+    sharding = draw(shardings())
+    rank, owner = (draw(st.integers(0, sharding.world_size - 1)) for _ in range(2))
+    return sharding, rank, owner, build(sharding, rank, owner)
+
+
+def on_all_keys(part, dense, keys):
+    """``dense [len(part.keys), n]`` with a row for each of the owner's keys."""
+    whole = torch.zeros(keys, dense.shape[1], dtype=dense.dtype)
+    whole[part.keys.start : part.keys.stop] = dense
+    return whole
+
+
+@given(builds())
+def test_rows_and_columns_are_the_mask(built):
+    sharding, rank, owner, parts = built
+    expected = visible(sharding, rank, owner).int()
     T, K = expected.shape
-    assert torch.equal(as_dense(got.row_lo, got.row_hi, K), expected)
-    assert torch.equal(as_dense(got.col_lo, got.col_hi, T), expected.T)
-    assert got.pairs == expected.sum()
-    assert torch.equal(got.q_positions, sharding.positions(rank).int())
-    assert torch.equal(got.k_positions, sharding.positions(owner).int())
+    rows = [on_all_keys(p, as_dense(p.row_lo, p.row_hi, len(p.keys)).int().T, K).T for p in parts]
+    columns = [on_all_keys(p, as_dense(p.col_lo, p.col_hi, T).int(), K) for p in parts]
+    # Sums, so that a pair that two parts allow would be 2.
+    assert torch.equal(sum(rows), expected)
+    assert torch.equal(sum(columns), expected.T)
+    assert sum(p.pairs for p in parts) == expected.sum()
+    assert parts[0].keys == range(K)
+    for part in parts:
+        assert torch.equal(part.q_positions, sharding.positions(rank).int())
+        assert torch.equal(part.k_positions, sharding.positions(owner)[part.keys.start : part.keys.stop].int())
 
 
-@given(shardings(), st.data())
-def test_ends_are_int32_within_bounds_and_never_move_backwards(sharding, data):
-    rank, owner = (data.draw(st.integers(0, sharding.world_size - 1)) for _ in range(2))
-    got = build(sharding, rank, owner)
-    T, K = sharding.length(rank), sharding.length(owner)
-    for lo, hi, size, bound in ((got.row_lo, got.row_hi, T, K), (got.col_lo, got.col_hi, K, T)):
-        assert lo.dtype == hi.dtype == torch.int32 and lo.shape == hi.shape == (size,)
-        assert (lo >= 0).all() and (lo <= hi).all() and (hi <= bound).all()
-        assert (lo.diff() >= 0).all() and (hi.diff() >= 0).all()
+@given(builds())
+def test_ends_are_int32_within_bounds_and_never_decrease(built):
+    sharding, rank, _, parts = built
+    T = sharding.length(rank)
+    for got in parts:
+        K = len(got.keys)
+        for lo, hi, size, bound in ((got.row_lo, got.row_hi, T, K), (got.col_lo, got.col_hi, K, T)):
+            assert lo.dtype == hi.dtype == torch.int32 and lo.shape == hi.shape == (size,)
+            assert (lo >= 0).all() and (lo <= hi).all() and (hi <= bound).all()
+            assert (lo.diff() >= 0).all() and (hi.diff() >= 0).all()
 
 
-@given(shardings(), st.data())
-def test_keys_that_no_query_sees_are_known(sharding, data):
-    rank, owner = (data.draw(st.integers(0, sharding.world_size - 1)) for _ in range(2))
-    got = build(sharding, rank, owner)
-    unseen = (~visible(sharding, rank, owner).any(0)).nonzero().flatten().tolist()
-    listed = [key for keys in got.unseen for key in keys]
-    assert len(got.unseen) <= 2
-    assert set(unseen) <= set(listed)
-    if listed != unseen:  # more than two ranges: all from the first to the last
-        assert got.unseen == (range(unseen[0], unseen[-1] + 1),)
+@given(builds())
+def test_keys_that_no_query_sees_are_known(built):
+    for got in built[3]:
+        seen = as_dense(got.row_lo, got.row_hi, len(got.keys)).any(0)
+        unseen = (~seen).nonzero().flatten().tolist()
+        listed = [key for keys in got.unseen for key in keys]
+        assert len(got.unseen) <= 2
+        assert set(unseen) <= set(listed)
+        if listed != unseen:  # more than two ranges: all from the first to the last
+            assert got.unseen == (range(unseen[0], unseen[-1] + 1),)
+
+
+@given(builds())
+def test_parts_after_the_first_are_about_no_more_keys_than_they_allow(built):
+    for part in built[3][1:]:
+        assert part.pairs > 0
+        assert part.col_lo[0] < part.col_hi[0] and part.col_lo[-1] < part.col_hi[-1]
+
+
+def test_a_union_of_too_many_intervals_is_refused_with_their_number():
+    mask = _Keys(tuple(range(0, 80, 2)))
+    with pytest.raises(ValueError, match=r"40 intervals of keys that cannot be joined; expected at most 16"):
+        count_pairs(Sharding(mask, df.Contiguous(), 80, 2))
+
+
+@dataclass(frozen=True)
+class _Keys(df.Mask):
+    """All queries see these keys, each an interval of its own."""
+
+    keys: tuple[int, ...]
+
+    def parts(self, positions, seq_len):
+        return tuple((torch.full_like(positions, key), torch.full_like(positions, key + 1)) for key in self.keys)
 
 
 @given(shardings())
@@ -70,7 +114,7 @@ def test_count_pairs_counts(sharding):
 def test_pairs_beyond_32_bits():
     pairs = count_pairs(Sharding(df.Causal(), df.Zigzag(), 2**18, 2))
     assert pairs.sum() == 2**18 * (2**18 + 1) // 2
-    assert build(Sharding(df.Full(), df.Contiguous(), 2**17, 1), 0, 0).pairs == 2**34
+    assert build(Sharding(df.Full(), df.Contiguous(), 2**17, 1), 0, 0)[0].pairs == 2**34
 
 
 @dataclass(frozen=True)

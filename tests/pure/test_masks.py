@@ -1,6 +1,8 @@
 import copy
+import operator
 import pickle
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 import distflash as df
 from distflash.exact import exact
+from distflash.masks import And
 from tests.oracle import Blind
 from tests.strategies import masks
 
@@ -34,7 +37,18 @@ def sees(mask, i, j, seq_len):
             after = i >= stop and stop <= j <= i
             return before or after
         case _:
-            return sees(mask.first, i, j, seq_len) and sees(mask.second, i, j, seq_len)
+            combine = all if isinstance(mask, And) else any
+            return combine([sees(mask.first, i, j, seq_len), sees(mask.second, i, j, seq_len)])
+
+
+@dataclass(frozen=True)
+class _First(df.Mask):
+    """All queries see the first keys."""
+
+    count: int
+
+    def ends(self, positions, seq_len):
+        return torch.zeros_like(positions), torch.full_like(positions, self.count)
 
 
 lengths_and_masks = st.integers(1, 24).flatmap(lambda n: st.tuples(st.just(n), masks(n)))
@@ -56,12 +70,40 @@ def test_materialize_takes_positions_in_any_order(drawn, random):
     assert torch.equal(mask.materialize(q, k, seq_len), whole[q][:, k])
 
 
-@given(lengths_and_masks)
-def test_ends_never_move_backwards(drawn):
+@given(lengths_and_masks, st.data())
+def test_parts_are_disjoint_and_never_decrease(drawn, data):
     seq_len, mask = drawn
-    for end in mask.ends(torch.arange(seq_len), seq_len):
-        assert end.dtype == torch.int64 and end.shape == (seq_len,)
-        assert (end.diff() >= 0).all()
+    positions = torch.tensor(sorted(data.draw(st.sets(st.integers(0, seq_len - 1)))), dtype=torch.int64)
+    keys = torch.arange(seq_len)
+    counts = torch.zeros(len(positions), seq_len, dtype=torch.int64)
+    for lo, hi in mask.parts(positions, seq_len):
+        for end in (lo, hi):
+            assert end.dtype == torch.int64 and end.shape == positions.shape
+            assert (end.diff() >= 0).all()
+        counts += (keys >= lo[:, None]) & (keys < hi[:, None])
+    assert torch.equal(counts, mask.materialize(positions, keys, seq_len).long())
+
+
+@pytest.mark.parametrize(
+    "mask, expected",
+    [
+        (df.Full(), 1),
+        (df.Causal() | df.PrefixLM(9), 1),
+        (df.Causal() | df.Window(3, 2), 1),
+        (df.Window(4, 0) | df.Window(0, 4), 1),
+        (df.Documents([0, 8, 30]) | df.Causal(), 1),
+        (df.Window(4, 0) | (df.Causal() & df.Chunked(5)), 1),
+        (df.Causal() & (df.Window(4, 0) | _First(2)), 2),
+        (df.Window(0, 0) | _First(0), 1),
+    ],
+)
+def test_parts_that_touch_are_one(mask, expected):
+    assert len(mask.parts(torch.arange(30), 30)) == expected
+
+
+def test_a_mask_of_several_intervals_has_no_ends():
+    with pytest.raises(TypeError, match=r"several intervals of keys; use parts\(positions, seq_len\)"):
+        (df.Causal() | df.Full()).ends(torch.arange(3), 3)
 
 
 @given(lengths_and_masks)
@@ -83,6 +125,7 @@ def test_different_masks_differ():
         df.Chunked(3),
         df.Causal() & df.Window(3),
         df.Window(3) & df.Causal(),
+        df.Window(3) | df.Causal(),
     ]
     assert len(set(different)) == len(set(map(exact, different))) == len(different)
 
@@ -199,13 +242,16 @@ def test_numbers_beyond_every_position_are_no_limit(far):
 def test_masks_have_no_truth_value():
     """`a and b` would be b alone, and `a or b` a alone."""
     for combine in (lambda a, b: a and b, lambda a, b: a or b):
-        with pytest.raises(ValueError, match=r"mask: Causal\(\) has no truth value; combine masks with `a & b`"):
+        with pytest.raises(
+            ValueError, match=r"mask: Causal\(\) has no truth value; combine masks with `a & b` or `a \| b`"
+        ):
             combine(df.Causal(), df.Window(3))
 
 
-def test_and_takes_masks_only_and_one_length():
+@pytest.mark.parametrize("combine, sign", [(operator.and_, "&"), (operator.or_, "|")])
+def test_combinations_take_masks_only_and_one_length(combine, sign):
     with pytest.raises(TypeError):
-        df.Causal() & "window"
-    with pytest.raises(ValueError, match="different lengths, 8 and 9"):
-        df.Documents([0, 8]) & df.Documents([0, 9])
+        combine(df.Causal(), "window")
+    with pytest.raises(ValueError, match=rf"sides of \{sign} are for different lengths, 8 and 9"):
+        combine(df.Documents([0, 8]), df.Documents([0, 9]))
     assert (df.Documents([0, 8]) & df.Causal() & df.Documents([0, 3, 8])).seq_len == 8

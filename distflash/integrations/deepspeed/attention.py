@@ -217,7 +217,8 @@ class _Mode(TorchFunctionMode):
 def _is_causal(mask: Mask, seq_len: int) -> bool:
     """Whether no query sees a later key."""
     positions = torch.arange(seq_len)
-    return bool((mask.ends(positions, seq_len)[1].clamp_max(seq_len) <= positions + 1).all())
+    parts = mask.parts(positions, seq_len)
+    return all(bool(((hi <= lo) | (hi.clamp_max(seq_len) <= positions + 1)).all()) for lo, hi in parts)
 
 
 def _require_some(found: list[Any], model: nn.Module, kind: type[nn.Module]) -> None:

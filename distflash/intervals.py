@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distflash.integers import FAR
 from distflash.layouts import Layout
-from distflash.masks import FAR, Ends, Mask
+from distflash.masks import Ends, Mask
 
 # A union of more intervals than this is refused: each is a pass over all queries.
 MOST_PARTS = 16

@@ -11,18 +11,15 @@ are non-decreasing, so unions and intersections of unions are unions again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, product
-from operator import index
+from itertools import product
 from typing import Any, Never, SupportsIndex
 
 import torch
 from torch import Tensor
 
-# Farther than any position: adding it to one, or subtracting it, stays within int64. Larger numbers mean no limit too.
-FAR = 2**62
-
+from distflash.integers import FAR, as_boundaries, require_integers, set_count
 
 # ``(lo, hi)``, int64 ``[n]`` each: the ends of the keys' interval of each of n queries.
 Ends = tuple[Tensor, Tensor]
@@ -64,7 +61,7 @@ class Mask:
 
     @property
     def seq_len(self) -> int | None:
-        """The global sequence length, where the mask knows it (`Documents`), else None."""
+        """The global sequence length, where the mask knows it (as `Documents` does), else None."""
         return None
 
     def materialize(self, q_positions: Tensor, k_positions: Tensor, seq_len: int | None = None) -> Tensor:
@@ -136,8 +133,8 @@ class Window(Mask):
     right: int = 0
 
     def __post_init__(self) -> None:
-        _set_count(self, "left", least=0, hint="; for no limit write sys.maxsize")
-        _set_count(self, "right", least=0, hint="; for no limit write sys.maxsize")
+        set_count(self, "left", least=0, hint="; for no limit write sys.maxsize")
+        set_count(self, "right", least=0, hint="; for no limit write sys.maxsize")
 
     def ends(self, positions: Tensor, seq_len: int) -> Ends:
         return positions - min(self.left, FAR), positions + min(self.right, FAR) + 1
@@ -167,26 +164,11 @@ class Documents(Mask):
 
     def __init__(self, cu_seqlens: Sequence[SupportsIndex] | Tensor) -> None:
         if torch.compiler.is_compiling() and isinstance(cu_seqlens, Tensor):
-            _require_integers(cu_seqlens)
+            require_integers(cu_seqlens, "Documents(cu_seqlens)")
             object.__setattr__(self, "boundaries", cu_seqlens)
             return
-        ends = _as_ints(cu_seqlens)
-        if len(ends) < 2 or ends[0] != 0:
-            raise ValueError(
-                f"Documents(cu_seqlens): expected at least [0, S], starting at 0, got {_short(ends)}; "
-                "pass cumulative lengths such as [0, 3, 8] for documents of 3 and 5 tokens"
-            )
-        for n, (start, stop) in enumerate(pairwise(ends)):
-            if stop < start:
-                raise ValueError(
-                    f"Documents(cu_seqlens): must not decrease, but cu_seqlens[{n + 1}] = {stop} follows "
-                    f"cu_seqlens[{n}] = {start}; pass cumulative lengths, not lengths, and pad by repeating the last"
-                )
-        if ends[-1] > FAR:
-            raise ValueError(f"Documents(cu_seqlens): expected at most 2**62 tokens, got {ends[-1]}")
         # Equal masks are equal objects, however they were padded: plans and compiled graphs go by the mask.
-        stops = tuple(stop for start, stop in pairwise(ends) if stop > start)
-        object.__setattr__(self, "cu_seqlens", (0, *(stops or (0,))))
+        object.__setattr__(self, "cu_seqlens", as_boundaries(cu_seqlens, "Documents(cu_seqlens)", "documents"))
         if not torch.compiler.is_compiling():
             object.__setattr__(self, "boundaries", torch.tensor(self.cu_seqlens, dtype=torch.int64, device="cpu"))
 
@@ -211,7 +193,7 @@ class PrefixLM(Mask):
     length: int
 
     def __post_init__(self) -> None:
-        _set_count(self, "length", least=0)
+        set_count(self, "length", least=0)
 
     def ends(self, positions: Tensor, seq_len: int) -> Ends:
         return torch.zeros_like(positions), (positions + 1).clamp_min(min(self.length, FAR))
@@ -224,7 +206,7 @@ class Chunked(Mask):
     size: int
 
     def __post_init__(self) -> None:
-        _set_count(self, "size", least=1)
+        set_count(self, "size", least=1)
 
     def ends(self, positions: Tensor, seq_len: int) -> Ends:
         size = min(self.size, FAR)
@@ -331,62 +313,3 @@ def _joined(a: Ends, b: Ends) -> Ends | None:
     lo = torch.where(a_empty, b[0], torch.where(b_empty, a[0], torch.minimum(a[0], b[0])))
     hi = torch.where(a_empty, b[1], torch.where(b_empty, a[1], torch.maximum(a[1], b[1])))
     return None if bool((lo.diff() < 0).any() or (hi.diff() < 0).any()) else (lo, hi)
-
-
-def _set_count(mask: Mask, name: str, *, least: int, hint: str = "") -> None:
-    """Keep the field ``name`` as a Python int, whatever kind of integer it came as, or refuse it."""
-    value = getattr(mask, name)
-    count = as_int(value)
-    if count is None or count < least:
-        raise ValueError(f"{type(mask).__name__}({name}): expected an int of at least {least}, got {value!r}{hint}")
-    if type(value) is not int:
-        object.__setattr__(mask, name, count)
-
-
-def as_int(value: object) -> int | None:
-    """A Python int, or what stands for one (numpy's integers, an integer tensor of one element); None for others."""
-    if isinstance(value, int):
-        return None if isinstance(value, bool) else value
-    try:
-        return None if _is_bool(value) else index(value)  # type: ignore[arg-type]
-    except (TypeError, RuntimeError):  # a float, a string; a tensor of floats, of several numbers, or without data
-        return None
-
-
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
-
-
-def _as_ints(values: Sequence[SupportsIndex] | Tensor) -> tuple[int, ...]:
-    if isinstance(values, Tensor):
-        _require_integers(values)
-        if values.is_meta:
-            raise ValueError("Documents(cu_seqlens): is on meta and holds no numbers; pass a tensor with data")
-        return tuple(values.tolist())
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise ValueError(
-            f"Documents(cu_seqlens): expected whole numbers such as [0, 3, 8], got {values!r}; pass cumulative "
-            "lengths as a sequence, an array or a tensor"
-        )
-    values = tuple(values)
-    ints = tuple(_as_whole(v) for v in values)
-    if None in ints:
-        raise ValueError(f"Documents(cu_seqlens): expected whole numbers such as [0, 3, 8], got {_short(values)}")
-    return ints  # type: ignore[return-value]
-
-
-def _as_whole(value: object) -> int | None:
-    """As `as_int`, and floats that are whole numbers."""
-    return int(value) if isinstance(value, float) and value.is_integer() else as_int(value)
-
-
-def _require_integers(values: Tensor) -> None:
-    if values.dim() != 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-        raise ValueError(
-            f"Documents(cu_seqlens): expected a one-dimensional integer tensor, got {values.dtype} with shape "
-            f"{tuple(values.shape)}"
-        )
-
-
-def _short(values: Sequence[object]) -> str:
-    return str(list(values)) if len(values) <= 8 else f"[{', '.join(map(str, values[:6]))}, ... {values[-1]}]"

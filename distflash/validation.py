@@ -14,9 +14,10 @@ from operator import index
 import torch
 from torch import Tensor
 
+from distflash.integers import as_int
 from distflash.kernels import Kernel, Problem
 from distflash.layouts import Layout
-from distflash.masks import Mask, as_int
+from distflash.masks import Mask
 from distflash.transport import Transport
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

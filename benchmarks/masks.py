@@ -1,11 +1,12 @@
-"""What do windows and packed documents leave of the dense rate? TFLOP/s over allowed pairs, forward and backward.
+"""What do masks leave of the dense rate? TFLOP/s over allowed pairs, forward and backward.
 
     python -m benchmarks.masks                                          # one GPU
     python -m benchmarks.masks --peers                                  # and flash-attn-4
     torchrun --standalone --nproc-per-node 2 -m benchmarks.masks        # one GPU, and a ring over all of them
 
-A causal window of 4096 keys, and causal packed documents whose lengths are drawn log-uniformly from 256 to 32K, on 128K
-tokens. The dense rate is that of the same kernel under a causal mask, on one GPU, in the same run.
+A causal window of 4096 keys, causal packed documents whose lengths are drawn log-uniformly from 256 to 32K, the window
+and the first 4 keys, and continuations of 1024 tokens of one prompt of 4096, on 128K tokens. The dense rate is that of
+the same kernel under a causal mask, on one GPU, in the same run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.peers import local
 from benchmarks.workloads import LAYOUTS, MASKS, balance
 
 DENSE = "causal"
-SPARSE = ("window4096", "documents")
+SPARSE = ("window4096", "documents", "streaming", "rollouts")
 OURS = "distflash"
 
 

@@ -35,11 +35,28 @@ def window(seq_len: int) -> df.Mask:
     return df.Window(max(1, min(4096, seq_len // 2)) - 1, 0)
 
 
+def streaming(seq_len: int) -> df.Mask:
+    """The window and the first 4 keys (StreamingLLM)."""
+    return df.Causal() & (window(seq_len) | df.FirstTokens(4))
+
+
+def rollouts(seq_len: int) -> df.Mask:
+    """Continuations of 1024 tokens, each of one prompt of 4096; shorter ones where the sequence is short itself."""
+    prompt = max(1, min(4096, seq_len // 4))
+    length = max(1, min(1024, seq_len // 8))
+    lengths = [prompt, *[length] * ((seq_len - prompt) // length)]
+    rest = seq_len - sum(lengths)
+    lengths += [rest] if rest else []
+    return df.Tree([-1, *[0] * (len(lengths) - 1)], lengths)
+
+
 MASKS: dict[str, Callable[[int], df.Mask]] = {
     "causal": lambda seq_len: df.Causal(),
     "full": lambda seq_len: df.Full(),
     "window4096": window,
     "documents": documents,
+    "streaming": streaming,
+    "rollouts": rollouts,
 }
 
 # Those whose work grows as the square of the length; that of the others grows as the length.

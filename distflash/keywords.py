@@ -11,7 +11,10 @@ from difflib import get_close_matches
 
 KNOWN = ("mask", "cp", "seq_len", "scale", "softcap", "alibi_slopes", "sinks", "dropout_p", "return_lse")
 
-_MASKS = "df.Causal(), df.Window(left, right), df.Documents(cu_seqlens), df.PrefixLM(length), df.Chunked(size)"
+_MASKS = (
+    "df.Causal(), df.Window(left, right), df.Documents(cu_seqlens), df.PrefixLM(length), df.Chunked(size) and others "
+    "(docs/masks.md)"
+)
 _INSTEAD = {
     ("causal", "is_causal"): "write mask=df.Causal()",
     ("attn_mask", "attention_mask", "attn_bias", "bias", "block_mask", "mask_mod"): (

@@ -6,17 +6,21 @@ from distflash.checkpointing import checkpoint_policy, keep_attention
 from distflash.differences import Report
 from distflash.layouts import Contiguous, Layout, Striped, Zigzag
 from distflash.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Window
+from distflash.patterns import BlockCausal, FirstTokens, ImageBlocks, Tree
 from distflash.schedules import Ring
 from distflash.transport import RankFailure
 from distflash.verification import verify
 
 __all__ = [
+    "BlockCausal",
     "Causal",
     "Chunked",
     "Contiguous",
     "ContextParallel",
     "Documents",
+    "FirstTokens",
     "Full",
+    "ImageBlocks",
     "Layout",
     "Mask",
     "PrefixLM",
@@ -24,6 +28,7 @@ __all__ = [
     "Report",
     "Ring",
     "Striped",
+    "Tree",
     "Window",
     "Zigzag",
     "attention",

@@ -374,8 +374,8 @@ def _mask_hint(mask: object) -> str:
         return "; a causal window of w keys is df.Window(w - 1)"
     return (
         "; masks are objects, which every rank can evaluate at its own positions: df.Causal(), df.Window(left, right), "
-        "df.Documents(cu_seqlens), df.PrefixLM(length), df.Chunked(size), combined with & and |; a rule of your own "
-        "is a subclass of df.Mask with `ends`"
+        "df.Documents(cu_seqlens), df.PrefixLM(length), df.Chunked(size) and others (docs/masks.md), combined with & "
+        "and |; a rule of your own is a subclass of df.Mask with `ends`"
     )
 
 

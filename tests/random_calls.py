@@ -6,6 +6,7 @@ A case follows from its seed and its number alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -222,10 +223,15 @@ def _simple_mask(random: Random, seq_len: int) -> df.Mask:
         df.PrefixLM(a),
         df.Chunked(a + 1),
         Blind(min(a, b), max(a, b)),
+        df.FirstTokens(a),
+        df.BlockCausal(a + 1),
+        df.ImageBlocks([min(a, b)], [abs(a - b)]),
     ]
     if seq_len:
-        cuts = {random.randint(1, seq_len) for _ in range(random.randint(0, 6))}
-        masks += [df.Documents(sorted({0, *cuts, seq_len}))] * 2
+        cuts = sorted({0, seq_len, *(random.randint(1, seq_len) for _ in range(random.randint(0, 6)))})
+        lengths = [stop - start for start, stop in pairwise(cuts)]
+        masks += [df.Documents(cuts)] * 2
+        masks += [df.Tree([random.randint(-1, n - 1) for n in range(len(lengths))], lengths)] * 2
     return random.choice(masks)
 
 

@@ -53,6 +53,30 @@ def masks(seq_len: int) -> st.SearchStrategy[df.Mask]:
     return one | two | combinations(two, one) | combinations(one, two)
 
 
+@st.composite
+def patterns(draw, seq_len: int) -> df.Mask:
+    """Masks of particular models, alone and beside others."""
+    numbers = st.integers(0, seq_len + 2)
+    cuts = sorted(draw(st.sets(numbers, max_size=6)))
+    lengths = [
+        stop - start for start, stop in zip([0, *cuts], [*cuts, seq_len], strict=True) if start < stop <= seq_len
+    ]
+    lengths += [seq_len - sum(lengths)]
+    parents = [draw(st.integers(-1, n - 1)) for n in range(len(lengths))]
+    one = draw(
+        st.sampled_from(
+            [
+                df.FirstTokens(draw(numbers)),
+                df.BlockCausal(draw(numbers) + 1),
+                df.BlockCausal([0, *[cut for cut in cuts if 0 < cut < seq_len], seq_len]),
+                df.ImageBlocks(cuts[:-1:2], [stop - start for start, stop in zip(cuts[::2], cuts[1::2], strict=False)]),
+                df.Tree(parents, lengths),
+            ]
+        )
+    )
+    return draw(st.just(one) | combinations(st.just(one), simple_masks(seq_len)))
+
+
 def combinations(a: st.SearchStrategy[df.Mask], b: st.SearchStrategy[df.Mask]) -> st.SearchStrategy[df.Mask]:
     return st.builds(lambda a, b: a & b, a, b) | st.builds(lambda a, b: a | b, a, b)
 
@@ -62,7 +86,7 @@ def problems(draw, max_seq_len: int = 40) -> Problem:
     seq_len = draw(st.integers(0, max_seq_len))
     kv_heads = draw(st.integers(1, 8))
     return Problem(
-        mask=draw(masks(seq_len)),
+        mask=draw(masks(seq_len) | patterns(seq_len)),
         seq_len=seq_len,
         batch=draw(st.integers(1, 2)),
         heads=kv_heads * draw(st.integers(1, 3 if kv_heads < 4 else 2)),

@@ -20,6 +20,8 @@ PROBLEMS: dict[str, Problem] = {
     "documents": replace(_BASE, mask=df.Causal() & _DOCUMENTS),
     "prefix": replace(_BASE, mask=df.PrefixLM(150)),
     "chunked": replace(_BASE, mask=df.Chunked(96)),
+    "window and first keys": replace(_BASE, mask=df.Causal() & (df.Window(100, 0) | df.FirstTokens(5)), sinks=True),
+    "tree": replace(_BASE, mask=df.Tree([-1, 0, 0, 2, 2, -1], [200, 50, 67, 60, 40, 100]), softcap=3.0),
     "multi-query, head dim 80": replace(_BASE, heads=3, kv_heads=1, d_qk=80, d_v=80),
     "head dims 192 and 128": replace(_BASE, d_qk=192, d_v=128),
     "head dim 256": replace(_BASE, d_qk=256, d_v=256),

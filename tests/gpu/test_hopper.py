@@ -113,6 +113,15 @@ def test_any_number_of_programs(margin):
     oracle.check(Hopper(margin=margin), case, "cuda")
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c.heads > c.kv_heads], ids=lambda case: case.name)
+def test_few_programs_do_not_copy_shared_keys(case):
+    """So few keys are copied for each query head where there are programs enough; here there are two."""
+    kernel = Hopper(margin=torch.cuda.get_device_properties(0).multi_processor_count - 2)
+    x = oracle.make_inputs(case, "cuda")
+    assert not kernel._few(x.q, x.k) and Hopper()._few(x.q, x.k)
+    oracle.check(kernel, case, "cuda")
+
+
 def test_work_is_shared_out_anew_in_every_launch():
     """The counters are back at zero, also where there are fewer blocks than multiprocessors."""
     for seq_len in (40, 3000):

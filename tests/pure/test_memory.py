@@ -72,7 +72,7 @@ def measure(transport, shape, mask, layout, adds_up):
     with Meter() as meter:
         meter.ignore(q, k, v, dout)
         out, lse = engine.forward(q, k, v, call)
-    intervals = 12 * sum(len(i.row_lo) + len(i.col_lo) for i in plan.intervals.values())
+    intervals = 12 * sum(len(i.row_lo) + len(i.col_lo) for parts in plan.intervals.values() for i in parts)
     forward = meter.peak - sizes(out, lse) + intervals
     with Meter() as meter:
         meter.ignore(q, k, v, dout, out, lse)

@@ -113,10 +113,13 @@ class Hopper:
         dkv: KeyGradient,
         keys_done: Callable[[], None],
     ) -> None:
+        keys = Keys(k, v, rows)
         if saved.sums is None:
             Triton().backward(saved, k, v, rows, scores, hop, dq, dkv, keys_done)
+        elif self._few(saved.q, k):
+            self._backward_spread(saved, keys, scores, hop, dq, dkv, keys_done)
         else:
-            self._backward(saved, Keys(k, v, rows), scores, hop, dq, dkv, range(k.shape[2]), keys_done)
+            self._backward(saved, keys, scores, hop, dq, dkv, range(k.shape[2]), keys_done)
 
     def backward_some(
         self, saved: Saved, own: Keys, scores: Scores, heads: range, hop: Hop, dq: QueryGradient, dkv: KeyGradient
@@ -125,6 +128,30 @@ class Hopper:
 
     def enough_keys(self, device: torch.device) -> int:
         return ROUNDS * KEYS * self._programs(device)
+
+    def _few(self, q: Tensor, k: Tensor) -> bool:
+        """Whether key heads are shared, and blocks of keys would leave three multiprocessors of four idle."""
+        B, K, G, _ = k.shape
+        return q.shape[2] > G and self._programs(k.device) >= 4 * B * G * -(-K // KEYS)
+
+    def _backward_spread(
+        self, saved: Saved, keys: Keys, scores: Scores, hop: Hop, dq: QueryGradient, dkv: KeyGradient,
+        keys_done: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """`_backward` with a copy of the keys for each query head: more work tiles, of fewer queries each.
+
+        The copies' gradients are added in float32. For few keys that many queries see, such as the first of a sequence.
+        """
+        heads = saved.q.shape[2]
+        k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (keys.k, keys.v))
+        each = KeyGradient(*(torch.empty_like(x, dtype=torch.float32) for x in (k, v)))
+
+        def add_up() -> None:
+            for total, parts in ((dkv.dk, each.dk), (dkv.dv, each.dv)):
+                total.copy_(parts.unflatten(2, (total.shape[2], -1)).sum(3))
+            keys_done()
+
+        self._backward(saved, Keys(k, v, keys.rows), scores, hop, dq, each, range(heads), add_up)
 
     def _backward(
         self, saved: Saved, keys: Keys, scores: Scores, hop: Hop, dq: QueryGradient, dkv: KeyGradient, heads: range,

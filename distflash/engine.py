@@ -232,7 +232,8 @@ def _backward(
         call.kernel.backward(saved, keys.k, keys.v, keys.rows, call.scores, hop, dq, dkv, keys_done)
         return
     dtype = accumulator_dtype(saved.q.dtype)
-    total = KeyGradient(torch.empty_like(dkv.dk, dtype=dtype), torch.empty_like(dkv.dv, dtype=dtype))
+    wide = dkv.dk.dtype == dtype
+    total = dkv if wide else KeyGradient(*(torch.empty_like(x, dtype=dtype) for x in (dkv.dk, dkv.dv)))
     for rows, place in _passes(parts, hop):
         k, v = _of(rows, keys.k), _of(rows, keys.v)
         first = rows is parts[0]  # about all keys
@@ -241,8 +242,9 @@ def _backward(
         if not first:
             _of(rows, total.dk).add_(part.dk)
             _of(rows, total.dv).add_(part.dv)
-    dkv.dk.copy_(total.dk)
-    dkv.dv.copy_(total.dv)
+    if not wide:
+        dkv.dk.copy_(total.dk)
+        dkv.dv.copy_(total.dv)
     keys_done()
 
 

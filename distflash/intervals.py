@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distflash.integers import FAR
 from distflash.layouts import Layout
-from distflash.masks import Ends, Mask
+from distflash.masks import Ends, Mask, wrapped
 
 # A union of more intervals than this is refused: each is a pass over all queries.
 MOST_PARTS = 16
@@ -112,8 +111,7 @@ def _require_ends(mask: Mask, positions: Tensor, lo: Tensor, hi: Tensor) -> None
                 f"mask: {mask!r}.ends returned {name} = {int(end[n])} for the query at {int(positions[n])} and "
                 f"{int(end[n + 1])} for that at {int(positions[n + 1])}; expected numbers that never decrease"
             )
-    # Both ends ascend, so the first and the last are the extremes.
-    if len(positions) and (lo[-1] > FAR or hi[0] < -FAR):
+    if wrapped(lo, hi):
         raise ValueError(
             f"mask: {mask!r}.ends returned {int(lo[-1])} <= key < {int(hi[0])}, which has wrapped around at int64's "
             "limits; clamp large numbers before adding them to positions, and give an empty interval as lo = hi"

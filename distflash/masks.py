@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, Never, SupportsIndex
+from typing import Any, ClassVar, Never, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -224,6 +224,7 @@ class _Pair(Mask):
 
     first: Mask
     second: Mask
+    _sign: ClassVar[str]
 
     def __post_init__(self) -> None:
         if torch.compiler.is_compiling():  # lengths are data there; the call, which has them, makes the mask again
@@ -239,18 +240,12 @@ class _Pair(Mask):
     def seq_len(self) -> int | None:
         return self.second.seq_len if self.first.seq_len is None else self.first.seq_len
 
-    @property
-    def _sign(self) -> str:
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class And(_Pair):
     """Both masks at once: the larger ``lo`` and the smaller ``hi``. Written ``a & b``."""
 
-    @property
-    def _sign(self) -> str:
-        return "&"
+    _sign: ClassVar[str] = "&"
 
     def ends(self, positions: Tensor, seq_len: int) -> Ends:
         return _both(self.first.ends(positions, seq_len), self.second.ends(positions, seq_len))
@@ -264,9 +259,7 @@ class And(_Pair):
 class Or(_Pair):
     """Either mask. Written ``a | b``. A key that both allow is seen once."""
 
-    @property
-    def _sign(self) -> str:
-        return "|"
+    _sign: ClassVar[str] = "|"
 
     def parts(self, positions: Tensor, seq_len: int) -> tuple[Ends, ...]:
         first = _tidy(list(self.first.parts(positions, seq_len)))
@@ -288,10 +281,14 @@ def _less(b: Ends, a: Ends) -> tuple[Ends, Ends]:
 def _tidy(parts: list[Ends]) -> tuple[Ends, ...]:
     """The same keys in fewer parts: without empty ones, and with those that touch in every row as one.
 
-    At least one part is returned. An empty interval has ``lo == hi``.
+    At least one part is returned. An empty interval has ``lo == hi``. Ends that have wrapped around stay as they are,
+    for `intervals` to refuse: they must not pass for an empty interval.
     """
     kept: list[Ends] = []
     for lo, hi in parts:
+        if wrapped(lo, hi):
+            kept.append((lo, hi))
+            continue
         part = lo, torch.maximum(lo, hi)
         if bool((part[0] == part[1]).all()):
             continue
@@ -303,6 +300,11 @@ def _tidy(parts: list[Ends]) -> tuple[Ends, ...]:
         else:
             kept.append(part)
     return tuple(kept) if kept else ((parts[0][0], parts[0][0]),)
+
+
+def wrapped(lo: Tensor, hi: Tensor) -> bool:
+    """Whether ascending ends have wrapped around at int64's limits: the first and the last are the extremes."""
+    return len(lo) > 0 and bool(lo[-1] > FAR or hi[0] < -FAR)
 
 
 def _joined(a: Ends, b: Ends) -> Ends | None:

@@ -190,3 +190,18 @@ def test_a_layout_that_breaks_its_promises_is_refused(of_ranks):
         ValueError, match=r"layout: Ranges\(.*expected ascending ranges that hold each of the 6 positions"
     ):
         count_pairs(Sharding(df.Full(), Ranges(of_ranks), 6, 2))
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda mask: mask & df.Causal(),
+        lambda mask: mask | df.Window(0, 0),
+        lambda mask: df.Window(0, 0) | mask,
+        lambda mask: df.Causal() & (df.Window(0, 0) | mask),
+        lambda mask: (mask & df.Full()) | df.Window(0, 0),
+    ],
+)
+def test_ends_that_have_wrapped_around_are_refused_inside_others_too(combine):
+    with pytest.raises(ValueError, match="wrapped around"):
+        count_pairs(Sharding(combine(Lookahead(2**63 - 1)), df.Contiguous(), 3, 1))

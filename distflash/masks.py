@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Never, SupportsIndex
 import torch
 from torch import Tensor
 
+from distflash import pictures
 from distflash.integers import FAR, as_boundaries, require_integers, set_count
 
 # ``(lo, hi)``, int64 ``[n]`` each: the ends of the keys' interval of each of n queries.
@@ -83,6 +84,30 @@ class Mask:
             for lo, hi in self.parts(q_positions[order], seq_len)
         ]
         return torch.stack(seen).any(0)[order.argsort()]
+
+    def plot(
+        self, seq_len: int | None = None, layout: pictures.Placed | None = None, world_size: int = 1, ax: Any = None
+    ) -> Any:
+        """Draw the mask with matplotlib: queries down, keys across, coloured by the rank that holds the query.
+
+        Above 512 tokens the picture is a grid of 512 x 512 cells, each the darker the more of its pairs are allowed,
+        so that any length can be drawn. A legend says which share of the allowed pairs each rank has; strips beside
+        the picture and below it, which rank holds the queries and the keys.
+
+        Args:
+            seq_len: the global length S; may be left out where the mask knows it.
+            layout: which positions each rank holds, a `Layout`. May be left out for one rank.
+            world_size: the number of ranks.
+            ax: the matplotlib Axes to draw on; None for those of a new figure.
+
+        Returns:
+            The Axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: an argument is of another kind, missing, or not the mask's own length.
+        """
+        return pictures.plot(self, seq_len, layout, world_size, ax)
 
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):

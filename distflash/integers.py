@@ -89,6 +89,26 @@ def as_ints(
     return ints  # type: ignore[return-value]
 
 
+def as_data(
+    values: Sequence[SupportsIndex] | Tensor, name: str, meaning: str = "cumulative lengths"
+) -> tuple[int, ...] | Tensor:
+    """`as_ints` in a function that `torch.compile` compiles, where nothing may depend on values: a tensor stays one.
+
+    When the graph runs, the call makes the mask again of these values, which are then checked.
+    """
+    if type(values).__module__ == "numpy":
+        values = torch.as_tensor(values)
+    if isinstance(values, Tensor):
+        require_integers(values, name)
+        return values
+    return as_ints(values, name, meaning)
+
+
+def as_tensors(*values: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """int64 on the CPU: see `Mask.graph_inputs`."""
+    return tuple(torch.tensor(value, dtype=torch.int64, device="cpu") for value in values)
+
+
 def _as_whole(value: object) -> int | None:
     """As `as_int`, and floats that are whole numbers."""
     return int(value) if isinstance(value, float) and value.is_integer() else as_int(value)

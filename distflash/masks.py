@@ -12,7 +12,7 @@ are non-decreasing, so unions and intersections of unions are unions again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar, Never, SupportsIndex
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distflash import pictures
-from distflash.integers import FAR, as_boundaries, require_integers, set_count
+from distflash.integers import FAR, as_boundaries, as_data, as_tensors, set_count
 
 # ``(lo, hi)``, int64 ``[n]`` each: the ends of the keys' interval of each of n queries.
 Ends = tuple[Tensor, Tensor]
@@ -32,7 +32,14 @@ class Mask:
     Combine masks with ``&`` (a pair is allowed where both allow it) and ``|`` (where either allows it).
 
     A new mask is one frozen dataclass with one method: `ends`, or `parts` if a query sees several intervals.
+
+    Attributes:
+        graph_inputs: the mask's fields, in their order, as int64 tensors on the CPU, which a compiled graph takes as
+            inputs, so that one graph serves sequences of any length. None where the fields themselves are taken apart:
+            their ints become inputs, and the number of ints in a tuple a constant of the graph.
     """
+
+    graph_inputs: tuple[Tensor, ...] | None = None
 
     def ends(self, positions: Tensor, seq_len: int) -> Ends:
         """Both ends of the keys' interval, ``lo <= j < hi``, of each query.
@@ -173,11 +180,7 @@ class Documents(Mask):
         cu_seqlens: cumulative lengths ``[0, l0, l0 + l1, ..., S]``, as integers in a sequence, an array or a tensor
             ``[documents + 1]`` (a tensor on a GPU is copied to the host once, here: build the mask once a step).
             Repeated values are empty documents or padding at the end, and are left out of the mask. In a function that
-            `torch.compile` compiles, a tensor is read and checked by the call, when the graph runs.
-
-    Attributes:
-        boundaries: ``cu_seqlens`` as an int64 tensor on the CPU, which a compiled graph takes as an input, so that one
-            graph serves all documents; None for ints given in a compiled function.
+            `torch.compile` compiles, they are read and checked by the call, when the graph runs.
 
     Raises:
         ValueError: it does not start at 0, decreases, or is not made of integers. That it ends at S is checked by the
@@ -185,17 +188,15 @@ class Documents(Mask):
     """
 
     cu_seqlens: tuple[int, ...]
-    boundaries: Tensor | None = field(default=None, init=False, compare=False, repr=False)
 
     def __init__(self, cu_seqlens: Sequence[SupportsIndex] | Tensor) -> None:
-        if torch.compiler.is_compiling() and isinstance(cu_seqlens, Tensor):
-            require_integers(cu_seqlens, "Documents(cu_seqlens)")
-            object.__setattr__(self, "boundaries", cu_seqlens)
+        if torch.compiler.is_compiling():
+            object.__setattr__(self, "cu_seqlens", as_data(cu_seqlens, "Documents(cu_seqlens)"))
             return
         # Equal masks are equal objects, however they were padded: plans and compiled graphs go by the mask.
-        object.__setattr__(self, "cu_seqlens", as_boundaries(cu_seqlens, "Documents(cu_seqlens)", "documents"))
-        if not torch.compiler.is_compiling():
-            object.__setattr__(self, "boundaries", torch.tensor(self.cu_seqlens, dtype=torch.int64, device="cpu"))
+        ends = as_boundaries(cu_seqlens, "Documents(cu_seqlens)", "documents")
+        object.__setattr__(self, "cu_seqlens", ends)
+        object.__setattr__(self, "graph_inputs", as_tensors(ends))
 
     def __reduce__(self) -> Any:
         return Documents, (self.cu_seqlens,)

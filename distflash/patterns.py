@@ -1,6 +1,9 @@
 """Masks of particular models: attention sinks, video, images within text, and trees of rollouts.
 
 In the pictures a row is a query, a column a key, and ``x`` stands where the query sees the key.
+
+In a function that `torch.compile` compiles, these masks take their sequences as `Documents` does: the call reads and
+checks them, when the graph runs.
 """
 
 from __future__ import annotations
@@ -10,12 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from distflash.integers import FAR, as_boundaries, as_int, as_ints, set_count
+from distflash.integers import FAR, as_boundaries, as_data, as_int, as_ints, as_tensors, set_count
 from distflash.masks import Ends, Mask
 
 Range = tuple[int, int]
@@ -74,8 +77,10 @@ class BlockCausal(Mask):
     size_or_boundaries: int | tuple[int, ...]
 
     def __init__(self, size_or_boundaries: SupportsIndex | Sequence[SupportsIndex] | Tensor) -> None:
-        blocks = as_int(size_or_boundaries)
         name = "BlockCausal(size_or_boundaries)"
+        compiling = torch.compiler.is_compiling()
+        # The compiler cannot ask whether an array is an int: it holds no values yet.
+        blocks = None if compiling and _is_array(size_or_boundaries) else as_int(size_or_boundaries)
         if blocks is not None:
             object.__setattr__(self, "size_or_boundaries", blocks)
             set_count(self, "size_or_boundaries", least=1)
@@ -83,9 +88,15 @@ class BlockCausal(Mask):
             raise ValueError(
                 f"{name}: expected an int of at least 1 or boundaries [0, ..., S], got {size_or_boundaries!r}"
             )
+        elif compiling:
+            object.__setattr__(self, "size_or_boundaries", as_data(size_or_boundaries, name))  # type: ignore[arg-type]
         else:
             boundaries = as_boundaries(size_or_boundaries, name, "blocks")  # type: ignore[arg-type]
             object.__setattr__(self, "size_or_boundaries", boundaries)
+            object.__setattr__(self, "graph_inputs", as_tensors(boundaries))
+
+    def __reduce__(self) -> Any:
+        return BlockCausal, (self.size_or_boundaries,)
 
     @property
     def seq_len(self) -> int | None:
@@ -130,6 +141,10 @@ class ImageBlocks(Mask):
     lengths: tuple[int, ...]
 
     def __init__(self, starts: Sequence[SupportsIndex] | Tensor, lengths: Sequence[SupportsIndex] | Tensor) -> None:
+        if torch.compiler.is_compiling():
+            object.__setattr__(self, "starts", as_data(starts, "ImageBlocks(starts)", "the blocks' starts"))
+            object.__setattr__(self, "lengths", as_data(lengths, "ImageBlocks(lengths)", "lengths"))
+            return
         firsts = as_ints(starts, "ImageBlocks(starts)", "the blocks' starts")
         sizes = _as_lengths(lengths, "ImageBlocks(lengths)", len(firsts), "starts")
         stop = 0
@@ -145,6 +160,10 @@ class ImageBlocks(Mask):
         kept = [(first, size) for first, size in zip(firsts, sizes, strict=True) if size]
         object.__setattr__(self, "starts", tuple(first for first, _ in kept))
         object.__setattr__(self, "lengths", tuple(size for _, size in kept))
+        object.__setattr__(self, "graph_inputs", as_tensors(self.starts, self.lengths))
+
+    def __reduce__(self) -> Any:
+        return ImageBlocks, (self.starts, self.lengths)
 
     def ends(self, positions: Tensor, seq_len: int) -> Ends:
         # The last block that starts at or before i. Where i lies behind its end, i + 1 is the larger one.
@@ -187,6 +206,10 @@ class Tree(Mask):
     lengths: tuple[int, ...]
 
     def __init__(self, parents: Sequence[SupportsIndex] | Tensor, lengths: Sequence[SupportsIndex] | Tensor) -> None:
+        if torch.compiler.is_compiling():
+            object.__setattr__(self, "parents", as_data(parents, "Tree(parents)", "the segments' parents"))
+            object.__setattr__(self, "lengths", as_data(lengths, "Tree(lengths)", "lengths"))
+            return
         ints = as_ints(parents, "Tree(parents)", "the segments' parents")
         for n, parent in enumerate(ints):
             if not -1 <= parent < n:
@@ -199,6 +222,10 @@ class Tree(Mask):
             raise ValueError(f"Tree(lengths): expected at most 2**62 tokens, got {sum(sizes)}")
         object.__setattr__(self, "parents", ints)
         object.__setattr__(self, "lengths", sizes)
+        object.__setattr__(self, "graph_inputs", as_tensors(ints, sizes))
+
+    def __reduce__(self) -> Any:
+        return Tree, (self.parents, self.lengths)
 
     @property
     def seq_len(self) -> int:
@@ -287,6 +314,10 @@ def _as_lengths(values: Sequence[SupportsIndex] | Tensor, name: str, count: int,
         if length < 0:
             raise ValueError(f"{name}: expected at least 0 tokens, but lengths[{n}] = {length}")
     return lengths
+
+
+def _is_array(value: object) -> bool:
+    return not isinstance(value, int) and getattr(value, "ndim", 0) > 0
 
 
 def _table(values: tuple[int, ...], positions: Tensor) -> Tensor:

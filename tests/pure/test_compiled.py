@@ -1,18 +1,22 @@
 """What differs from call to call is data of a compiled graph, so that one graph serves all calls of a form."""
 
+import functools
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distflash as df
+from distflash import compiled as compiled_module
 from distflash.compiled import join, split
 from distflash.transport import Alone, Simulator
-from tests.strategies import masks
+from tests.strategies import masks, patterns
 
 S = 12
 CP = df.ContextParallel(Alone())
@@ -35,7 +39,29 @@ class Steps(df.Mask):
         raise NotImplementedError
 
 
-@given(st.integers(1, 40).flatmap(masks))
+@dataclass(frozen=True)
+class Either(df.Mask):
+    """A mask of any number of masks."""
+
+    masks: tuple[df.Mask, ...]
+    name: str = "either"
+
+    @property
+    def seq_len(self):
+        return next((mask.seq_len for mask in self.masks if mask.seq_len is not None), None)
+
+    def parts(self, positions, seq_len):
+        return functools.reduce(df.masks.Or, self.masks).parts(positions, seq_len)
+
+
+def eithers(seq_len):
+    """Also within each other."""
+    one = masks(seq_len) | patterns(seq_len)
+    several = st.lists(one | st.lists(one, max_size=2).map(tuple).map(Either), max_size=3).map(tuple)
+    return st.builds(Either, several, st.sampled_from(["a", "b"]))
+
+
+@given(st.integers(1, 40).flatmap(lambda n: masks(n) | patterns(n) | eithers(n)))
 def test_join_is_the_inverse_of_split(mask):
     form, data = split(mask, 0.5, 3.0, 0.0)
     again, *numbers = join(form, data)
@@ -51,6 +77,32 @@ def test_fields_that_are_no_ints_are_part_of_the_form():
     others = [Steps((1, 2), "b", 0.25), Steps((1, 2), "a", 0.5), Steps((1, 2, 3), "a", 0.25)]
     assert form not in [split(df.Causal() & other, None, 0.0, 0.0)[0] for other in others]
     assert form == split(df.Causal() & Steps((7, 8), "a", 0.25), None, 0.0, 0.0)[0]
+
+
+def test_what_is_in_tuples_of_masks_is_data_and_their_number_is_form():
+    form, data = split(Either((df.Window(3), df.Documents([0, 2, 5]), df.Causal())), None, 0.0, 0.0)
+    assert list(data.ints) == [3, 0, 3] and data.boundaries.tolist() == [0, 2, 5]
+    assert form == split(Either((df.Window(4), df.Documents([0, 9]), df.Causal())), None, 0.0, 0.0)[0]
+    for other in [Either((df.Window(3), df.Causal())), Either((df.Causal(), df.Window(3))), Either(())]:
+        assert form != split(other, None, 0.0, 0.0)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Learned(df.Mask):
+    bias: torch.Tensor
+
+
+def test_a_field_of_floats_in_a_tensor_is_refused_and_not_rounded():
+    with pytest.raises(ValueError, match=r"mask: a tensor in a field .*: expected a one-dim.*float32"):
+        split(Learned(torch.tensor([0.5])), None, 0.0, 0.0)
+
+
+def test_tensors_of_several_devices_meet_on_the_cpu():
+    with FakeTensorMode():
+        tensors = [torch.empty(3, dtype=torch.int32, device=device) for device in ("cuda", "cpu")]
+        assert compiled_module._cat(tensors).device.type == "cpu"
+        assert compiled_module._cat(tensors[:1] * 2).device.type == "cuda"
+        assert compiled_module._cat(tensors).dtype == torch.int64
 
 
 class Layer(nn.Module):
@@ -150,6 +202,159 @@ def test_documents_of_a_tensor_that_holds_no_ints_are_refused():
     fast, _ = compiled(lambda q, k, v, ends: df.attention(q, k, v, mask=df.Documents(ends), cp=CP))
     with pytest.raises(Exception, match="expected a one-dimensional integer tensor"):
         fast(*inputs(), torch.tensor([0.0, S]))
+
+
+def blocks(step):
+    """Arguments of `df.BlockCausal`, and of the others below: other values in every step, and other lengths."""
+    return (packed(1 + step % 7),)
+
+
+def images(step):
+    starts = sorted((2 * torch.randperm(S // 2)[: 2 + step % 4]).tolist())
+    return starts, [1 + (start + step) % 2 for start in starts]
+
+
+def rollouts(step):
+    lengths = torch.tensor(packed(3 + step % 6)).diff().tolist()
+    return [-1, *(int(torch.randint(-1, n, ())) for n in range(1, len(lengths)))], lengths
+
+
+PATTERNS = pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [(df.BlockCausal, blocks), (df.ImageBlocks, images), (df.Tree, rollouts)],
+    ids=["blocks", "images", "tree"],
+)
+WRAPS = pytest.mark.parametrize(
+    "wrap", [lambda m: m, lambda m: df.Window(5, 1) & m | df.FirstTokens(2)], ids=["alone", "combined"]
+)
+STEPS = range(2 * torch._dynamo.config.recompile_limit)
+
+
+@PATTERNS
+@WRAPS
+def test_patterns_made_of_tensors_inside_the_compiled_function(kind, arguments, wrap):
+    def function(q, k, v, *integers):
+        return df.attention(q, k, v, mask=wrap(kind(*integers)), cp=CP)
+
+    fast, counter = compiled(function)
+    for step in STEPS:
+        dtypes = (torch.int32, torch.int64)  # two tensors need not have one dtype
+        integers = [torch.tensor(x, dtype=dtype) for x, dtype in zip(arguments(step), dtypes, strict=False)]
+        assert_same(fast, function, *inputs(), *integers)
+    assert counter.frame_count <= 2
+
+
+@PATTERNS
+@WRAPS
+def test_patterns_made_outside_the_compiled_function(kind, arguments, wrap):
+    layer = Layer()
+    fast, counter = compiled(layer)
+    for step in STEPS:
+        assert_same(fast, layer, *inputs(), mask=wrap(kind(*arguments(step))))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        df.BlockCausal,
+        lambda n: df.BlockCausal([0, n, n, S]),
+        lambda n: df.BlockCausal([0, n, n + 4, n - (n - S)]),
+        lambda n: df.ImageBlocks([0, n], [2, S - n]),
+        lambda n: df.ImageBlocks((n - 2, n), (2, 0)),
+        lambda n: df.Tree([-1, 0, 0, 2], [n, 2, S - n - 2, 0]),
+        lambda n: df.Tree([-1, -1, 0, n - (n - 1)], [n, 1, 0, S - n - 1]),
+    ],
+)
+def test_patterns_made_of_ints_inside_the_compiled_function(make):
+    """One graph for all numbers, without a guard on which of them are equal or 0."""
+
+    def function(q, k, v, n):
+        return df.attention(q, k, v, mask=make(n), cp=CP)
+
+    fast, counter = compiled(function)
+    for n in range(2, 9):
+        assert_same(fast, function, *inputs(), n)
+    assert counter.frame_count <= 2
+
+
+def test_documents_made_of_ints_share_a_graph_though_some_are_empty():
+    def function(q, k, v, *ends):
+        return df.attention(q, k, v, mask=df.Documents([0, *ends, S]), cp=CP)
+
+    fast, counter = compiled(function)
+    for ends in [(3, 7), (4, 5), (6, 6), (8, 12), (12, 12)]:
+        assert_same(fast, function, *inputs(), *ends)
+    assert counter.frame_count <= 3  # the compiler takes equal numbers for one until they differ
+
+
+def test_a_tree_of_fixed_parents_and_lengths_in_a_tensor():
+    def function(q, k, v, lengths):
+        return df.attention(q, k, v, mask=df.Tree([-1, 0, 0], lengths), cp=CP)
+
+    fast, counter = compiled(function)
+    for n in range(S - 2):
+        assert_same(fast, function, *inputs(), torch.tensor([n, S - 2 - n, 2]))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", [df.Documents, df.BlockCausal])
+def test_numpy_arrays_inside_the_compiled_function(kind):
+    def function(q, k, v, ends):
+        return df.attention(q, k, v, mask=kind(ends), cp=CP)
+
+    fast, counter = compiled(function)
+    for step in STEPS:
+        assert_same(fast, function, *inputs(), np.array(packed(2 + step % 7)))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "words"),
+    [
+        (df.BlockCausal, ([0, 5, 3, S],), r"BlockCausal\(size_or_boundaries\): must not decrease"),
+        (df.BlockCausal, ([0, 5, S + 1],), "local tokens"),
+        (df.ImageBlocks, ([0, 2], [3, 1]), r"ImageBlocks\(starts\): .*starts\[1\] = 2 is below 3"),
+        (df.ImageBlocks, ([0, 2, 4], [1, 1]), r"ImageBlocks\(lengths\): expected 3, as many as starts, got 2"),
+        (df.Tree, ([-1, 1], [3, S - 3]), r"Tree\(parents\): .*parents\[1\] = 1"),
+        (df.Tree, ([-1, 0], [-2, S + 2]), r"Tree\(lengths\): expected at least 0 tokens"),
+        (df.Tree, ([-1, 0], [S, 2]), "local tokens"),
+    ],
+)
+@pytest.mark.parametrize("container", [torch.tensor, list])
+def test_wrong_patterns_are_refused_when_the_graph_runs(kind, wrong, words, container):
+    fast, _ = compiled(lambda q, k, v, *integers: df.attention(q, k, v, mask=kind(*integers), cp=CP))
+    with pytest.raises(ValueError, match=words):
+        fast(*inputs(), *map(container, wrong))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda x: df.BlockCausal(x[None]), "BlockCausal.*expected a one-dimensional integer tensor"),
+        (lambda x: df.ImageBlocks(x, x / 2), r"ImageBlocks\(lengths\): expected a one-dimensional integer tensor"),
+        (lambda x: df.Tree(x > 0, x), r"Tree\(parents\): expected a one-dimensional integer tensor"),
+        (lambda x: df.Tree([-1, 0.5], x), r"Tree\(parents\): expected whole numbers"),
+        (lambda x: df.BlockCausal("2"), "BlockCausal.*expected an int of at least 1 or boundaries"),
+    ],
+)
+def test_patterns_of_what_holds_no_ints_are_refused_while_compiling(make, words):
+    fast, _ = compiled(lambda q, k, v, x: df.attention(q, k, v, mask=make(x), cp=CP))
+    with pytest.raises(Exception, match=words):
+        fast(*inputs(), torch.tensor([0, S]))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_tuples_of_masks(inside):
+    def function(q, k, v, mask):
+        return df.attention(q, k, v, mask=Either((df.Window(1), mask)) if inside else mask, cp=CP)
+
+    fast, counter = compiled(function)
+    for step in STEPS:
+        documents = df.Documents(packed(1 + step % 7))
+        mask = documents if inside else Either((df.Window(step + 2), documents & df.Causal()))
+        assert_same(fast, function, *inputs(), mask)
+    assert counter.frame_count <= 2
 
 
 def test_windows_that_change():

@@ -1,17 +1,19 @@
 """What do masks leave of the dense rate? TFLOP/s over allowed pairs, forward and backward.
 
     python -m benchmarks.masks                                          # one GPU
-    python -m benchmarks.masks --peers                                  # and flash-attn-4
+    python -m benchmarks.masks --peers --flex                           # and flash-attn-4, and FlexAttention
+    python -m benchmarks.masks --masks blocks --seq-len 65536 --flex --name masks-blocks
     torchrun --standalone --nproc-per-node 2 -m benchmarks.masks        # one GPU, and a ring over all of them
 
 A causal window of 4096 keys, causal packed documents whose lengths are drawn log-uniformly from 256 to 32K, the window
-and the first 4 keys, and continuations of 1024 tokens of one prompt of 4096, on 128K tokens. The dense rate is that of
-the same kernel under a causal mask, on one GPU, in the same run.
+and the first 4 keys, continuations of 1024 tokens of one prompt of 4096, and packed videos that are causal by blocks of
+4096, on 128K tokens. The dense rate is that of the same kernel under a causal mask, on one GPU, in the same run.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from benchmarks.peers import local
 from benchmarks.workloads import LAYOUTS, MASKS, balance
 
 DENSE = "causal"
-SPARSE = ("window4096", "documents", "streaming", "rollouts")
+SPARSE = ("window4096", "documents", "streaming", "rollouts", "blocks")
 OURS = "distflash"
 
 
@@ -41,15 +43,17 @@ class Bench:
         """Everybody on every mask, over the ranks of ``cp``; gives the kernel that ours takes."""
         S, ranks = self.shape.S, cp.world_size
         inputs = common.random_inputs(self.shape, cp.seq_local(S), self.contest.dtype, self.device)
-        for mask_name in (DENSE, *SPARSE):
+        # One candidate for all masks: what one compiled is kept until all are timed.
+        makers = {peer: cache(local.MAKERS[peer]) for peer in peers}
+        for mask_name in (DENSE, *self.options.masks):
             mask = MASKS[mask_name](S)
             pairs = cp.plan(mask, S, self.device).pairs
             right = right_for(inputs, mask, cp, S)
             # What ours raises ends the command: the other ranks would wait for it.
             self.contest.check(self._case(OURS, mask_name, ranks, pairs), ours(cp, S).run(inputs, mask), right)
-            for peer in peers:
+            for peer, make in makers.items():
                 name = self._case(peer, mask_name, ranks, pairs)
-                self.contest.enter(name, lambda make=local.MAKERS[peer], m=mask: make().run(inputs, m), right)
+                self.contest.enter(name, lambda make=make, m=mask: make().run(inputs, m), right)
         return repr(kernel_of(cp, inputs, S))
 
     def _case(self, who: str, mask: str, ranks: int, pairs: torch.Tensor) -> str:
@@ -113,17 +117,21 @@ def main() -> int:
     parser.add_argument("--seq-len", type=int, default=131072)
     parser.add_argument("--layout", choices=list(LAYOUTS), default="zigzag")
     common.add_sizes(parser)
+    parser.add_argument("--masks", nargs="+", choices=SPARSE, default=SPARSE, help="which ones beside the dense one")
     parser.add_argument("--peers", action="store_true", help="flash-attn-4 on one GPU besides")
+    parser.add_argument("--flex", action="store_true", help="FlexAttention on one GPU besides")
+    parser.add_argument("--name", help="of the record; by default masks and the number of ranks")
     options = parser.parse_args()
     device = common.start(options.device)
     bench = Bench(options, device)
-    kernel = bench.enter(df.ContextParallel(df.transport.Alone()), (local.FLASH4,) if options.peers else ())
+    peers = (local.FLASH4,) * options.peers + (local.FLEX,) * options.flex
+    kernel = bench.enter(df.ContextParallel(df.transport.Alone()), peers)
     ring = common.ring()
     if ring.world_size > 1:
         bench.enter(df.ContextParallel(ring, layout=LAYOUTS[options.layout], schedule=df.Ring()), ())
     record = {"dtype": options.dtype, "layout": options.layout, "kernel": kernel, **bench.record()}
     report(record)
-    common.save(f"masks-{ring.world_size}", options.out, record, lambda figure: draw(figure, record))
+    common.save(options.name or f"masks-{ring.world_size}", options.out, record, lambda figure: draw(figure, record))
     common.finish()
     return int(any(name.startswith(OURS) for name in record["left_out"]))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from torch import Tensor
 
@@ -50,6 +50,17 @@ def rollouts(seq_len: int) -> df.Mask:
     return df.Tree([-1, *[0] * (len(lengths) - 1)], lengths)
 
 
+def blocks(seq_len: int) -> df.Mask:
+    """Packed videos of 1 to 8 blocks of 4096 tokens: block-causal within each, its last block cut short where it ends.
+
+    Blocks count from each video's start. Where the sequence is short itself they are shorter.
+    """
+    size = max(1, min(4096, seq_len // 16))
+    starts = [0, *accumulate(document_lengths(seq_len, shortest=size, longest=8 * size))]
+    boundaries = [block for start, stop in pairwise(starts) for block in range(start, stop, size)]
+    return df.Documents(starts) & df.BlockCausal([*boundaries, seq_len])
+
+
 MASKS: dict[str, Callable[[int], df.Mask]] = {
     "causal": lambda seq_len: df.Causal(),
     "full": lambda seq_len: df.Full(),
@@ -57,6 +68,7 @@ MASKS: dict[str, Callable[[int], df.Mask]] = {
     "documents": documents,
     "streaming": streaming,
     "rollouts": rollouts,
+    "blocks": blocks,
 }
 
 # Those whose work grows as the square of the length; that of the others grows as the length.

@@ -33,31 +33,43 @@ def sdpa(backend: SDPBackend) -> Candidate:
 
 
 def flex() -> Candidate:
-    """FlexAttention, compiled: any mask, from its ends.
+    """FlexAttention, compiled: any mask.
 
-    Compiled anew for every contest: after eight shapes the compiler would give up, and run it uncompiled.
+    Compiled anew for every candidate made, and those made before lose what was compiled: after eight shapes or kinds of
+    mask the compiler would give up.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
-    @lru_cache(4)
+    @lru_cache(16)  # more than a contest has: masks are not made on the clock
     def blocks(mask: df.Mask, length: int, device: torch.device) -> Any:
         if isinstance(mask, df.Full):
             return None
-        if isinstance(mask, df.Causal):
-            return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
-        lo, hi = mask.ends(torch.arange(length, device=device), length)
-        return create_block_mask(
-            lambda b, h, i, j: (j >= lo[i]) & (j < hi[i]), None, None, length, length, device=device
-        )
+        return create_block_mask(flex_mask(mask, length, device), None, None, length, length, device=device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: df.Mask) -> Tensor:
         found = blocks(mask, q.shape[2], q.device)
         return compiled(q, k, v, block_mask=found, enable_gqa=q.shape[1] != k.shape[1])
 
     return Candidate(attend, heads_first=True)
+
+
+def flex_mask(mask: df.Mask, length: int, device: torch.device) -> Callable[..., Tensor]:
+    """FlexAttention's ``mask_mod`` of a mask: an interval of keys for each query, or several."""
+    if isinstance(mask, df.Causal):
+        return lambda b, h, i, j: i >= j
+    parts = mask.parts(torch.arange(length, device=device), length)
+
+    def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        (lo, hi), *more = parts
+        seen = (j >= lo[i]) & (j < hi[i])
+        for lo, hi in more:
+            seen = seen | ((j >= lo[i]) & (j < hi[i]))
+        return seen
+
+    return allowed
 
 
 @cache

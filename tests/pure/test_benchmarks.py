@@ -1,7 +1,7 @@
 """What benchmarks count, draw and compare, and that nobody who is wrong gets a figure."""
 
 import os
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -54,6 +54,21 @@ def test_document_lengths_are_log_uniform_and_seeded():
 def test_documents_of_a_short_sequence_are_shorter():
     mask = MASKS["documents"](512)
     assert mask.seq_len == 512 and len(mask.second.cu_seqlens) > 3
+
+
+def test_blocks_count_from_the_start_of_each_document():
+    S = 65536
+    documents, blocks = (MASKS["blocks"](S).first, MASKS["blocks"](S).second)
+    assert documents.seq_len == blocks.seq_len == S and len(documents.cu_seqlens) > 4
+    assert set(documents.cu_seqlens) <= set(blocks.size_or_boundaries)
+    for start, stop in pairwise(documents.cu_seqlens):
+        assert stop - start >= 4096 or stop == S
+        inside = [end for end in blocks.size_or_boundaries if start <= end < stop]
+        assert inside == list(range(start, stop, 4096))
+    # A document of n whole blocks and a rest: each block sees itself and those before it.
+    lengths = [[4096] * (n // 4096) + [n % 4096] for n in torch.tensor(documents.cu_seqlens).diff().tolist()]
+    expected = sum(length * sum(own[: n + 1]) for own in lengths for n, length in enumerate(own))
+    assert common.pairs_of(MASKS["blocks"](S), S) == expected
 
 
 def test_balance_is_the_most_work_over_the_mean():

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_mask
 
 import distflash as df
 from benchmarks.common import Shape
 from benchmarks.contest import right_for
 from benchmarks.peers import local, rings, zigzag
+from benchmarks.workloads import MASKS
 from distflash.transport import Message, Simulator
 
 SHAPE = Shape(2, 96, 4, 2, 16, 16)
@@ -104,6 +106,14 @@ def test_the_zigzag_ring_is_differentiable_and_takes_causal_masks_only():
     assert max(right.errors(**candidate.run(inputs, df.Causal()).results).values()) < 5e-6
     with pytest.raises(ValueError, match="takes Causal masks only"):
         candidate.run(inputs, df.Full())
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_flex_attention_gets_the_same_mask(name):
+    S, mask = 96, MASKS[name](96)
+    n = torch.arange(S)
+    allowed = create_mask(local.flex_mask(mask, S, torch.device("cpu")), 1, 1, S, S, device="cpu")
+    assert torch.equal(allowed[0, 0], mask.materialize(n, n, S))
 
 
 def test_sdpa_refuses_masks_that_it_would_drop():

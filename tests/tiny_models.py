@@ -9,7 +9,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma4Config,
+    GptOssConfig,
+    HrmTextConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PaliGemmaConfig,
+    Qwen3Config,
+)
 
 # Weights so large that attention is far from uniform.
 SMALL: dict[str, Any] = dict(
@@ -33,6 +46,73 @@ CONFIGS = {
 }
 
 
+# Of models of images and text only the text model is run: tokens stand for images.
+_VISION = dict(
+    model_type="siglip_vision_model",
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=8,
+    patch_size=4,
+)
+_PALIGEMMA = dict(vision_config=_VISION, projection_dim=32, image_token_index=47)
+# Models whose masks are more than causal ones and windows.
+CONFIGS_OF_MASKS = {
+    # Without experts; the second layer attends to everything, without RoPE, with scales that go by the position.
+    "llama4": lambda: Llama4TextConfig(
+        **SMALL,
+        attention_chunk_size=6,
+        no_rope_layer_interval=2,
+        floor_scale=4,
+        attn_scale=0.5,
+        moe_layers=[],
+        intermediate_size_mlp=24,
+    ),
+    "gemma3": lambda: Gemma3Config(
+        text_config={**SMALL, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+        vision_config=_VISION,
+        mm_tokens_per_image=4,
+        image_token_index=47,
+    ),
+    "gemma4": lambda: Gemma4Config(
+        text_config={
+            **SMALL,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "global_head_dim": 16,
+            "num_kv_shared_layers": 0,
+            "vocab_size_per_layer_input": 48,
+            "hidden_size_per_layer_input": 8,
+            "use_bidirectional_attention": "vision",
+        },
+        **dict.fromkeys(("vision_config", "audio_config")),
+        **{f"{kind}_token_id": 47 for kind in ("image", "video", "audio")},
+    ),
+    "paligemma": lambda: PaliGemmaConfig(text_config={**SMALL, "model_type": "gemma"}, **_PALIGEMMA),
+    "paligemma2": lambda: PaliGemmaConfig(
+        text_config={**SMALL, "model_type": "gemma2", "sliding_window": 6}, **_PALIGEMMA
+    ),
+    "hrm": lambda: HrmTextConfig(**{**SMALL, "num_key_value_heads": 4}, L_cycles=1, H_cycles=2),
+}
+
+
+def _images(n: int) -> list[int]:
+    return [*range(n // 5, n // 5 + n // 4), *range(n // 2, n // 2 + n // 3)]
+
+
+def _prefix(n: int) -> list[int]:
+    return [*range(n // 3)]
+
+
+# Which of a document's n tokens are of images, or of the prefix, and the types of these and of others.
+TYPES = {
+    **dict.fromkeys(("gemma3", "gemma4"), (_images, 1, 0)),
+    **dict.fromkeys(("paligemma", "paligemma2"), (_prefix, 0, 1)),
+    "hrm": (_prefix, 1, 0),
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and a batch. lengths: of the packed documents; one for none."""
@@ -46,10 +126,25 @@ class Case:
     def seq_len(self) -> int:
         return sum(self.lengths)
 
-    def model(self, attention: str) -> Any:
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """What the model is given of the whole sequence."""
+        return (self.types,) if self.family in TYPES else ()
+
+    @property
+    def types(self) -> str:
+        """What the model calls its tokens' types."""
+        return "mm_token_type_ids" if self.family == "gemma4" else "token_type_ids"
+
+    def model(self, attention: str | dict[str, str]) -> Any:
+        """With attention by this name; by distflash's other one where the library wants none with "flash" in it."""
+        if attention == "distflash" and self.family in ("llama4", "hrm"):
+            attention = "context_parallel"
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIGS[self.family](), attn_implementation=attention)
-        return model.to(self.dtype)
+        has_images = self.family in TYPES and self.family != "hrm"
+        auto = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+        config = {**CONFIGS, **CONFIGS_OF_MASKS}[self.family]()
+        return auto.from_config(config, attn_implementation=attention).to(self.dtype)
 
     def inputs(self) -> dict[str, Tensor]:
         """As a collator returns them: labels are not shifted, and none goes from one document to the next."""
@@ -59,7 +154,16 @@ class Case:
         labels[0, 3:9] = -100  # a prompt, in one of the sequences
         positions = torch.cat([torch.arange(n) for n in self.lengths])
         labels[:, positions == 0] = -100
-        return {"input_ids": ids, "labels": labels, "position_ids": positions.expand(self.batch, -1)}
+        inputs = {"input_ids": ids, "labels": labels, "position_ids": positions.expand(self.batch, -1)}
+        if self.family in TYPES:
+            inputs[self.types] = torch.cat([self._types_of(n) for n in self.lengths]).expand(self.batch, -1)
+        return inputs
+
+    def _types_of(self, tokens: int) -> Tensor:
+        chosen, one, other = TYPES[self.family]
+        types = torch.full((tokens,), other)
+        types[chosen(tokens)] = one
+        return types
 
 
 Results = dict[str, Tensor]
@@ -67,7 +171,7 @@ Results = dict[str, Tensor]
 
 def results(model: Any, logits: Tensor, loss: Tensor) -> Results:
     """After backward: logits, loss, and each parameter's gradient by its name."""
-    gradients = {name: p.grad.detach() for name, p in model.named_parameters()}
+    gradients = {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), "loss": loss.detach(), **gradients}
 
 
@@ -79,14 +183,16 @@ def eager(case: Case, computed_in: torch.dtype | None = None) -> Results:
     """
     model = case.model("eager").to(case.dtype if computed_in is None else computed_in)
     inputs = case.inputs()
-    parts = zip(inputs["input_ids"].split(case.lengths, 1), inputs["labels"].split(case.lengths, 1), strict=True)
+    inputs = {name: x.split(case.lengths, 1) for name, x in inputs.items() if name != "position_ids"}
     logits, total = [], torch.zeros(())
-    for ids, labels in parts:
-        logits.append(model(input_ids=ids, use_cache=False).logits)
+    for document in zip(*inputs.values(), strict=True):
+        given = dict(zip(inputs, document, strict=True))
+        labels = given.pop("labels")
+        logits.append(model(**given, use_cache=False).logits)
         predictions = logits[-1][:, :-1].flatten(0, 1)
         wide = torch.promote_types(predictions.dtype, torch.float32)
         total = total + F.cross_entropy(predictions.to(wide), labels[:, 1:].flatten(), reduction="sum")
-    loss = total / (inputs["labels"] != -100).sum()
+    loss = total / (torch.cat(inputs["labels"], 1) != -100).sum()
     loss.backward()
     return results(model, torch.cat(logits, 1), loss)
 

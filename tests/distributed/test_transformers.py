@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distflash as df
 from tests.jobs import finish, start, torchrun
-from tests.tiny_models import CONFIGS, Case, eager, relative, results
+from tests.tiny_models import CONFIGS, CONFIGS_OF_MASKS, Case, eager, relative, results
 
 # No number of ranks divides these lengths, and documents end within the ranks' parts.
 LENGTHS = [(37,), (1, 11, 25)]
@@ -39,7 +40,7 @@ def on_rank(cases, layout):
 
 def forward_and_backward(case, cp):
     model = case.model("distflash")
-    out = model(**integration().shard_batch(case.inputs(), cp))
+    out = model(**integration().shard_batch(case.inputs(), cp, case.whole))
     out.loss.backward()
     return results(model, out.logits, out.loss)
 
@@ -56,7 +57,66 @@ def joined(parts, layout, seq_len):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_float32_is_eager_on_one_rank(world_size, layout, ranks_of):
     cases = [Case(family, lengths) for family in CONFIGS for lengths in LENGTHS]
-    by_rank = ranks_of(world_size).run(on_rank, cases, layout)
+    require_eagers(cases, layout, ranks_of(world_size))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("layout", [df.Zigzag(), df.Contiguous()], ids=repr)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_chunks_images_and_prefixes_are_eagers_on_one_rank(world_size, layout, ranks_of):
+    cases = [Case(family, lengths) for family in CONFIGS_OF_MASKS for lengths in LENGTHS]
+    require_eagers(cases, layout, ranks_of(world_size))
+
+
+def with_pictures():
+    """A Gemma 3, a batch whose tokens stand for images, and the images."""
+    case = Case("gemma3")
+    batch = {name: x.clone() for name, x in case.inputs().items() if name != "position_ids"}
+    is_image = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    is_image[:, 5:9] = is_image[:, 16:20] = True
+    batch["input_ids"][batch["input_ids"] == 47] = 1
+    batch["input_ids"][is_image], batch["labels"][is_image] = 47, -100
+    batch["token_type_ids"] = is_image.long()
+    return case, batch, torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def pictures_on_rank():
+    """Runs as a rank: embeds the whole batch, images included, and passes on this rank's part of it."""
+    tf = integration()
+    cp = df.ContextParallel(dist.group.WORLD)
+    case, batch, pixels = with_pictures()
+    tf.register(cp)
+    try:
+        model = case.model({"text_config": "distflash", "vision_config": "eager"})
+        embeds = model.get_input_embeddings()(batch["input_ids"])
+        features = model.get_image_features(pixels).pooler_output
+        embeds = embeds.masked_scatter((batch["input_ids"] == 47)[..., None], features)
+        part = tf.shard_batch(batch, cp, whole=("token_type_ids",))
+        del part["input_ids"]
+        out = model(inputs_embeds=cp.shard(embeds), **part)
+        out.loss.backward()
+        return results(model, out.logits, out.loss)
+    finally:
+        tf.unregister()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_images_that_are_embedded_before_are_eagers(world_size, ranks_of):
+    case, batch, pixels = with_pictures()
+    model = case.model("eager")
+    out = model(**batch, pixel_values=pixels, use_cache=False)
+    out.loss.backward()
+    expected = results(model, out.logits, out.loss)
+    got = joined(ranks_of(world_size).run(pictures_on_rank), df.Zigzag(), case.seq_len)
+    assert got.keys() == expected.keys() and any("vision_tower" in name for name in got)
+    # Adding the same to all keys changes no attention: eager's gradient is rounding, too.
+    errors = {name: relative(got[name], x) for name, x in expected.items() if "k_proj.bias" not in name and x.any()}
+    assert max(errors.values()) <= 1e-5, errors
+
+
+def require_eagers(cases, layout, ranks):
+    by_rank = ranks.run(on_rank, cases, layout)
     for case, parts in zip(cases, zip(*by_rank, strict=True), strict=True):
         got, expected = joined(parts, layout, case.seq_len), eager(case)
         assert got.keys() == expected.keys()
@@ -72,7 +132,8 @@ def test_bfloat16_is_as_exact_as_eagers(world_size, ranks_of):
     And for none of them thrice the error, since one rounding more or less shows in a tensor of few elements. Those that
     eager has almost right by luck are measured by the model's median.
     """
-    cases = [Case(family, lengths, dtype=torch.bfloat16) for family in CONFIGS for lengths in LENGTHS]
+    families = [*CONFIGS, "llama4"]  # whose scaled queries are rounded once more
+    cases = [Case(family, lengths, dtype=torch.bfloat16) for family in families for lengths in LENGTHS]
     by_rank = ranks_of(world_size).run(on_rank, cases, df.Zigzag())
     ours, eagers = [], []
     for case, parts in zip(cases, zip(*by_rank, strict=True), strict=True):
@@ -163,6 +224,15 @@ def of_another_batch(batch, cp):
     return integration().shard_batch({**batch, "input_ids": batch["input_ids"] + 1}, cp)
 
 
+def with_types_of_its_tokens(batch, cp):
+    return integration().shard_batch(batch, cp)
+
+
+def with_other_types(batch, cp):
+    types = 1 - batch["token_type_ids"]
+    return integration().shard_batch({**batch, "token_type_ids": types}, cp, whole=("token_type_ids",))
+
+
 def with_other_labels(batch, cp):
     return integration().shard_batch({**batch, "labels": batch["labels"].roll(1, 0)}, cp)
 
@@ -180,14 +250,14 @@ def unsharded(batch, cp):
     return batch
 
 
-def on_rank_with_mistake(mistake):
+def on_rank_with_mistake(mistake, family):
     """Runs as a rank: what rank 1's mistake makes of a call, as the text of the error."""
     tf = integration()
     cp = df.ContextParallel(dist.group.WORLD)
-    case = Case("llama")
+    case = Case(family)
     tf.register(cp)
     try:
-        prepare = mistake if cp.rank == 1 else tf.shard_batch
+        prepare = mistake if cp.rank == 1 else partial(tf.shard_batch, whole=case.whole)
         with pytest.raises(ValueError) as error:
             case.model("distflash")(**prepare(case.inputs(), cp))
         return str(error.value)
@@ -207,12 +277,19 @@ def on_rank_with_mistake(mistake):
         (without_position_ids, "position_ids: are not those of this rank's tokens", "rank 1 refused this call"),
         (of_another_batch, "input_ids differs between rank 0 and rank 1.*same whole batch", "input_ids differs"),
         (with_other_labels, "labels differs between rank 0 and rank 1.*same whole batch", "labels differs"),
+        (
+            with_types_of_its_tokens,
+            r"of a prefix\) from the types of 18 tokens, but the sequence has 37; .*whole=",
+            "rank 1 refused this call",
+        ),
+        (with_other_types, "token_type_ids differs between rank 0 and rank 1.*same whole batch", "token_type_ids diff"),
         (sharded_by_hand_before, "seq_len is 37 on rank 0, 18 on rank 1.*called once", "seq_len is 37 on rank 0"),
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )
 def test_a_mistake_of_one_rank_stops_all(mistake, on_rank_1, on_rank_0, ranks_of):
-    texts = ranks_of(2).run(on_rank_with_mistake, mistake)
+    family = "paligemma" if "types" in mistake.__name__ else "llama"
+    texts = ranks_of(2).run(on_rank_with_mistake, mistake, family)
     assert re.search(on_rank_1, texts[1]) and re.search(on_rank_0, texts[0]), texts
 
 

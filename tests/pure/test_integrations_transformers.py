@@ -313,35 +313,6 @@ def test_attention_dropout_is_refused_in_training_only(cp):
         model.train()(**part)
 
 
-def test_masks_laid_over_the_models_are_refused(cp):
-    config = LlamaConfig(**SMALL, attn_implementation="distflash")
-    asked = dict(config=config, inputs_embeds=torch.zeros(1, S, 1), past_key_values=None)
-
-    def first_keys(batch, head, query, key):
-        return key < 2
-
-    for more in (
-        dict(attention_mask=torch.ones(1, S), or_mask_function=first_keys),
-        dict(attention_mask=torch.ones(1, S), and_mask_function=first_keys),
-        dict(attention_mask=torch.ones(1, S), block_sequence_ids=torch.zeros(1, S, dtype=torch.int64)),
-        dict(attention_mask=None, position_ids=torch.tensor([[*range(4), *range(S - 4)]])),
-    ):
-        described = masking_utils.create_causal_mask(**asked, **more)
-        assert described.mask is None
-        assert described.problem.startswith("mask: the model lays something over a causal, bidirectional or sliding")
-    config.sliding_window = -1
-    described = masking_utils.create_sliding_window_causal_mask(**asked, attention_mask=torch.ones(1, S))
-    assert described.mask is None and "within -1 keys, which is not supported" in described.problem
-
-
-def test_a_chunked_mask_is_the_librarys_matrix(cp):
-    config = LlamaConfig(**SMALL, attn_implementation="distflash")
-    config.attention_chunk_size = 4 * S
-    asked = dict(inputs_embeds=torch.zeros(1, S, 1), attention_mask=torch.ones(1, S), past_key_values=None)
-    described = masking_utils.create_chunked_causal_mask(config, **asked)
-    assert described.mask == df.Causal() & df.Chunked(4 * S)
-
-
 def test_a_router_loss_of_local_tokens_is_refused(cp):
     model = Case("gpt_oss").model("distflash")
     with pytest.raises(ValueError, match="output_router_logits: not supported"):

@@ -7,16 +7,25 @@
 
 Nothing of the library is patched: it is given one attention and one mask function by a name, through its own registry.
 A layer's mask is the one that the model asks that registry for, as with the library's ``eager`` attention, but as a
-`Mask` instead of a matrix. What a mask cannot tell, where documents end and how long the whole sequence is, travels
-with the batch as a `Shard`, a keyword of the model's forward that reaches every layer.
+`Mask` instead of a matrix, read from the functions of which the library composes it. What a mask cannot tell, where
+documents end and how long the whole sequence is, travels with the batch as a `Shard`, a keyword of the model's forward
+that reaches every layer.
 """
 
-from distflash.integrations.transformers.batch import NAME, Shard, shard_batch, shard_labels, shard_position_ids
+from distflash.integrations.transformers.batch import (
+    NAME,
+    OTHER_NAME,
+    Shard,
+    shard_batch,
+    shard_labels,
+    shard_position_ids,
+)
 from distflash.integrations.transformers.loss import loss_function
 from distflash.integrations.transformers.registry import register, unregister
 
 __all__ = [
     "NAME",
+    "OTHER_NAME",
     "Shard",
     "loss_function",
     "register",

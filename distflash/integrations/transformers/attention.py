@@ -18,10 +18,13 @@ from distflash.integrations.transformers.batch import KIND, PASS_ALL, Shard
 from distflash.integrations.transformers.hooks import ModelHooks
 from distflash.integrations.transformers.masks import LayerMask, describe_mask
 from distflash.integrations.transformers.rope import rope_problem
-from distflash.masks import Documents, Mask
+from distflash.integrations.transformers.scales import rescaled
 
 # Keywords that layers pass on, and what they mean here. All others would be dropped in silence, so they are refused.
-_HARMLESS = {"is_causal", "sliding_window", "shift_labels", "num_items_in_batch", "output_hidden_states", "return_dict"}
+_HARMLESS = {
+    *("is_causal", "sliding_window", "output_hidden_states", "return_dict"),
+    *("labels", "shift_labels", "num_items_in_batch"),
+}
 _REFUSED = {
     "use_cache": "a KV cache would hold this rank's tokens only; pass use_cache=False, as shard_batch does",
     "output_attentions": "no rank computes the matrix of attention weights; leave it out, or use eager attention",
@@ -39,8 +42,7 @@ class Attention:
 
     def mask(self, **asked: Any) -> LayerMask:
         """`describe_mask`, whose reasons are raised by a layer that is given the mask."""
-        described = describe_mask(**asked)
-        return LayerMask(described) if isinstance(described, Mask) else LayerMask(problem=described)
+        return describe_mask(**asked)
 
     def __call__(
         self,
@@ -61,14 +63,16 @@ class Attention:
         """``query [B, H, T, D]``, ``key, value [B, G, T, D]`` to ``[B, T, H, D]``; there are no attention weights."""
         others.setdefault("output_attentions", _asks_for_weights(module))
         problem = _layer_problem(query, key, attention_mask, dropout, others)
+        if problem is None and isinstance(distflash, Shard):
+            problem = attention_mask.problem_with(distflash)
         if not self._has_checked(distflash, position_ids):
             self._check(module, distflash, position_ids, problem)
         elif problem is not None:
             self.cp.refuse(problem, in_attention=True)
         distflash.trace.note(module)
+        query = rescaled(module, query, distflash)
         q, k, v = (_in_compute_dtype(x).transpose(1, 2) for x in (query, key, value))
-        documents: Documents | None = distflash.documents
-        mask = attention_mask.mask if documents is None else attention_mask.mask & documents
+        mask = attention_mask.within(distflash.documents)
         out = attention(
             q, k, v, mask=mask, cp=self.cp, seq_len=distflash.seq_len, scale=scaling, softcap=softcap, sinks=s_aux
         )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
@@ -22,10 +22,17 @@ from distflash.masks import Documents
 # The name in attn_implementation, and the keyword by which a batch brings its Shard to the attention.
 NAME = "distflash"
 
+# Another name in attn_implementation, for models that take none with "flash" in it.
+OTHER_NAME = "context_parallel"
+NAMES = (NAME, OTHER_NAME)
+
 # What losses of the library leave out.
 IGNORED = -100
 
-_PER_TOKEN = ("input_ids", "token_type_ids")
+_TYPES = ("token_type_ids", "mm_token_type_ids")
+# Models make nothing of these but their masks, so that they are given the whole.
+_FOR_MASKS = ("mm_token_type_ids",)
+_PER_TOKEN = ("input_ids", *_TYPES)
 _WHOLE = ("labels", "shift_labels", "attention_mask")
 _BOUNDARIES = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 # Follow from the boundaries.
@@ -114,7 +121,7 @@ class Shard:
             )
 
 
-def shard_batch(batch: Mapping[str, Any], cp: ContextParallel) -> dict[str, Any]:
+def shard_batch(batch: Mapping[str, Any], cp: ContextParallel, whole: Sequence[str] = ()) -> dict[str, Any]:
     """This rank's part of a batch, to be passed to the model as it is: ``model(**shard_batch(batch, cp))``.
 
     Asks no other rank (the first layer of the model does: all ranks must have been given the same batch), so that it
@@ -125,26 +132,33 @@ def shard_batch(batch: Mapping[str, Any], cp: ContextParallel) -> dict[str, Any]
             name. ``input_ids``, and where there are any: ``labels`` (not shifted, as the library wants them) or
             ``shift_labels`` (shifted), ``position_ids`` that restart at 0 where a packed document begins, or
             ``cu_seqlens`` (also as ``cu_seq_lens_q``) ``[documents + 1]``, ``attention_mask`` of ones,
-            ``token_type_ids``, and ``num_items_in_batch``, by which to divide the sum of the losses instead of by the
-            number of this batch's labels.
+            ``token_type_ids`` or ``mm_token_type_ids``, and ``num_items_in_batch``, by which to divide the sum of the
+            losses instead of by the number of this batch's labels.
         cp: the group that `register` was given.
+        whole: ``("token_type_ids",)`` for models that make their mask of them (images in Gemma 3, the prefix in
+            PaliGemma). A mask is of the whole sequence, so that it has to be made of all tokens' types. Models that
+            look them up in an embedding (BERT) need those of this rank's tokens.
 
     Returns:
         ``input_ids, position_ids, attention_mask`` (and ``token_type_ids, shift_labels``) ``[B, T]`` of this rank's
-        tokens, and what makes the model use them rightly. The model's loss is this rank's share: the mean over ranks of
-        ``loss``, and of its gradients, is that of the whole batch. `loss_function` returns that mean itself.
+        tokens, what is ``whole``, ``mm_token_type_ids`` among it, as it was, and what makes the model use all this
+        rightly. The model's loss is this rank's share: the mean over ranks of ``loss``, and of its gradients, is that
+        of the whole batch. `loss_function` returns that mean itself.
 
     Raises:
         ValueError: the batch has been sharded before, has padding, or holds what cannot be sharded.
     """
-    whole = _checked(batch, cp)
-    ids = whole["input_ids"]
+    given = _checked(batch, cp)
+    as_is = {*_FOR_MASKS, *_as_types(whole)}
+    ids = given["input_ids"]
     B, S = ids.shape
-    documents = _documents(whole, S)
-    labels = _shifted_labels(whole)
-    contents = (("input_ids", _digest(ids)), ("labels", "" if labels is None else _digest(labels)))
+    documents = _documents(given, S)
+    labels = _shifted_labels(given)
+    compared = {"input_ids": ids, "labels": labels, **{name: given.get(name) for name in _TYPES}}
+    contents = tuple((name, "" if x is None else _digest(x)) for name, x in compared.items())
     shard = Shard(cp.layout, cp.world_size, cp.rank, S, documents, contents)
-    part: dict[str, Any] = {name: cp.shard(whole[name]) for name in _PER_TOKEN if whole.get(name) is not None}
+    per_token = {name: given[name] for name in _PER_TOKEN if given.get(name) is not None}
+    part: dict[str, Any] = {name: x if name in as_is else cp.shard(x) for name, x in per_token.items()}
     part |= {
         "position_ids": shard.position_ids(ids.device).expand(B, -1),
         # Without one the library takes a zigzag's positions for packed documents.
@@ -154,7 +168,7 @@ def shard_batch(batch: Mapping[str, Any], cp: ContextParallel) -> dict[str, Any]
     }
     if labels is None:
         return {**part, "num_items_in_batch": _Unreadable(_NO_LABELS)}
-    count = whole.get("num_items_in_batch")
+    count = given.get("num_items_in_batch")
     count = (labels != IGNORED).sum() if count is None else _count(count)
     return {
         **part,
@@ -219,6 +233,12 @@ class _Unreadable:
         raise Misuse(next(x.reason for x in given if isinstance(x, cls)))
 
 
+def _as_types(whole: Any) -> Sequence[str]:
+    if isinstance(whole, str) or not isinstance(whole, Sequence) or not set(whole) <= set(_TYPES):
+        raise ValueError(f"whole: expected names among {', '.join(_TYPES)}, as in ('token_type_ids',), got {whole!r}")
+    return whole
+
+
 def _checked(batch: Mapping[str, Any], cp: ContextParallel) -> dict[str, Any]:
     """The batch as a dict of tensors ``[B, S]``, or the reason why it cannot be sharded."""
     if not isinstance(cp, ContextParallel):
@@ -257,7 +277,8 @@ def _require_known(whole: Mapping[str, Any]) -> None:
     if media := [name for name in unknown if str(name).startswith(_MEDIA)]:
         raise ValueError(
             f"batch: holds {', '.join(map(repr, media))}; images, video and audio are not supported, since a rank has "
-            "a part of the tokens that stand for them. Leave them out, with their tokens"
+            "a part of the tokens that stand for them. Embed the whole batch with them, and pass the model "
+            "inputs_embeds=cp.shard(embeds) in place of input_ids (docs/transformers.md), or leave them out"
         )
     if unknown:
         raise ValueError(

@@ -12,8 +12,13 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
 from distflash.api import ContextParallel
-from distflash.integrations.transformers.batch import KIND, NAME, Shard
-from distflash.integrations.transformers.models import attendance_problem, model_problem, output_problem
+from distflash.integrations.transformers.batch import KIND, NAME, NAMES, Shard
+from distflash.integrations.transformers.models import (
+    attendance_problem,
+    model_problem,
+    name_problem,
+    output_problem,
+)
 from distflash.integrations.transformers.rope import rope_problem
 
 
@@ -40,9 +45,11 @@ class ModelHooks:
             torch_module._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if torch.compiler.is_compiling() or not isinstance(module, PreTrainedModel) or module in self._known:
+        if torch.compiler.is_compiling() or not isinstance(module, PreTrainedModel):
             return
-        if module.config._attn_implementation != NAME:
+        if (problem := name_problem(module)) is not None:  # which may change
+            self.cp.refuse(problem, KIND)
+        if module in self._known or module.config._attn_implementation not in NAMES:
             return
         if (problem := model_problem(module)) is not None:
             self.cp.refuse(problem, KIND)

@@ -6,19 +6,27 @@ supported is refused by the first layer that is given it, not where it is asked 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from distflash.integrations.transformers.batch import PASS_ALL, Misuse
-from distflash.masks import Causal, Chunked, Full, Mask, Window
+from distflash.integrations.transformers.batch import PASS_ALL, Misuse, Shard
+from distflash.integrations.transformers.mask_functions import BlocksSource, MaskFunction, NotReadable, read_mask
+from distflash.masks import And, Chunked, Documents, Mask, Or
 
 _OWN_ATTENTION = (
     "attention: a layer of this model computes on the attention mask itself, so that its attention is not the "
     "library's, which distflash takes the place of. The model is not supported"
+)
+_PARTS_BLOCKS = (
+    "mask: the model makes blocks (of images, or of a prefix) from the types of {} tokens, but the sequence has {}; "
+    'give it the types of all tokens: shard_batch(batch, cp, whole=("token_type_ids",))'
+)
+_SPLIT_BLOCK = (
+    "mask: tokens before {} and from {} on see each other as one block (as images, or as a prefix), and those in "
+    "between do not, which is not supported. Blocks have to be contiguous within a document"
 )
 
 
@@ -26,11 +34,35 @@ _OWN_ATTENTION = (
 class LayerMask:
     """What a layer is given as its mask: either `mask`, or `problem`, the reason why there is none.
 
-    Code that reads it as a tensor is told that this is not supported.
+    Code that reads it as a tensor is told that this is not supported. Its shape may be read, by which the library
+    tells masks that have been made already from those that it is to make one of.
+
+    blocks: of what tokens the mask's blocks were made, if it has any. shape: that of the library's matrix.
     """
 
     mask: Mask | None = None
     problem: str | None = None
+    blocks: tuple[BlocksSource, ...] = ()
+    shape: tuple[int, ...] = ()
+
+    @property
+    def ndim(self) -> int:
+        """As a tensor's."""
+        return len(self.shape)
+
+    def problem_with(self, shard: Shard) -> str | None:
+        """Why this is not the mask of the whole batch of which ``shard`` is a part; None if it is."""
+        for blocks in self.blocks:
+            if blocks.seq_len != shard.seq_len:
+                return _PARTS_BLOCKS.format(blocks.seq_len, shard.seq_len)
+            if blocks.apart and (split := _split_block(blocks, shard.documents)) is not None:
+                return _SPLIT_BLOCK.format(*split)
+        return None
+
+    def within(self, documents: Documents | None) -> Mask:
+        """The mask of packed documents, each of which sees what it would see by itself."""
+        assert self.mask is not None
+        return self.mask if documents is None else _restarted(self.mask, documents) & documents
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what Python, copy, pickle and torch.compile ask of any object
@@ -46,46 +78,59 @@ class LayerMask:
         raise Misuse(next(x.problem for x in given if isinstance(x, cls)) or _OWN_ATTENTION)
 
 
+def _split_block(blocks: BlocksSource, documents: Documents | None) -> tuple[int, int] | None:
+    """Between which tokens of a block there are others, without a document's end."""
+    ends = (0,) if documents is None else documents.cu_seqlens
+    last = 0  # ends[last] is the last end up to `start`
+    for stop, start in blocks.apart:
+        while last + 1 < len(ends) and ends[last + 1] <= start:
+            last += 1
+        if ends[last] < stop:
+            return stop, start
+    return None
+
+
+def _restarted(mask: Mask, documents: Documents) -> Mask:
+    """The same mask with positions counted within each document. Only chunks go by them."""
+    match mask:
+        case And(first, second):
+            return _restarted(first, documents) & _restarted(second, documents)
+        case Or(first, second):
+            return _restarted(first, documents) | _restarted(second, documents)
+        case Chunked(size):
+            ends = documents.cu_seqlens
+            return Documents([*(at for start, end in pairwise(ends) for at in range(start, end, size)), ends[-1]])
+    return mask
+
+
 def describe_mask(
     *,
-    config: Any,
+    batch_size: int,
     q_length: int,
     kv_length: int,
-    mask_function: Callable[..., Any],
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = False,
-    allow_is_bidirectional_skip: bool = False,
-    local_size: int | None = None,
-    use_vmap: bool = False,
+    mask_function: MaskFunction,
+    attention_mask: Tensor | LayerMask | None = None,
     **_: Any,
-) -> Mask | str:
-    """What the library calls for a mask: the `Mask` of the layers that are given it, or the reason why there is none.
+) -> LayerMask:
+    """What the library calls for a mask: that of the layers which are given it, or the reason why there is none.
 
-    A plain causal or bidirectional mask is known by its function. One within ``local_size`` keys has a function of its
-    own; there the library says that nothing else was laid over it by allowing to skip the mask.
+    A model that holds another one makes the mask for it. The other's own is then that one, as it is with a matrix.
     """
+    if isinstance(attention_mask, LayerMask):
+        return attention_mask
+    shape = (batch_size, 1, q_length, kv_length)
     if kv_length != q_length:
-        return (
+        problem = (
             f"attention_mask: {kv_length} keys for {q_length} queries; a KV cache is not supported (pass "
             f"use_cache=False), and a mask of the whole sequence has no place here: {PASS_ALL}"
         )
+        return LayerMask(problem=problem, shape=shape)
     if attention_mask is not None and not bool(attention_mask.all()):
-        return f"attention_mask: has zeros; padding is not supported: {PASS_ALL}"
-    if local_size is None and mask_function is causal_mask_function:
-        return Causal()
-    if local_size is None and mask_function is bidirectional_mask_function:
-        return Full()
-    if use_vmap or not (allow_is_causal_skip or allow_is_bidirectional_skip):
-        return (
-            "mask: the model lays something over a causal, bidirectional or sliding mask (blocks of images, a mask "
-            "function of its own), which is not supported. It also does so where attention_mask was left out of the "
-            f"call: {PASS_ALL}"
-        )
-    if not isinstance(local_size, int) or local_size < 1:
-        return f"mask: the model asks for {mask_function!r} within {local_size} keys, which is not supported"
-    if local_size == getattr(config, "sliding_window", None):
-        # The library's windows count the query among the keys where they are causal, and keys on each side where not.
-        return Window(local_size - 1) if allow_is_causal_skip else Window(local_size, local_size)
-    if local_size == getattr(config, "attention_chunk_size", None) and allow_is_causal_skip:
-        return Causal() & Chunked(local_size)
-    return f"mask: the model asks for {mask_function!r} within {local_size} keys, which is not supported"
+        return LayerMask(problem=f"attention_mask: has zeros; padding is not supported: {PASS_ALL}", shape=shape)
+    try:
+        mask, blocks = read_mask(mask_function)
+    except NotReadable as reason:
+        # Without attention_mask the library looks for packed documents in the positions of this rank's tokens.
+        hint = f". attention_mask was left out of the call: {PASS_ALL}" if attention_mask is None else ""
+        return LayerMask(problem=f"{reason}{hint}", shape=shape)
+    return LayerMask(mask, blocks=blocks, shape=shape)

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distflash.integrations.transformers.batch import NAME, Shard
+from distflash.integrations.transformers.batch import NAME, NAMES, OTHER_NAME, Shard
+from distflash.integrations.transformers.scales import scale_problem
 
 # Types of layers that mix tokens by attention, or not at all. Others (convolutions, linear attention) would see this
 # rank's tokens only.
@@ -62,7 +63,19 @@ def model_problem(model: PreTrainedModel) -> str | None:
         )
     if getattr(config, "trigram_input", False):
         return f"model: {name} adds the neighbours of a token to it, which may be on another rank; it is not supported"
-    return _position_problem(model) or _mixer_problem(model)
+    return _position_problem(model) or _mixer_problem(model) or scale_problem(model)
+
+
+def name_problem(model: PreTrainedModel) -> str | None:
+    """Why a model cannot have distflash by the name that it has it by."""
+    chunk = getattr(model.config, "attention_chunk_size", None)
+    if chunk is None or not hasattr(model.config, "layer_types") or model.config._attn_implementation != NAME:
+        return None
+    return (
+        f"attn_implementation: {type(model).__name__} attends within chunks of {chunk} tokens, which the library "
+        f'refuses for longer sequences under any name with "flash" in it; give the model '
+        f'attn_implementation="{OTHER_NAME}", which is the same attention as "{NAME}" by another name'
+    )
 
 
 def _position_problem(model: PreTrainedModel) -> str | None:
@@ -107,7 +120,7 @@ def attendance_problem(model: PreTrainedModel, attended: Container[nn.Module]) -
     kinds = tuple({type(module) for module in model.modules() if module in attended})
     if not kinds:
         remedy = 'give the model attn_implementation="distflash" after register(cp)'
-        if model.config._attn_implementation == NAME:
+        if model.config._attn_implementation in NAMES:
             remedy = "its layers mix tokens by something else than the library's attention, and are not supported"
         return (
             "attn_implementation: the batch was sharded, but no layer of the model has used distflash, so that each "

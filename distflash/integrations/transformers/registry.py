@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from distflash.api import ContextParallel
 from distflash.integrations.transformers.attention import Attention
-from distflash.integrations.transformers.batch import NAME
+from distflash.integrations.transformers.batch import NAME, NAMES
 
 # Families that list which flash attentions they take, as far as this version of the library has them: they are
 # imported, so that they are among those that `_choosy_models` finds.
@@ -20,7 +20,9 @@ _CHOOSY = ("Flint", "GptOss", "GraniteMoeSWA", "GraniteSWA", "MiMoV2Flash", "Min
 def register(cp: ContextParallel) -> None:
     """Give the library attention over ``cp`` under the name "distflash", until `unregister`.
 
-    Models take it up by ``attn_implementation="distflash"`` or ``model.set_attn_implementation("distflash")``.
+    Models take it up by ``attn_implementation="distflash"`` or ``model.set_attn_implementation("distflash")``. Those
+    that refuse any attention with "flash" in its name (Llama 4, for its chunks) take it by its other name,
+    "context_parallel".
 
     The library holds every name with "flash" in it for a package to be loaded, and some models list those that they
     take. So this also notes that there is nothing to load, and adds the name to the lists of the models that have been
@@ -33,13 +35,15 @@ def register(cp: ContextParallel) -> None:
     """
     if not isinstance(cp, ContextParallel):
         raise ValueError(f"cp: expected a ContextParallel, got {cp!r}; make one of the process group first")
-    if NAME in AttentionInterface():
-        raise ValueError(f"register: attention is registered as {NAME!r} already; call unregister() first")
+    for name in NAMES:
+        if name in AttentionInterface():
+            raise ValueError(f"register: attention is registered as {name!r} already; call unregister() first")
     for family in _CHOOSY:
         getattr(transformers, f"{family}PreTrainedModel", None)
     attention = Attention(cp)
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, attention.mask)
+    for name in NAMES:
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, attention.mask)
     for model in _choosy_models():
         model._compatible_flash_implementations = [*model._compatible_flash_implementations, NAME]
     modeling_flash_attention_utils._loaded_implementation = NAME
@@ -48,10 +52,12 @@ def register(cp: ContextParallel) -> None:
 def unregister() -> None:
     """Take back all that `register` did. Models made with it refuse to run until they are given another attention."""
     # The registry has no method for this.
-    attention = AttentionInterface._global_mapping.pop(NAME, None)
+    attention = AttentionInterface._global_mapping.get(NAME)
     if attention is not None:
         attention.hooks.remove()
-    AttentionMaskInterface._global_mapping.pop(NAME, None)
+        for name in NAMES:
+            AttentionInterface._global_mapping.pop(name, None)
+            AttentionMaskInterface._global_mapping.pop(name, None)
     for model in _choosy_models():
         model._compatible_flash_implementations = [n for n in model._compatible_flash_implementations if n != NAME]
     if modeling_flash_attention_utils._loaded_implementation == NAME:

@@ -18,7 +18,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 import distflash as df
 from distflash.integrations import transformers as dft
-from tools.family_sizes import OVERRIDES, SIZES
+from tools.family_sizes import OVERRIDES, SIZES, WITHOUT_FLASH
 
 BATCH, SEQ_LEN, IGNORED = 2, 23, -100
 # Up to this error a family is equal: rounding in float32.
@@ -92,7 +92,8 @@ def eager(family: Family) -> Results:
 
 def over_ranks(family: Family, cp: df.ContextParallel) -> Results:
     """Over the ranks that ``cp`` is registered for: logits of all tokens, and the mean of losses and gradients."""
-    model, batch = family.model(dft.NAME), family.batch()
+    name = dft.OTHER_NAME if family.model_type in WITHOUT_FLASH else dft.NAME
+    model, batch = family.model(name), family.batch()
     out = model(**dft.shard_batch(batch, cp))
     if family.head == "causal":
         loss = out.loss

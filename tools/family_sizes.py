@@ -43,6 +43,9 @@ _LAYER_TYPES = ["sliding_attention", "full_attention"]
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _SHORT_WINDOWS = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "d_rel": 4}
 
+# Families that take no attention with "flash" in its name.
+WITHOUT_FLASH = ("hrm_text", "llama4_text")
+
 # By model type, or by class where a family's classes want different ones.
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "glm4_moe_lite"), _DEEPSEEK),
@@ -87,7 +90,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8},
     "qwen2_moe": {"decoder_sparse_step": 1},
-    "hrm_text": {"prefix_lm": False},
+    # Chunks and scales that 23 tokens meet.
+    "llama4_text": {"attention_chunk_size": 6, "no_rope_layer_interval": 2, "floor_scale": 4},
     "neomme": {"head_dim": 16},
     "esmc": {"num_key_value_heads": 4},
     "luke": {"entity_vocab_size": 64, "entity_emb_size": 8},

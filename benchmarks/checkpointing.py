@@ -23,6 +23,7 @@ from benchmarks import common
 from benchmarks.common import Shape
 from benchmarks.contest import kernel_of
 from benchmarks.meter import Meter
+from distflash.kernels.base import Abilities, Kernel, Problem, Saved
 from launch.config import ModelConfig
 from launch.model import VOCABULARY, Decoder, loss_sum
 
@@ -36,18 +37,28 @@ ATTENTION = "attention forward"
 SEQ_LENS = {"cuda": (16384, 65536), "cpu": (512, 1024)}
 
 
-class Counted:
+class Counted(Kernel):
     """The kernel that it stands for, and how often its forward has run."""
 
-    def __init__(self, kernel: df.kernels.Kernel) -> None:
+    def __init__(self, kernel: Kernel) -> None:
         self.kernel, self.forwards = kernel, 0
+        self.base = kernel.base  # type: ignore[misc]  # a class's constant, but of the other's class
+
+    def not_supported_reasons(self, problem: Problem) -> list[str]:
+        return self.kernel.not_supported_reasons(problem)
+
+    def abilities(self, device: torch.device) -> Abilities:
+        return self.kernel.abilities(device)
 
     def forward(self, *arguments: Any, **keywords: Any) -> None:
         self.forwards += 1
         self.kernel.forward(*arguments, **keywords)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.kernel, name)
+    def save(self, *arguments: Any, **keywords: Any) -> Saved:
+        return self.kernel.save(*arguments, **keywords)
+
+    def backward(self, *arguments: Any, **keywords: Any) -> None:
+        self.kernel.backward(*arguments, **keywords)
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ class Bench:
         self.dtype = torch.bfloat16 if common.is_gpu(device) else torch.float32
         cp = df.ContextParallel(common.ring(), layout=df.Zigzag(), schedule=df.Ring())
         inputs = common.random_inputs(self.shape, cp.seq_local(seq_len), self.dtype, device)
-        self.kernel = Counted(kernel_of(cp, inputs, seq_len))
+        self.kernel = Counted(kernel_of(cp, inputs))
         self.cp = df.ContextParallel(cp.transport, layout=cp.layout, schedule=cp.schedule, kernel=self.kernel)
         self.qkv = tuple(t.detach() for t in inputs[:3])
         self.positions = self.cp.positions(seq_len)
@@ -98,9 +109,9 @@ class Bench:
         """Of a step, flat; and how often a layer's attention ran forward."""
         self.kernel.forwards = 0
         self.step(way)
-        hops = len(self.cp.plan(df.Causal(), self.seq_len, self.device).working)
+        passes = len(self.cp.plan(df.Causal(), self.seq_len, self.device).passes)
         flat = torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
-        return flat, self.kernel.forwards / self.options.layers / hops
+        return flat, self.kernel.forwards / self.options.layers / passes
 
     def memory(self, way: str) -> Memory:
         """Of a step whose gradients are there already, and only added to."""

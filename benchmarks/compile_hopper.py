@@ -30,10 +30,11 @@ from triton.runtime import driver
 from benchmarks.offline import Assembly, TargetOnly, Tensors, assemble, count_local, table
 from benchmarks.ptx import unordered_arrivals
 from benchmarks.sass import main_loops
-from distflash.kernels.base import Hop, KeyGradient, Keys, Scores
+from distflash.kernels.base import KeyGradient, Keys, Scores
 from distflash.kernels.hopper import launches
 from distflash.kernels.hopper.tiles import BackwardTile, ForwardTile, backward_tile, forward_tile
-from distflash.kernels.triton.launches import Launch
+from distflash.kernels.launch import Launch
+from distflash.plan import Pass
 
 TABLE = Path(__file__).parent / "results" / "hopper_sm90.json"
 MANY = float(2**20)  # keys that a query sees
@@ -48,8 +49,8 @@ class Shape:
     Attributes:
         kernel: forward, backward, or round, which brings dQ from its sums to the inputs' dtype.
         long: queries see many keys, for which there may be tiles of their own.
-        two: keys of two owners in one pass.
-        wide: dK and dV in float32, as the hops of a ring write them.
+        two: keys of two sources in one pass.
+        wide: dK and dV in float32, as the passes of a ring write them.
     """
 
     kernel: str
@@ -180,17 +181,18 @@ def make_launch(shape: Shape) -> Launch:
     """The launch that a call of this shape makes, on tensors without data."""
     t = Tensors.of(shape.d_qk, shape.d_v, shape.dtype, shape.group)
     scores = Scores(0.1, 30.0 if shape.softcap else 0.0, sinks=t.per_head if shape.sinks else None)
+    keys = Keys(t.k, t.v, t.intervals)
     if shape.kernel == "forward":
-        hop, keys = Hop(first=True, last=True), Keys(t.k, t.v, t.intervals)
-        some, other = (1, keys) if shape.two else (None, None)
-        return launches.forward(shape.tile, PROGRAMS, t.q, keys, scores, hop, t.partial, some, other)
+        sources = 2 if shape.two else 1
+        each = Pass(0, (0,) * sources, (t.intervals,) * sources, begun=int(shape.two))
+        return launches.forward(shape.tile, PROGRAMS, t.q, (keys,) * sources, each, scores, t.partial)
     sums = launches.query_sums(t.q)
     if shape.kernel == "round":
         return launches.round_queries(sums, scores.scale, t.q)
     dtype = torch.float32 if shape.wide else shape.dtype
     share = KeyGradient(torch.empty_like(t.k, dtype=dtype), torch.empty_like(t.v, dtype=dtype))
     saved, heads = replace(t.saved, sums=sums), range(t.k.shape[2])
-    return launches.backward(shape.tile, PROGRAMS, saved, t.k, t.v, t.intervals, scores, share, heads)
+    return launches.backward(shape.tile, PROGRAMS, saved, keys, scores, share, heads)
 
 
 def compile_shape(shape: Shape) -> Row:

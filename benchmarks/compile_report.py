@@ -26,9 +26,10 @@ from triton.runtime import driver
 
 from benchmarks.offline import TargetOnly, Tensors, assemble, table
 from benchmarks.ptx import unconditional_loads
-from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Scores
+from distflash.kernels.base import KeyGradient, Keys, QueryGradient, Scores
+from distflash.kernels.launch import Launch
 from distflash.kernels.triton import launches
-from distflash.kernels.triton.launches import Launch
+from distflash.plan import Pass
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,15 @@ def make_launch(shape: Shape, family: str) -> Launch:
     t = Tensors.of(shape.d_qk, shape.d_v, shape.dtype, shape.group)
     per_head = t.per_head if shape.features else None
     scores = Scores(0.1, 30.0 if shape.features else 0.0, alibi_slopes=per_head, sinks=per_head)
-    device, hop = launches.device(family, shape.dtype.itemsize, max(shape.d_qk, shape.d_v)), Hop(first=True, last=True)
+    device = launches.device(family, shape.dtype.itemsize, max(shape.d_qk, shape.d_v))
+    keys, each = Keys(t.k, t.v, t.intervals), Pass(0, (0,), (t.intervals,))
     if shape.kernel == "forward":
-        return launches.forward(device, t.q, t.k, t.v, t.intervals, scores, hop, t.partial)
+        return launches.forward(device, t.q, keys, each, scores, t.partial)
     if shape.kernel == "dkdv":
         share = KeyGradient(torch.empty_like(t.k), torch.empty_like(t.v))
-        return launches.backward_keys(device, t.saved, t.k, t.v, t.intervals, scores, share)
+        return launches.backward_keys(device, t.saved, keys, scores, share)
     gradient = QueryGradient(torch.empty_like(t.q), torch.empty_like(t.q, dtype=torch.float32))
-    return launches.backward_queries(device, t.saved, t.k, t.v, t.intervals, scores, hop, gradient)
+    return launches.backward_queries(device, t.saved, keys, each, scores, gradient)
 
 
 def compile_shape(shape: Shape, target: Target) -> Compiled:

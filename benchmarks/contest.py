@@ -16,8 +16,7 @@ from torch import Tensor
 
 import distflash as df
 from benchmarks import common, truth
-from distflash.engine import Options
-from distflash.kernels import Kernel
+from distflash.kernels import Kernel, Problem
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
 Attend = Callable[[Tensor, Tensor, Tensor, df.Mask], Tensor]
@@ -92,10 +91,12 @@ def ours(cp: df.ContextParallel, seq_len: int) -> Candidate:
     return Candidate(lambda q, k, v, mask: df.attention(q, k, v, mask=mask, cp=cp, seq_len=seq_len))
 
 
-def kernel_of(cp: df.ContextParallel, inputs: tuple[Tensor, ...], seq_len: int) -> Kernel:
+def kernel_of(cp: df.ContextParallel, inputs: tuple[Tensor, ...]) -> Kernel:
     """The kernel that a call without further keywords takes."""
-    recipe = cp._calls.recipe(df.Full(), None, 0.0, 0.0)
-    return recipe.kernel(recipe.problem(*inputs[:3], Options(seq_len)))
+    q, k, v = inputs[:3]
+    kernel = cp._calls.kernel_for(Problem(q.device, q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3]))
+    assert isinstance(kernel, Kernel), kernel
+    return kernel
 
 
 def right_for(inputs: tuple[Tensor, ...], mask: df.Mask, cp: df.ContextParallel, seq_len: int) -> truth.Truth:

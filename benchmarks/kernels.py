@@ -21,7 +21,7 @@ from benchmarks import common
 from benchmarks.common import Shape
 from benchmarks.contest import BACKWARD, FORWARD, Contest, Passes, kernel_of, ours, right_for
 from benchmarks.peers import local
-from distflash.kernels.base import Hop, Kernel, KeyGradient, QueryGradient, Scores
+from distflash.kernels.base import Kernel, KeyGradient, Keys, QueryGradient, Scores
 from distflash.partial import Partial
 
 OURS, PORTABLE, BARE = "distflash", "distflash, portable", "distflash, bare"
@@ -44,20 +44,20 @@ MORE = [
 def bare(inputs: tuple[Tensor, ...], mask: df.Mask, kernel: Kernel) -> Passes:
     """Our kernel by itself: no autograd, no engine, buffers there already; backward without rowsum(dout out)."""
     q, k, v, dout = (x.detach() for x in inputs)
-    rows = df.ContextParallel(df.transport.Alone()).plan(mask, q.shape[1], q.device).intervals[0][0]
-    scores, only = Scores(q.shape[-1] ** -0.5), Hop(first=True, last=True)
-    into = Partial.empty(q, v.shape[-1], hops=1)
+    (only,) = df.ContextParallel(df.transport.Alone()).plan(mask, q.shape[1], q.device).passes
+    keys, scores = Keys(k, v, only.visible[0]), Scores(q.shape[-1] ** -0.5)
+    into = Partial.empty(q, v.shape[-1], between=False)
     dq = QueryGradient(torch.empty_like(q), None)
     dkv = KeyGradient(torch.empty_like(k), torch.empty_like(v))
 
     def forward() -> None:
-        kernel.forward(q, k, v, rows, scores, only, into)
+        kernel.forward(q, (keys,), only, scores, into)
 
     forward()
     saved = kernel.save(q, into.final, into.lse, dout, None)
 
     def backward() -> None:
-        kernel.backward(saved, k, v, rows, scores, only, dq, dkv, lambda: None)
+        kernel.backward(saved, keys, only, scores, dq, dkv)
 
     backward()
     results = {"out": into.final, "dq": dq.final, "dk": dkv.dk, "dv": dkv.dv}
@@ -79,7 +79,7 @@ class Bench:
         alone = df.ContextParallel(df.transport.Alone())
         inputs = common.random_inputs(shape, shape.S, self.dtype, self.clock.device)
         right = right_for(inputs, mask, alone, shape.S)
-        kernel = kernel_of(alone, inputs, shape.S)
+        kernel = kernel_of(alone, inputs)
         contest = Contest(self.clock, self.dtype)
         contest.enter(OURS, lambda: ours(alone, shape.S).run(inputs, mask), right)
         contest.enter(BARE, lambda: bare(inputs, mask, kernel), right)

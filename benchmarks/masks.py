@@ -54,7 +54,7 @@ class Bench:
             for peer, make in makers.items():
                 name = self._case(peer, mask_name, ranks, pairs)
                 self.contest.enter(name, lambda make=make, m=mask: make().run(inputs, m), right)
-        return repr(kernel_of(cp, inputs, S))
+        return repr(kernel_of(cp, inputs))
 
     def _case(self, who: str, mask: str, ranks: int, pairs: torch.Tensor) -> str:
         name = f"{who}, {mask}, {ranks} rank" + ("s" if ranks > 1 else "")

@@ -10,7 +10,7 @@ Peak bytes of forward beyond q, k, v, out and lse, and of backward beyond those,
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,10 @@ import distflash as df
 from benchmarks import common
 from benchmarks.common import Shape
 from benchmarks.contest import kernel_of
-from distflash.engine import Plan
+from distflash.intervals import Intervals
 from distflash.kernels.hopper.tiles import QUERIES
+from distflash.overlap import overlap
+from distflash.plan import Arrived, Gradients, Pass, Plan, Stage, Transfer, What
 
 FP32 = 4
 COUNTER = 2 * 4  # int32 [2], of a kernel whose programs share out their work as they go
@@ -29,54 +31,178 @@ COUNTER = 2 * 4  # int32 [2], of a kernel whose programs share out their work as
 
 @dataclass(frozen=True)
 class Extra:
-    """Bytes beyond inputs and results at the peak of each pass."""
+    """Bytes beyond inputs and results at the peak of each direction."""
 
     forward: int
     backward: int
 
 
-def predict(shape: Shape, plan: Plan, rank: int, itemsize: int, adds_up: bool) -> Extra:
-    """The formula; ``adds_up`` if the kernel adds up dQ in memory (the Hopper kernel), in sums of its own.
+def predict(shape: Shape, plan: Plan, itemsize: int, adds_up: bool) -> Extra:
+    """What a rank allocates as it walks a plan in which keys travel, at its peak.
 
-    With B batch, T this rank's tokens, L the longest rank's, H and G query and key heads, D and V head dims,
+    With B batch, T this rank's queries, K its keys, H and G query and key heads, D and V head dims, E bytes an element,
+    F = 4 bytes of an accumulator (8 for float64),
 
         row     = B T H                                one number per query and head
         keys(n) = B n G (D + V)                        one number per element of n tokens' K and V
 
-    forward  = 4 row (V + 2)    fp32 running softmax, if there is more than one hop to merge
-             + R keys(L) size   R receive buffers of K and V: 1 for one arrival, 2 (in turns) for more
-             + intervals        24 (T + K) / 2 bytes for every owner worked on: kept for all layers and steps
+    forward  = F row (V + 2)    running softmax, if it is kept between passes
+             + 12 (T + n)       bytes of intervals for every pass over n keys: kept for all layers and steps
              + 8                a counter
-    backward = 8 row            lse in base 2, and delta = rowsum(dout out)
-             + 4 row D          fp32 sum of dQ, if there is more than one hop; always, if the kernel adds up in memory,
-                                of T and D up to a multiple of 64
-             + 8                a counter, if it does
-             + 2 * 4 keys(T)    fp32 dK and dV of the own keys, and one part arriving, if any other rank works on them
-             + A 4 keys(L)      A parts of dK and dV on their way out: 1 for one other owner, 2 (in turns) for more
-             + the larger of    R keys(L) size - keys(T) size    in the last hop, before the rounded dK and dV are there
-                           and  min(R, 1) keys(L) size           at the end
+             + the most, over the stages, of
+               E keys(n)        for every source whose n keys are at hand or arriving: from the stage in which they
+                                start to the last one that reads or sends them
+               E keys(n)        for n keys that are sent as a copy: several ranges, or a part of each row of a batch
+    backward = 2 F row          lse in base 2, and delta = rowsum(dout out)
+             + F row D          sum of dQ, if several passes add to it; always, if the kernel adds up in memory
+                                (adds_up), of T and D up to a multiple of 64, and then 8 for a counter
+             + F keys(K)        dK and dV of the own keys, if anything is added to them
+             + the most, over the stages, of the two as in forward and of
+               F keys(n)        for every source whose n keys are worked on: until its dK and dV have been sent, which
+                                takes the stage after
+               F keys(n)        for every part of n keys that arrives; the last one stays, if it is of all K keys
+               F keys(n)        while a pass over n keys adds to dK and dV
+               - E keys(K)      until the end, where dK and dV are rounded into buffers of their own
 
-    For a causal zigzag ring of W > 2 equal ranks R = A = 2, and with 2-byte elements this is, per rank,
-    forward 4 B T H V + 4 B T G (D + V), backward about 4 B T H D + 18 B T G (D + V): nothing grows with W at given T.
+    For a causal zigzag ring of W > 2 ranks of T tokens each and 2-byte elements this is at most
+    forward 4 B T H (V + 2) + 4 B T G (D + V), backward about 4 B T H D + 18 B T G (D + V): nothing grows with W.
     """
-    T, L = plan.lengths[rank], max(plan.lengths)
-    row, keys = shape.B * T * shape.H, shape.B * shape.G * (shape.D + shape.V)
-    received = min(2, sum(step.source is not None for step in plan.steps))
-    away = min(2, sum(step.works and step.owner != rank for step in plan.steps))
-    shared = any(step.home_from is not None for step in plan.steps)
-    merged = len(plan.working) > 1
-    intervals = sum(3 * FP32 * (T + plan.lengths[owner]) for owner in plan.intervals)
-    arriving = received * keys * L * itemsize
-    # Where nobody else works on the own keys their gradients are written as they are, without a sum.
-    pending = keys * T * itemsize if shared else 0
-    return Extra(
-        forward=merged * FP32 * row * (shape.V + 2) + arriving + intervals + COUNTER,
-        backward=2 * FP32 * row
-        + (_sums(shape, T) + COUNTER if adds_up else merged * FP32 * row * shape.D)
-        + 2 * shared * FP32 * keys * T
-        + away * FP32 * keys * L
-        + max(arriving - pending, min(received, 1) * keys * L * itemsize),
-    )
+    account = _Account(shape, plan, itemsize, adds_up)
+    return Extra(account.forward(), account.backward())
+
+
+class _Held:
+    """Bytes by what they are for, and the most that were held at a time."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[object, int] = {}
+        self.peak = 0
+
+    def take(self, name: object, size: int) -> None:
+        self.bytes[name] = size
+        self.peak = max(self.peak, sum(self.bytes.values()))
+
+    def give_up(self, name: object) -> None:
+        self.bytes.pop(name, None)
+
+
+@dataclass(frozen=True)
+class _Account:
+    """The terms of `predict`."""
+
+    shape: Shape
+    plan: Plan
+    itemsize: int
+    adds_up: bool
+
+    @property
+    def wide(self) -> int:
+        return max(FP32, self.itemsize)
+
+    @property
+    def length(self) -> int:
+        """T: the plan knows its queries by its passes; a rank without any has as many as it has keys."""
+        return next((len(rows.row_lo) for rows in self._intervals()), self.plan.lengths[self.plan.rank])
+
+    @property
+    def row(self) -> int:
+        return self.shape.B * self.length * self.shape.H
+
+    def keys(self, tokens: int) -> int:
+        return self.shape.B * tokens * self.shape.G * (self.shape.D + self.shape.V)
+
+    def forward(self) -> int:
+        held, plan = _Held(), self.plan
+        held.take("intervals", sum(3 * 4 * (len(i.row_lo) + len(i.col_lo)) for i in self._intervals()))
+        held.take("counter", COUNTER)
+        held.take("softmax", plan.keeps_partials * self.wide * self.row * (self.shape.V + 2))
+        for _ in self._walk(plan.forward, plan.done_with[0], held):
+            pass
+        return held.peak
+
+    def backward(self) -> int:
+        held, plan = _Held(), self.plan
+        own = self.keys(plan.lengths[plan.rank])
+        added = self._adds_to_own_keys()
+        held.take("own dK, dV", own * (self.wide if added else self.itemsize))
+        for stage in self._walk(plan.backward, plan.done_with[1], held):
+            for each in stage.passes:
+                self._compute(each, held)
+        if added and (self.wide > self.itemsize or _LAST in held.bytes):
+            held.take("rounded dK, dV", own * self.itemsize)
+        return held.peak - own * self.itemsize  # the results
+
+    def _compute(self, each: Pass, held: _Held) -> None:
+        """What the first pass of a rank's queries, and of a source, makes room for; and what one that adds does."""
+        shape, rank = self.shape, self.plan.rank
+        held.take("lse and delta", 2 * self.wide * self.row)
+        if self.adds_up:
+            held.take("dQ", _sums(shape, self.length) + COUNTER)
+        elif self.plan.keeps_sums(rank):
+            held.take("dQ", self.wide * self.row * shape.D)
+        if each.gradients is Gradients.OF_QUERIES:
+            return
+        if each.adds:
+            held.take("part", self.wide * self.keys(len(each.visible[0].keys)))
+            held.give_up("part")
+        for source in each.sources:
+            if source != rank:
+                held.take((What.KEY_GRADIENTS, source), self.wide * self.keys(self._at_hand(source)))
+
+    def _walk(self, stages: Sequence[Stage], done_with: Sequence[frozenset[Arrived]], held: _Held) -> Iterator[Stage]:
+        """The stages, with what their transfers hold."""
+        until: dict[object, int] = {}
+        for number, stage in enumerate(stages):
+            for transfer in stage.transfers:
+                name, size = self._room(transfer)
+                if size:
+                    held.take(name, size)
+                if transfer.sends or transfer.what is What.KEY_GRADIENTS:
+                    until[name] = transfer.until
+            yield stage
+            for name in [name for name, stop in until.items() if stop == number + 1 and name != _LAST]:
+                held.give_up(name)
+            for name in done_with[number]:
+                held.give_up(name)
+
+    def _room(self, transfer: Transfer) -> tuple[object, int]:
+        """What a transfer holds, and bytes that it makes room for as it starts."""
+        if transfer.what is What.KEY_GRADIENTS:
+            if transfer.sends:
+                return (What.KEY_GRADIENTS, transfer.of), 0
+            name = _LAST if transfer is self._last_part() else ("arriving", transfer)
+            return name, self.wide * self.keys(transfer.count)
+        assert transfer.what is What.KEYS, "keys travel, not queries"
+        size = self.itemsize * self.keys(transfer.count)
+        if not transfer.sends:
+            return (What.KEYS, transfer.of), size
+        rows = transfer.rows or (range(transfer.count),)
+        copied = len(rows) > 1 or (self.shape.B > 1 and transfer.count < self._at_hand(transfer.of))
+        return ("copy", transfer), size * copied
+
+    def _at_hand(self, source: int) -> int:
+        """How many of a source's keys this rank has."""
+        return self.plan.lengths[source] if source == self.plan.rank else sum(map(len, self.plan.rows[source]))
+
+    def _adds_to_own_keys(self) -> bool:
+        rank = self.plan.rank
+        return bool(self.plan.arrivals(What.KEY_GRADIENTS)) or any(
+            each.adds for each in self.plan.backward_passes if rank in each.sources
+        )
+
+    def _last_part(self) -> Transfer | None:
+        """The last part of the own keys' gradients that arrives, if it is of all of them."""
+        parts = [t for s in self.plan.backward for t in s.transfers if t.what is What.KEY_GRADIENTS and not t.sends]
+        last = max(parts, key=lambda t: (t.until, parts.index(t)), default=None)
+        return last if last is not None and last.count == self.plan.lengths[self.plan.rank] else None
+
+    def _intervals(self) -> list[Intervals]:
+        """All that the plan keeps, each once."""
+        stages = (*self.plan.forward, *self.plan.backward)
+        return list({id(rows): rows for s in stages for each in s.passes for rows in each.visible}.values())
+
+
+_LAST = "the last part of dK, dV to arrive"
 
 
 def _sums(shape: Shape, length: int) -> int:
@@ -102,9 +228,11 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Ext
     q, k, v, dout = common.random_inputs(shape, length, dtype, device)
     forward, (out, lse) = _peak(lambda: df.attention(q, k, v, mask=mask, cp=cp, seq_len=shape.S, return_lse=True))
     backward, _grads = _peak(lambda: torch.autograd.grad(out, (q, k, v), dout))
-    adds_up = kernel_of(cp, (q, k, v), shape.S).save(q, out, lse, dout, None).sums is not None
-    predicted = predict(shape, cp.plan(mask, shape.S, q.device), cp.rank, q.element_size(), adds_up)
-    return predicted, Extra(forward, backward)
+    kernel = kernel_of(cp, (q, k, v))
+    adds_up = kernel.save(q, out, lse, dout, None).sums is not None
+    abilities = kernel.abilities(device)
+    plan = overlap(cp.plan(mask, shape.S, device), shape.G, shape.B, abilities, cp.transport.near)
+    return predict(shape, plan, q.element_size(), adds_up), Extra(forward, backward)
 
 
 def row_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from benchmarks import common
 from benchmarks.common import Shape
 from distflash import engine
 from distflash.kernels.base import Kernel, Scores
+from distflash.overlap import overlap
 from distflash.transport import SimulatedTransport, Simulator
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -49,9 +50,10 @@ def ring(inputs: tuple[Tensor, ...], ranks: int, kernel: Kernel) -> tuple[Tensor
     def work(transport: SimulatedTransport) -> tuple[Tensor, ...]:
         cp = df.ContextParallel(transport, layout=df.Zigzag(), schedule=df.Ring())
         q, k, v, dout = (cp.shard(x) for x in inputs)
-        call = engine.Call(
-            cp.plan(MASK, seq_len, q.device), cp.schedule, transport, kernel, Scores(q.shape[-1] ** -0.5)
+        plan = overlap(
+            cp.plan(MASK, seq_len, q.device), k.shape[2], q.shape[0], kernel.abilities(q.device), transport.near
         )
+        call = engine.Call(plan, transport, kernel, Scores(q.shape[-1] ** -0.5))
         out, lse = engine.forward(q, k, v, call)
         dq, dk, dv, _ = engine.backward(dout, None, q, k, v, out, lse, call)
         return out, dq, dk, dv

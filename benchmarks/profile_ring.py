@@ -44,7 +44,7 @@ def traced(options: Any, device: torch.device) -> tuple[list[Span], dict[str, An
     passes = ours(cp, shape.S).run(inputs, mask)
     errors = right_for(inputs, mask, cp, shape.S).errors(**passes.results)
     facts = {"shape": str(shape), "errors": errors, "right": not wrong(errors, dtype)}
-    facts["kernel"] = repr(kernel_of(cp, inputs, shape.S))
+    facts["kernel"] = repr(kernel_of(cp, inputs))
 
     def step() -> None:
         if dist.is_initialized():

@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.ring
     torchrun --standalone --nproc-per-node 2 -m benchmarks.ring --peers
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.ring --schedules ulysses all-gather
     torchrun --standalone --nproc-per-node 2 -m benchmarks.ring --seq-lens 1048576
     torchrun --standalone --nproc-per-node 2 -m benchmarks.ring --mask window4096 --layout contiguous
 
@@ -26,8 +27,15 @@ from benchmarks.common import Shape
 from benchmarks.contest import BACKWARD, FORWARD, Contest, kernel_of, ours, right_for, said
 from benchmarks.peers import rings
 from benchmarks.workloads import DENSE, LAYOUTS, MASKS, balance
+from distflash.schedules import Schedule
 
 RING, SINGLE = "ring", "single"
+SCHEDULES: dict[str, Schedule] = {
+    "all-gather": df.AllGather(),
+    "ulysses": df.Ulysses(),
+    "double-ring": df.DoubleRing(),
+    "pass-query": df.PassQuery(),
+}
 
 
 def single_length(mask: str, seq_len: int, ranks: int, longest: int) -> int:
@@ -43,8 +51,11 @@ class Bench:
         self.options, self.device = options, device
         self.dtype = getattr(torch, options.dtype)
         self.alone = df.ContextParallel(df.transport.Alone())
-        self.cp = df.ContextParallel(common.ring(), layout=LAYOUTS[options.layout], schedule=df.Ring())
+        self.cp = self._by(df.Ring())
         self.clock = common.Clock(device, options.seconds)
+
+    def _by(self, schedule: Schedule) -> df.ContextParallel:
+        return df.ContextParallel(common.ring(), layout=LAYOUTS[self.options.layout], schedule=schedule)
 
     def row(self, seq_len: int) -> dict[str, Any]:
         shape = common.shape_of(self.options, seq_len)
@@ -55,13 +66,15 @@ class Bench:
         with ExitStack() as stack:
             inputs, right = self._enter(contest, RING, shape, self.cp)
             self._enter(contest, SINGLE, single, self.alone)
+            for name in self.options.schedules:
+                self._enter(contest, name, shape, self._by(SCHEDULES[name]))
             if self.options.peers:
                 self._enter_peers(contest, shape, inputs, right, stack)
             shared, whole = self._work(shape, self.cp), self._work(single, self.alone)
             row |= contest.row(lambda name, which: (whole if name == SINGLE else shared)[which])
         plan = self.cp.plan(self._mask(shape), shape.S, self.device)
-        row |= {"hops": plan.hops, "pairs": plan.pairs.tolist(), "balance": balance(plan.pairs)}
-        row |= {"kernel": repr(kernel_of(self.cp, inputs, shape.S)), "share": shares(row["tflops"])}
+        row |= {"exchanges": plan.exchanges, "pairs": plan.pairs.tolist(), "balance": balance(plan.pairs)}
+        row |= {"kernel": repr(kernel_of(self.cp, inputs)), "share": shares(row["tflops"])}
         return row
 
     def _mask(self, shape: Shape) -> df.Mask:
@@ -119,7 +132,7 @@ def shares(tflops: dict[str, float]) -> dict[str, dict[str, float]]:
 
 def report(row: dict[str, Any]) -> None:
     common.say(
-        f"\n{row['shape']}, {row['hops']} hops, most work of a rank {row['balance']:.3f} of the mean "
+        f"\n{row['shape']}, {row['exchanges']} exchanges of keys, most work of a rank {row['balance']:.3f} of the mean "
         f"(single GPU: {row['single']}), {row['kernel']}"
     )
     for key, rate in row["tflops"].items():
@@ -158,6 +171,7 @@ def main() -> int:
     common.add_sizes(parser)
     parser.add_argument("--single-max", type=int, default=131072, help="longest sequence on a single GPU")
     parser.add_argument("--peers", action="store_true", help="other people's rings besides")
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=[], help="our other schedules besides")
     parser.add_argument("--name", help="of the files; by default ring-<mask>-<ranks>")
     options = parser.parse_args()
     device = common.start(options.device)

@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 
 from distflash import masks
-from distflash.intervals import Intervals, Sharding, build
-from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Scores
+from distflash.geometry import Geometry
+from distflash.intervals import build
+from distflash.kernels.base import KeyGradient, Keys, QueryGradient, Scores
 from distflash.kernels.triton.kernel import family
 from distflash.kernels.triton.tiles import Tile, Tiles, choose
 from distflash.layouts import Contiguous
 from distflash.partial import Partial
+from distflash.plan import Pass
 
 PASSES = ("forward", "dkdv", "dq")
 # Products of the size of q.k^T that a pass makes; a backward pass counts as five whatever it recomputes.
@@ -82,13 +84,15 @@ class Bench:
 
         self.shape = shape
         self.q, self.dout = normal(shape.heads, shape.d_qk), normal(shape.heads, shape.d_v)
-        self.k, self.v = normal(shape.kv_heads, shape.d_qk), normal(shape.kv_heads, shape.d_v)
+        k, v = normal(shape.kv_heads, shape.d_qk), normal(shape.kv_heads, shape.d_v)
         mask = masks.Full() if shape.mask == "full" else masks.Causal()
-        self.rows: Intervals = build(Sharding(mask, Contiguous(), shape.seq_len, 1), 0, 0)[0].to(self.q.device)
+        (rows,) = build(Geometry.of_sequence(mask, Contiguous(), shape.seq_len, 1), 0, 0)
+        self.only = Pass(0, (0,), (rows,)).to(self.q.device)
+        self.keys = Keys(k, v, self.only.visible[0])
         self.scores = Scores(shape.d_qk**-0.5)
-        self.into = Partial.empty(self.q, shape.d_v, hops=1)
+        self.into = Partial.empty(self.q, shape.d_v, between=False)
         self.dq = QueryGradient(torch.empty_like(self.q), None)
-        self.dkv = KeyGradient(torch.empty_like(self.k), torch.empty_like(self.v))
+        self.dkv = KeyGradient(torch.empty_like(k), torch.empty_like(v))
         self.name = family(self.q.device)
         largest = 1 << (max(shape.d_qk, shape.d_v) - 1).bit_length()
         self.shipped = choose(self.name, shape.dtype.itemsize, largest)
@@ -100,21 +104,19 @@ class Bench:
         launch.run()
 
     def launch(self, kernel: str, tiles: Tiles) -> Any:
-        hop = Hop(first=True, last=True)
         device = self.launches.device(self.name, self.q.element_size(), self.shape.d_qk, tiles)
         if kernel == "forward":
-            return self.launches.forward(device, self.q, self.k, self.v, self.rows, self.scores, hop, self.into)
-        shared = (device, self.saved, self.k, self.v, self.rows, self.scores)
+            return self.launches.forward(device, self.q, self.keys, self.only, self.scores, self.into)
         if kernel == "dkdv":
-            return self.launches.backward_keys(*shared, self.dkv)
-        return self.launches.backward_queries(*shared, hop, self.dq)
+            return self.launches.backward_keys(device, self.saved, self.keys, self.scores, self.dkv)
+        return self.launches.backward_queries(device, self.saved, self.keys, self.only, self.scores, self.dq)
 
     def outputs(self, kernel: str) -> tuple[Tensor, ...]:
         return {"forward": (self.into.final,), "dkdv": (self.dkv.dk, self.dkv.dv), "dq": (self.dq.final,)}[kernel]
 
     def flops(self, kernel: str) -> float:
         s = self.shape
-        return PRODUCTS[kernel] * 2.0 * s.batch * s.heads * self.rows.pairs * (s.d_qk + s.d_v) / 2
+        return PRODUCTS[kernel] * 2.0 * s.batch * s.heads * self.only.pairs * (s.d_qk + s.d_v) / 2
 
 
 def candidates(kernel: str, shape: Shape) -> list[Tile]:

@@ -1,4 +1,4 @@
-"""The face: `ContextParallel` and `attention`.
+"""The public API: `ContextParallel` and `attention`.
 
 [Note: shapes] B batch, T local tokens, S global tokens, H query heads, G key/value heads, D head dim of q and k, V head
 dim of v.
@@ -14,16 +14,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from distflash import collectives, groups, keywords, ops, transforms, validation
+from distflash import collectives, groups, keywords, lengths, ops, transforms, validation
 from distflash.agreement import Agreement
-from distflash.call import Calls
+from distflash.call import Calls, Numbers, new_number
 from distflash.compiled import NO_DATA, Data, Form, split
-from distflash.engine import Plan
 from distflash.exact import Exact
+from distflash.integers import as_int
 from distflash.kernels import Kernel
 from distflash.layouts import Layout, Zigzag
 from distflash.masks import Full, Mask
+from distflash.plan import Plan
 from distflash.schedules import Ring, Schedule
+from distflash.specification import Tokens
 from distflash.transport import Alone, Transport
 
 # In place of Python's own error for a missing argument comes one that says which of the two to pass.
@@ -34,8 +36,8 @@ class ContextParallel:
     """A group of ranks that hold one sequence together.
 
     Args:
-        group: a ``torch.distributed.ProcessGroup`` that this rank belongs to, a one-dimensional ``DeviceMesh``, or a
-            transport (one rank of a `distflash.transport.Simulator`).
+        group: a ``torch.distributed.ProcessGroup`` that this rank belongs to, a ``DeviceMesh`` of one or two
+            dimensions (`Ulysses`, `DoubleRing`), or a transport (one rank of a `distflash.transport.Simulator`).
         layout: which tokens each rank holds.
         schedule: in which order the other ranks' keys arrive.
         kernel: None for the best kernel that supports the call; a kernel given is used, or refused with all reasons.
@@ -52,7 +54,7 @@ class ContextParallel:
     Copies of a ContextParallel, as `copy.deepcopy` of a module makes them, are the same object. It cannot be pickled.
 
     Raises:
-        ValueError: an argument is of another kind (a string, a class, a mesh of two dimensions).
+        ValueError: an argument is of another kind (a string, a class, a mesh of three dimensions).
 
     A rank that dies, raises in the middle of a call, or does not come in time ends the calls of all other ranks with
     a `RankFailure`, and every later one at once. See docs/reliability.md.
@@ -72,16 +74,16 @@ class ContextParallel:
         validation.require_schedule(schedule)
         validation.require_kernel(kernel)
         self.layout = layout
-        self.schedule = schedule
         self.kernel = kernel
-        self.transport = groups.guarded(groups.transport_of(group), validation.require_timeout(timeout))
+        self.transport = groups.guarded(groups.transport_of(group, meshes=True), validation.require_timeout(timeout))
+        self.schedule = schedule.on(groups.shape_of(group, self.transport))
         if not (check_every_call is None or isinstance(check_every_call, bool)):
             raise ValueError(f"check_every_call: expected True, False or None, got {check_every_call!r}")
         every_call = self.transport.checks_every_call if check_every_call is None else check_every_call
         self.agreement = Agreement(self.transport, every_call)
-        self._calls = Calls(self.transport, layout, schedule, kernel, self.agreement)
+        self._calls = Calls(self.transport, layout, self.schedule, kernel, self.agreement)
         # A string, since torch.compile guards the value of strings and may turn ints into symbols.
-        self._name = f"context_parallel_{ops.new_number()}"
+        self._name = f"context_parallel_{new_number()}"
 
     @property
     def rank(self) -> int:
@@ -153,7 +155,7 @@ class ContextParallel:
 
     def seq_local(self, seq_len: int) -> int:
         """How many of ``seq_len`` tokens this rank holds."""
-        return self.layout.length(validation.require_seq_len(seq_len), self.world_size, self.rank)
+        return self.layout.length(lengths.require_seq_len(seq_len), self.world_size, self.rank)
 
     def positions(self, seq_len: int, device: torch.device | str | None = None) -> Tensor:
         """The ascending global positions of this rank's tokens, int64 ``[seq_local]``: for RoPE and the like.
@@ -162,7 +164,7 @@ class ContextParallel:
             seq_len: the global length, at least 0.
             device: by default the group's: the current GPU under NCCL, else the CPU.
         """
-        seq_len = validation.require_seq_len(seq_len)
+        seq_len = lengths.require_seq_len(seq_len)
         positions = self.layout.positions(seq_len, self.world_size, self.rank)
         return positions.to(self.transport.device if device is None else device)
 
@@ -178,11 +180,11 @@ class ContextParallel:
             ValueError: x does not hold as many tokens as this rank has of ``seq_len``.
         """
         problem = validation.tokens_problem(x)
-        problem = problem or (None if seq_len is None else validation.seq_len_problem(seq_len))
+        problem = problem or (None if seq_len is None else lengths.seq_len_problem(seq_len))
         if problem is not None:
             self.refuse(problem, in_attention=True)
-        recipe, data = self._recipe(mask, None, 0.0, 0.0)
-        return ops.positions(x, seq_len, recipe, *data)
+        recipe, data = self._recipe(mask, Numbers())
+        return ops.positions(x, _lengths(seq_len, 0, None), recipe, *data)
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's slice, along ``dim``, of a tensor that every rank holds whole. Differentiable.
@@ -240,20 +242,52 @@ class ContextParallel:
             raise ValueError(problem)
         return collectives.mean(loss_sum, token_count, everyone, reduction)
 
-    def plan(self, mask: Mask, seq_len: int, device: torch.device | str | None = None) -> Plan:
-        """What this rank does in a call: steps, hops, exact pair counts, intervals. Cached; asks no other rank."""
-        problem = validation.mask_problem(mask) or validation.seq_len_problem(seq_len)
-        problem = problem or validation.documents_problem(mask, seq_len)
+    def plan(
+        self,
+        mask: Mask,
+        seq_len: int,
+        device: torch.device | str | None = None,
+        *,
+        q_start: int = 0,
+        q_len: int | None = None,
+        kv_layout: Layout | None = None,
+    ) -> Plan:
+        """What this rank computes, sends and receives in a call. Cached; asks no other rank; printed, it is a table.
+
+        With `Ulysses` it is the inner schedule's plan, whose ranks are the groups that exchange heads; that exchange is
+        not in it.
+
+        Args:
+            mask: as in `attention`. Under `Rows` all sequences of the batch are one, end to end.
+            seq_len: the global number of keys.
+            device: where the plan's intervals are; by default the group's.
+            q_start, q_len, kv_layout: as in `attention`. Without ``q_len`` queries are all tokens from ``q_start`` on.
+
+        Raises:
+            ValueError: an argument is wrong, or queries reach beyond the keys under another mask than `Full`.
+        """
+        problem = (
+            validation.mask_problem(mask)
+            or lengths.seq_len_problem(seq_len)
+            or lengths.documents_problem(mask, lengths.as_length(seq_len))
+            or lengths.queries_problem(q_start, q_len, kv_layout)
+        )
+        if problem is not None:
+            raise ValueError(problem)
+        length, start = lengths.as_length(seq_len), lengths.as_length(q_start)
+        count = max(0, length - start) if q_len is None else lengths.as_length(q_len)
+        problem = lengths.chunk_range_problem(start, count, length, mask)
+        problem = problem or lengths.rows_problem(mask, None, length)
         if problem is not None:
             raise ValueError(problem)
         where = torch.device(self.transport.device if device is None else device)
-        return self._calls.plan(Exact(mask), validation.as_length(seq_len), where)
+        return self._calls.plan(Exact(mask), Tokens(length, start, count, kv_layout), where)
 
-    def _recipe(self, mask: Mask, scale: float | None, softcap: float, dropout_p: float) -> tuple[int, Data]:
+    def _recipe(self, mask: Mask, numbers: Numbers) -> tuple[int, Data]:
         """The number by which an op finds the call's recipe, and what the op is given beside it."""
         if not torch.compiler.is_compiling():
-            return self._calls.recipe(mask, scale, softcap, dropout_p).number, NO_DATA
-        form, data = split(mask, scale, softcap, dropout_p)
+            return self._calls.recipe(mask, numbers).number, NO_DATA
+        form, data = split(mask, numbers.scale, numbers.softcap, numbers.dropout_p, numbers.kv_layout)
         return self._template(self._name, *form), data
 
     @torch.compiler.assume_constant_result
@@ -271,6 +305,9 @@ def attention(
     mask: Mask = Full(),
     cp: ContextParallel | None = None,
     seq_len: int | None = None,
+    q_start: int = 0,
+    q_len: int | None = None,
+    kv_layout: Layout | None = None,
     scale: float | Tensor | None = None,
     softcap: float | Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -286,16 +323,21 @@ def attention(
             (`ContextParallel.shard`).
         k: ``[batch, seq_local, kv_heads, d_qk]``; heads is a multiple of kv_heads (GQA, MQA).
         v: ``[batch, seq_local, kv_heads, d_v]``. q, k and v share dtype and device.
-        mask: which keys a query sees. Combine with ``&``.
+        mask: which keys a query sees. Combine with ``&`` and ``|``. Where sequences of the batch differ: `Rows`.
         cp: the group that holds the sequence; None: this device holds all of it.
-        seq_len: the global length. May be left out where all ranks hold equally many tokens or the mask knows it.
+        seq_len: the global length, of the keys. May be left out where all ranks hold equally many of them or the mask
+            knows it.
+        q_start, q_len: where queries are not all of the keys' tokens: they are the tokens at positions ``q_start`` to
+            ``q_start + q_len``, sharded by the layout of those ``q_len`` alone. Under `Full` they may be any others
+            (cross-attention). With ``q_start``, ``q_len`` may be left out where ranks hold equally many queries.
+        kv_layout: how keys and values are spread over the ranks, where not by cp's layout.
         scale: multiplies ``q k^T``; ``d_qk ** -0.5`` by default. A real number, which may be a tensor ``[]``; no
             gradient: multiply q by what is learned, and by numbers that differ between heads.
         softcap: scores become ``softcap * tanh(score / softcap)``; None or 0 for none. A real number, no gradient.
         alibi_slopes: ``[heads]``; ``slope * |i - j|`` of global positions is subtracted from the scores
             (https://arxiv.org/abs/2108.12409). No gradient.
         sinks: ``[heads]``, one more logit per head in the softmax's denominator, which has no value. Differentiable:
-            each rank's gradient is its own queries' part.
+            each rank's gradient is a part, and the sum over ranks is the gradient.
         dropout_p: must be 0; attention dropout is not supported.
         return_lse: also return the log-sum-exp of the scores. Differentiable.
         unknown: none. Keywords of other attention functions are refused with the way to write them here.
@@ -312,21 +354,29 @@ def attention(
     cp = _ALONE if cp is None else cp
     if not isinstance(cp, ContextParallel):
         raise ValueError(f"cp: expected a ContextParallel or None, got {cp!r}; make one of the process group first")
+    own_keys = q_len is None and kv_layout is None and as_int(q_start) == 0
     problem = (
         keywords.problem(unknown)
         or transforms.problem(q=q, k=k, v=v, sinks=sinks, scale=scale, softcap=softcap)
-        or validation.call_problem(q, k, v, mask, sinks, alibi_slopes, scale, softcap, dropout_p)
+        or validation.call_problem(q, k, v, mask, sinks, alibi_slopes, scale, softcap, dropout_p, own_keys)
         or validation.device_problem(q, cp.transport)
-        or (None if seq_len is None else validation.seq_len_problem(seq_len))
+        or (None if seq_len is None else lengths.seq_len_problem(seq_len))
+        or lengths.queries_problem(q_start, q_len, kv_layout)
     )
     if problem is not None:
         cp.refuse(problem, in_attention=True)
-    seq_len, scale = None if seq_len is None else validation.as_length(seq_len), validation.as_number(scale)
+    tokens = _lengths(seq_len, q_start, q_len)
+    scale = validation.as_number(scale)
     softcap, dropout_p = ((validation.as_number(x) or 0.0) + 0.0 for x in (softcap, dropout_p))  # -0.0 is 0.0
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks))
-    recipe, data = cp._recipe(mask, scale, softcap, dropout_p)
-    out, lse, _ = ops.attention(q, k, v, sinks, alibi_slopes, seq_len, needs_grad, recipe, *data)
+    recipe, data = cp._recipe(mask, Numbers(scale, softcap, dropout_p, kv_layout))
+    out, lse, _ = ops.attention(q, k, v, sinks, alibi_slopes, tokens, needs_grad, recipe, *data)
     return (out, lse) if return_lse else out
+
+
+def _lengths(seq_len: int | None, q_start: int, q_len: int | None) -> list[int]:
+    """As an op takes them: ints, or symbols while compiling, and -1 for what was left out."""
+    return [-1 if length is None else lengths.as_length(length) for length in (seq_len, q_start, q_len)]
 
 
 # What cp=None stands for. One object, so that its plans and compiled graphs are kept from call to call.

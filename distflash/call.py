@@ -5,31 +5,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import count
 from typing import NoReturn
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from distflash import ops, validation
+from distflash import lengths, validation
 from distflash.agreement import Agreement, Fields
+from distflash.attend import Attention
 from distflash.compiled import Data, Form, join
-from distflash.engine import Call, Options, Plan
+from distflash.engine import Call
 from distflash.exact import Exact, Same
-from distflash.intervals import Sharding
+from distflash.folding import Folding
+from distflash.geometry import Geometry, Sharded
 from distflash.kernels import Hopper, Kernel, Problem, Reference, Triton
 from distflash.kernels.base import Scores
 from distflash.layouts import Layout
 from distflash.masks import Mask
 from distflash.messages import BACKWARD, FORWARD
+from distflash.overlap import overlap
+from distflash.placement import Placement, Sizes, sizes
+from distflash.plan import Plan
+from distflash.rows import Rows, geometry_of
 from distflash.schedules import Schedule
-from distflash.transport import Transport
+from distflash.schedules.base import Asked, require_whole
+from distflash.specification import Specification, Tokens
+from distflash.transport import Transport, preparing
 
 # Masks and lengths in use at a time: one or two in training, some more in evaluation. Bounds what device memory their
 # intervals hold.
 _PLANS = 16
+_numbers = count(1)
+
+
+def new_number() -> int:
+    """A number that no other template or group of this process has."""
+    return next(_numbers)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a call is given beside q, k and v.
+
+    Attributes:
+        lengths: ``(seq_len, q_start, q_len)`` with -1 for a length that was left out.
+        sinks: ``[H]`` or None.
+        alibi_slopes: ``[H]`` or None.
+    """
+
+    lengths: Sequence[int]
+    sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
 
 
 class Calls:
@@ -45,96 +76,168 @@ class Calls:
     ) -> None:
         self.transport, self.layout, self.schedule, self.kernel = transport, layout, schedule, kernel
         self.agreement = agreement
-        self._plans = lru_cache(_PLANS)(self._build_plan)
-        self._recipes = lru_cache(_PLANS)(self._build_recipe)
-        self._recipes_of_same = lru_cache(_PLANS)(self._find_recipe)
+        self.among = schedule.among(transport)
+        self.plan_on_host = lru_cache(_PLANS)(self._plan_on_host)
+        self.plan = lru_cache(_PLANS)(self._plan)
+        self.prepare = lru_cache(_PLANS)(self._prepare)
         self.kernel_for = lru_cache(_PLANS)(self._kernel_for)
+        self._recipes = lru_cache(_PLANS)(self._recipe_of)
+        self._recipes_of_same = lru_cache(_PLANS)(self._recipe_of_same)
         # Graphs hold the numbers of templates alone, so templates are kept for as long as this object.
-        self.template = lru_cache(None)(self._build_template)
+        self.template = lru_cache(None)(self._template)
 
-    def _kernel_for(self, problem: Problem) -> Kernel | str:
-        return validation.kernel_for(problem, self.kernel, (Hopper(), Triton(), Reference()))
-
-    def plan(self, mask: Exact, seq_len: int, device: torch.device) -> Plan:
-        """What this rank does under ``mask``."""
-        return self._plans(mask, seq_len, device)
-
-    def recipe(self, mask: Mask, scale: float | None, softcap: float, dropout_p: float) -> Recipe:
+    def recipe(self, mask: Mask, numbers: Numbers) -> Recipe:
         """The recipe of a call. All layers of a step pass one mask object, so its fields are looked at once."""
-        return self._recipes_of_same(Same(mask), scale, softcap, dropout_p)
+        return self._recipes_of_same(Same(mask), numbers)
 
-    def recipe_of_new(self, mask: Mask, scale: float | None, softcap: float, dropout_p: float) -> Recipe:
+    def recipe_of_new(self, mask: Mask, numbers: Numbers) -> Recipe:
         """`recipe` for a mask object that was made for this call alone."""
-        return self._recipes(Exact(mask), scale, softcap, dropout_p)
-
-    def _find_recipe(self, mask: Same, scale: float | None, softcap: float, dropout_p: float) -> Recipe:
-        return self.recipe_of_new(mask.value, scale, softcap, dropout_p)
-
-    def _build_plan(self, mask: Exact, seq_len: int, device: torch.device) -> Plan:
-        sharding = Sharding(mask.value, self.layout, seq_len, self.transport.world_size)
-        return Plan.build(sharding, self.schedule, self.transport.rank, device)
-
-    def _build_recipe(self, mask: Exact, scale: float | None, softcap: float, dropout_p: float) -> Recipe:
-        recipe = Recipe(self, mask, scale, softcap, dropout_p)
-        recipe.number = ops.register(recipe)
-        return recipe
-
-    def _build_template(self, form: Form) -> Template:
-        template = Template(self, form)
-        template.number = ops.register(template)
-        return template
+        return self._recipes(Exact(mask), numbers)
 
     def refuse(self, problem: str) -> NoReturn:
         """Raise ``problem`` on this rank, and make the others raise who are in the same attention call."""
         self.agreement.refuse(FORWARD, sure=False)
         raise ValueError(problem)
 
+    def positions(self, tokens: Tokens) -> Tensor:
+        """int64 ``[T]``: the positions of this rank's queries."""
+        return Sharded(self.layout, tokens.q_len, self.transport.world_size, tokens.q_start).positions(
+            self.transport.rank
+        )
+
+    def _geometry(self, mask: Mask, tokens: Tokens) -> Geometry:
+        """The queries and keys of all ranks, with the rows of a batch end to end under `Rows`."""
+        W = self.transport.world_size
+        queries = Sharded(self.layout, tokens.q_len, W, tokens.q_start)
+        keys = Sharded(tokens.kv_layout or self.layout, tokens.seq_len, W)
+        return geometry_of(mask, queries, queries if keys == queries else keys, tokens.seq_len)
+
+    def _plan_on_host(self, mask: Exact, tokens: Tokens) -> Plan:
+        """What this rank does under ``mask``, as the schedule has it."""
+        plan = self.schedule.plan(self._geometry(mask.value, tokens), self.transport.rank)
+        require_whole(plan, self.schedule)
+        return plan
+
+    def _plan(self, mask: Exact, tokens: Tokens, device: torch.device) -> Plan:
+        return self.plan_on_host(mask, tokens).to(device)
+
+    def _prepare(self, specification: Specification) -> Prepared:
+        problem, mask = specification.problem, specification.mask.value
+        kernel = self.kernel_for(problem)
+        if isinstance(kernel, str):
+            self.refuse(kernel)
+        geometry = self._geometry(mask, specification.tokens)
+        asked = Asked(geometry.queries, geometry.keys, problem.heads, problem.kv_heads, problem.device)
+        try:
+            of_schedule = self.schedule.placement(self.transport, asked)
+        except ValueError as error:
+            self.refuse(str(error))
+        of_rows = Folding(specification.batch) if isinstance(mask, Rows) and specification.batch else None
+        of_schedule = of_schedule if specification.batch else None  # nothing moves in a batch of none
+        placements = tuple(placement for placement in (of_rows, of_schedule) if placement is not None)
+        return Prepared(self, specification, kernel, placements)
+
+    def _kernel_for(self, problem: Problem) -> Kernel | str:
+        return validation.kernel_for(problem, self.kernel, (Hopper(), Triton(), Reference()))
+
+    def _recipe_of_same(self, mask: Same, numbers: Numbers) -> Recipe:
+        return self.recipe_of_new(mask.value, numbers)
+
+    def _recipe_of(self, mask: Exact, numbers: Numbers) -> Recipe:
+        return Recipe(self, mask, numbers)
+
+    def _template(self, form: Form) -> Template:
+        return Template(self, form)
+
 
 @dataclass(eq=False)
-class _Fillable:
-    """See `ops.Fillable`. number: by which ops find it."""
+class Prepared:
+    """What follows from a specification: found once, and kept for the calls of all layers and steps that have it.
+
+    Attributes:
+        kernel: that the call takes.
+        placements: from what users hold to what kernels see.
+    """
 
     calls: Calls
-    number: int = field(default=0, init=False, kw_only=True)
+    specification: Specification
+    kernel: Kernel
+    placements: tuple[Placement, ...]
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Of what kernels see."""
+        problem = self.specification.problem
+        return sizes(self.placements, Sizes(self.specification.batch, slice(0, problem.heads), problem.kv_heads))
+
+    @cached_property
+    def plan(self) -> Plan:
+        """For the kernel. Made when the ranks have agreed: ranks that do not would make plans that do not fit."""
+        calls, device = self.calls, self.specification.problem.device
+        plan = calls.plan_on_host(self.specification.mask, self.specification.tokens)
+        abilities = self.kernel.abilities(device)
+        return overlap(plan, self.sizes.kv_heads, self.sizes.batch, abilities, calls.transport.near).to(device)
+
+    @cached_property
+    def rounds_keys(self) -> bool:
+        return not any(placement.adds_keys for placement in self.placements)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a caller says of a call beside tensors, mask and lengths; see `attention`."""
+
+    scale: float | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    kv_layout: Layout | None = None
+
+
+@dataclass(eq=False)
+class _Numbered:
+    """What an op finds by its number for as long as it lives."""
+
+    calls: Calls
+    number: int = field(default_factory=new_number, init=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        templates[self.number] = self
 
     @property
     def numbered(self) -> bool:
+        """Whether the forward's number has to reach the backward."""
         return self.calls.agreement.every_call and self.calls.transport.world_size > 1
+
+    def filled(self, data: Data) -> Recipe:
+        """The recipe, once it has its data: those of `compiled.Data`, none outside compiled graphs."""
+        raise TypeError(f"{type(self).__name__} makes no recipe")
+
+
+templates: WeakValueDictionary[int, _Numbered] = WeakValueDictionary()
 
 
 @dataclass(eq=False)
-class Recipe(_Fillable):
-    """A call but for its tensors. See `ops.Recipe`."""
+class Recipe(_Numbered):
+    """A call but for its tensors."""
 
-    exact_mask: Exact
-    scale: float | None
-    softcap: float
-    dropout_p: float
-
-    @property
-    def mask(self) -> Mask:
-        mask: Mask = self.exact_mask.value
-        return mask
+    mask: Exact
+    numbers: Numbers
 
     def filled(self, data: Data) -> Recipe:
         return self
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options, needs_grad: bool) -> tuple[Call, int]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, given: Given, needs_grad: bool) -> tuple[Attention, int]:
         """The call, which the ranks have agreed on, and its number.
 
         Raises:
             ValueError: on every rank, if any rank's arguments are wrong or ranks disagree.
         """
-        problem, seq_len = self.problem(q, k, v, options), self._seq_len("q", q, options.seq_len)
-        kernel = self.kernel(problem)
+        prepared = self.calls.prepare(self._specify(q, k, v, given, needs_grad))
+        number = self.calls.agreement.require_next(lambda: self._fields(prepared, given), prepared.specification)
+        with preparing(self.calls.transport):
+            return self._call(prepared, given), number
 
-        def fields() -> Fields:
-            return self._fields(q.shape[0], problem, seq_len, needs_grad, kernel, options)
-
-        number = self.calls.agreement.require_next(fields, self._key(q.shape[0], problem, seq_len, needs_grad))
-        return self._call(problem, seq_len, kernel, options), number
-
-    def backward(self, q: Tensor, k: Tensor, v: Tensor, options: Options, number: Tensor) -> Call:
+    def backward(self, q: Tensor, k: Tensor, v: Tensor, given: Given, number: Tensor) -> Attention:
         """The call of the forward that returned ``number``.
 
         Raises:
@@ -142,102 +245,93 @@ class Recipe(_Fillable):
         """
         if self.numbered:
             self.calls.agreement.require(BACKWARD, dict, number=int(number))
-        problem, seq_len = self.problem(q, k, v, options), self._seq_len("q", q, options.seq_len)
-        return self._call(problem, seq_len, self.kernel(problem), options)
+        prepared = self.calls.prepare(self._specify(q, k, v, given, True))
+        with preparing(self.calls.transport):
+            return self._call(prepared, given)
 
-    def positions(self, x: Tensor, seq_len: int | None) -> Tensor:
-        transport, seq_len = self.calls.transport, self._seq_len("x", x, seq_len)
-        return self.calls.layout.positions(seq_len, transport.world_size, transport.rank).to(x.device)
+    def positions(self, x: Tensor, given: Sequence[int]) -> Tensor:
+        """int64 ``[T]``: the positions of this rank's tokens, from the lengths of a `Given`."""
+        return self.calls.positions(self._tokens("x", x, x, given)).to(x.device)
 
-    def kernel(self, problem: Problem) -> Kernel:
-        """The kernel that a call takes."""
-        kernel = self.calls.kernel_for(problem)
-        return self.calls.refuse(kernel) if isinstance(kernel, str) else kernel
-
-    def _seq_len(self, name: str, x: Tensor, seq_len: int | None) -> int:
-        """The global length. Found and checked here, since under `torch.compile` lengths are symbols before the op."""
-        layout, transport = self.calls.layout, self.calls.transport
-        W, rank = transport.world_size, transport.rank
-        seq_len = validation.seq_len_of(x, self.mask, W) if seq_len is None else seq_len
-        problem = validation.length_problem(name, x.shape, self.mask, seq_len, layout, W, rank)
-        return self.calls.refuse(problem) if problem is not None else seq_len
-
-    def problem(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Problem:
-        """What the call asks of a kernel."""
-        return Problem(
+    def _specify(self, q: Tensor, k: Tensor, v: Tensor, given: Given, needs_grad: bool) -> Specification:
+        problem = Problem(
             device=q.device,
             dtype=q.dtype,
             heads=q.shape[2],
             kv_heads=k.shape[2],
             d_qk=q.shape[3],
             d_v=v.shape[3],
-            softcap=self.softcap,
-            alibi=options.alibi_slopes is not None,
-            sinks=options.sinks is not None,
-            dropout_p=self.dropout_p,
+            softcap=self.numbers.softcap,
+            alibi=given.alibi_slopes is not None,
+            sinks=given.sinks is not None,
+            dropout_p=self.numbers.dropout_p,
         )
+        tokens = self._tokens("q", q, k, given.lengths)
+        return Specification(problem, q.shape[0], tokens, self.mask, self.numbers.scale, needs_grad)
 
-    def _call(self, problem: Problem, seq_len: int, kernel: Kernel, options: Options) -> Call:
-        scale = problem.d_qk**-0.5 if self.scale is None else self.scale
+    def _tokens(self, name: str, q: Tensor, k: Tensor, given: Sequence[int]) -> Tokens:
+        """Found and checked here, since under `torch.compile` lengths are symbols before the op."""
+        mask, calls, layout = self.mask.value, self.calls, self.numbers.kv_layout
+        W, rank = calls.transport.world_size, calls.transport.rank
+        seq_len, q_start, q_len = given
+        own_keys = q_start == 0 and q_len == -1 and layout is None
+        seq_len = lengths.seq_len_of(k, mask, W) if seq_len == -1 else seq_len
+        if q_len == -1:
+            q_len = q.shape[1] * W if q_start else seq_len
+        tokens = Tokens(seq_len, q_start, q_len, layout)
+        problem = (
+            lengths.length_problem(name, q.shape, mask, seq_len, calls.layout, W, rank)
+            if own_keys
+            else lengths.length_problem("k", k.shape, mask, seq_len, layout or calls.layout, W, rank)
+            or lengths.chunk_problem(q.shape, q_start, q_len, seq_len, mask, calls.layout, W, rank)
+        )
+        problem = problem or lengths.rows_problem(mask, q.shape[0], seq_len)
+        return calls.refuse(problem) if problem is not None else tokens
+
+    def _call(self, prepared: Prepared, given: Given) -> Attention:
+        problem, heads = prepared.specification.problem, prepared.sizes.heads
+        scale = problem.d_qk**-0.5 if self.numbers.scale is None else self.numbers.scale
         # Kernels read one number after the other, whatever the strides.
-        slopes = None if options.alibi_slopes is None else options.alibi_slopes.float().contiguous()
-        sinks = None if options.sinks is None else options.sinks.contiguous()
-        return Call(
-            plan=self.calls.plan(self.exact_mask, seq_len, problem.device),
-            schedule=self.calls.schedule,
-            transport=self.calls.transport,
-            kernel=kernel,
-            scores=Scores(scale, self.softcap, slopes, sinks),
+        slopes = None if given.alibi_slopes is None else given.alibi_slopes.float().contiguous()
+        sinks = None if given.sinks is None else given.sinks.contiguous()
+        scores = Scores(scale, self.numbers.softcap, slopes, sinks)
+        call = Call(
+            plan=prepared.plan,
+            transport=self.calls.among,
+            kernel=prepared.kernel,
+            scores=scores.of_heads(heads) if prepared.placements else scores,
+            rounds_keys=prepared.rounds_keys,
         )
+        return Attention(call, prepared.placements, problem.heads, heads)
 
-    def _key(self, batch: int, problem: Problem, seq_len: int, needs_grad: bool) -> Hashable:
-        """The call's signature: everything in `_fields` but for values in tensors and what follows from the rest."""
-        return self.exact_mask, self.scale, problem, batch, seq_len, needs_grad
-
-    def _fields(
-        self, batch: int, problem: Problem, seq_len: int, needs_grad: bool, kernel: Kernel, options: Options
-    ) -> Fields:
+    def _fields(self, prepared: Prepared, given: Given) -> Fields:
         """What all ranks must have alike."""
-        return {
-            "batch": batch,
-            "heads": problem.heads,
-            "kv_heads": problem.kv_heads,
-            "head_dim": problem.d_qk,
-            "value head_dim": problem.d_v,
-            "dtype": problem.dtype,
-            "device": problem.device.type,
-            "seq_len": seq_len,
-            "mask": self.mask,
+        return prepared.specification.fields() | {
             "layout": self.calls.layout,
             "schedule": self.calls.schedule,
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "sinks": problem.sinks,
-            "alibi_slopes": problem.alibi,
-            "needs a gradient": needs_grad,
             "check_every_call": self.calls.agreement.every_call,
-            "kernel": kernel,
-            "the values of sinks": _values(options.sinks),
-            "the values of alibi_slopes": _values(options.alibi_slopes),
+            "kernel": prepared.kernel,
+            "the values of sinks": _values(given.sinks),
+            "the values of alibi_slopes": _values(given.alibi_slopes),
         }
 
 
 @dataclass(eq=False)
-class Template(_Fillable):
+class Template(_Numbered):
     """A call of a compiled graph: a recipe once its data are known."""
 
     form: Form
 
     def filled(self, data: Data) -> Recipe:
         try:
-            mask, scale, softcap, dropout_p = join(self.form, data)
+            mask, scale, softcap, dropout_p, kv_layout = join(self.form, data)
         except ValueError as error:
             problem: str | None = str(error)
         else:
             problem = validation.numbers_problem(scale, softcap, dropout_p)
         if problem is not None:
             self.calls.refuse(problem)
-        return self.calls.recipe_of_new(mask, scale, softcap, dropout_p)
+        return self.calls.recipe_of_new(mask, Numbers(scale, softcap, dropout_p, kv_layout))
 
 
 def _values(x: Tensor | None) -> str:

@@ -15,32 +15,35 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from distflash.integers import require_integers
+from distflash.layouts import Layout
 from distflash.masks import Mask
 
-# A mask's class and what its fields are: a form, `(tuple, *forms)`, a constant, or for data `int`, `Tensor` or
-# `(tuple, length)`.
-MaskForm = tuple[Any, ...]
+# A mask's or layout's class and what its fields are: a form, `(tuple, *forms)`, a constant, or for data `int`, `Tensor`
+# or `(tuple, length)`.
+ClassForm = tuple[Any, ...]
 
 
 class Form(NamedTuple):
     """What a graph holds.
 
     Attributes:
-        mask: see `MaskForm`.
+        mask: see `ClassForm`.
         numbers: ``(scale, softcap, dropout_p)``, or None where they are data.
         scaled: whether a scale was given.
+        kv_layout: see `ClassForm`; a layout without fields as it is.
     """
 
-    mask: MaskForm
+    mask: ClassForm
     numbers: tuple[float | None, float, float] | None
     scaled: bool
+    kv_layout: ClassForm | Layout | None = None
 
 
 class Data(NamedTuple):
     """What a graph is given, in the types that an op takes.
 
     Attributes:
-        ints: of the mask in the order of its fields, and how many each tensor holds.
+        ints: of the mask and the layout in the order of its fields, and how many each tensor holds.
         boundaries: what the tensors hold, one after the other, int64 if they are several, or None.
         numbers: float64 ``[3]``, scale, softcap and dropout_p, or None where the form has them.
     """
@@ -53,35 +56,43 @@ class Data(NamedTuple):
 NO_DATA = Data([], None, None)
 
 
-def split(mask: Mask, scale: float | None, softcap: float, dropout_p: float) -> tuple[Form, Data]:
-    """A call's form and data. Runs while a function is compiled."""
+def split(
+    mask: Mask, scale: float | None, softcap: float, dropout_p: float, kv_layout: Layout | None = None
+) -> tuple[Form, Data]:
+    """A call's form and data. Runs while a function is compiled.
+
+    Raises:
+        ValueError: a field's values cannot be given to the graph.
+    """
     ints: list[int] = []
     tensors: list[Tensor] = []
     form = _split(mask, ints, tensors)
+    layout = None if kv_layout is None else _split_layout(kv_layout, ints, tensors)
     boundaries = None if not tensors else tensors[0] if len(tensors) == 1 else _cat(tensors)
     numbers = (scale, softcap or 0.0, dropout_p or 0.0)  # the defaults, too, are symbols under dynamic=True
     if all(x is None or has_static_value(x) for x in numbers):
-        return Form(form, numbers, scale is not None), Data(ints, boundaries, None)
+        return Form(form, numbers, scale is not None, layout), Data(ints, boundaries, None)
     # A product, because it is how the compiler turns a float into data; it would compile full() again for each value.
     one = torch.ones(1, dtype=torch.float64, device="cpu")
     as_data = torch.cat([one * (0.0 if x is None else x) for x in numbers])
-    return Form(form, None, scale is not None), Data(ints, boundaries, as_data)
+    return Form(form, None, scale is not None, layout), Data(ints, boundaries, as_data)
 
 
-def join(form: Form, data: Data) -> tuple[Mask, float | None, float, float]:
+def join(form: Form, data: Data) -> tuple[Mask, float | None, float, float, Layout | None]:
     """The inverse of `split`. Runs when the graph does.
 
     Raises:
-        ValueError: what a mask's class says of wrong values.
+        ValueError: what the class of a mask or a layout says of wrong values.
     """
     parts = iter(data.ints)
-    boundaries = [] if data.boundaries is None else data.boundaries.tolist()
-    mask = _join(form.mask, parts, iter(boundaries))
+    boundaries = iter([] if data.boundaries is None else data.boundaries.tolist())
+    mask = _join(form.mask, parts, boundaries)
+    layout = _join(form.kv_layout, parts, boundaries) if isinstance(form.kv_layout, tuple) else form.kv_layout
     if data.numbers is None:
         assert form.numbers is not None
-        return mask, *form.numbers
+        return mask, *form.numbers, layout
     scale, softcap, dropout_p = data.numbers.tolist()
-    return mask, scale if form.scaled else None, softcap, dropout_p
+    return mask, scale if form.scaled else None, softcap, dropout_p, layout
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:
@@ -91,11 +102,28 @@ def _cat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([x.to(torch.int64) for x in tensors])
 
 
-def _split(mask: Mask, ints: list[int], tensors: list[Tensor]) -> MaskForm:
-    values = mask.graph_inputs
-    if values is None:
-        values = tuple(getattr(mask, f.name) for f in fields(mask) if f.init)  # type: ignore[arg-type]
-    return (type(mask), *(_split_value(value, ints, tensors) for value in values))
+def _split(mask: Mask, ints: list[int], tensors: list[Tensor]) -> ClassForm:
+    if mask.graph_inputs is not None:
+        return (type(mask), *(_split_value(value, ints, tensors) for value in mask.graph_inputs))
+    return _split_fields(mask, ints, tensors)
+
+
+def _split_layout(layout: Layout, ints: list[int], tensors: list[Tensor]) -> ClassForm | Layout:
+    """Field by field: of an object that is made in a compiled function, a constant would lack the fields."""
+    kind = type(layout)
+    if "__dataclass_fields__" in kind.__dict__:
+        return _split_fields(layout, ints, tensors)
+    if "__init__" in kind.__dict__:
+        raise ValueError(
+            f"kv_layout: under torch.compile expected a frozen dataclass, whose fields the graph is given, got a "
+            f"{kind.__name__}"
+        )
+    return layout
+
+
+def _split_fields(value: Any, ints: list[int], tensors: list[Tensor]) -> ClassForm:
+    values = tuple(getattr(value, f.name) for f in fields(value) if f.init)
+    return (type(value), *(_split_value(each, ints, tensors) for each in values))
 
 
 def _split_value(value: Any, ints: list[int], tensors: list[Tensor]) -> Any:
@@ -117,10 +145,9 @@ def _split_value(value: Any, ints: list[int], tensors: list[Tensor]) -> Any:
     return value
 
 
-def _join(form: MaskForm, ints: Iterator[int], boundaries: Iterator[int]) -> Mask:
+def _join(form: ClassForm, ints: Iterator[int], boundaries: Iterator[int]) -> Any:
     kind, *parts = form
-    mask: Mask = kind(*(_join_value(part, ints, boundaries) for part in parts))
-    return mask
+    return kind(*(_join_value(part, ints, boundaries) for part in parts))
 
 
 def _join_value(part: Any, ints: Iterator[int], boundaries: Iterator[int]) -> Any:

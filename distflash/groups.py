@@ -9,13 +9,22 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distflash.transport import Alone, Distributed, Guarded, SimulatedTransport, Transport
 
+_ONE_OF_SEVERAL = 'pass one or two of them, such as mesh["context"]'
 
-def transport_of(group: object, of_several: str = 'pass one of them, such as mesh["context"]') -> Transport:
-    """The ranks of ``group``; ``of_several`` is what to do about a mesh of several dimensions."""
+
+def transport_of(group: object, of_several: str = _ONE_OF_SEVERAL, meshes: bool = False) -> Transport:
+    """The ranks of ``group``.
+
+    Args:
+        group: as in `ContextParallel`.
+        of_several: what to do about a mesh of several dimensions.
+        meshes: whether a mesh may have two dimensions; its ranks are numbered along the last one.
+    """
     if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
+        if group.ndim > 1 + meshes:
+            most = "one or two dimensions" if meshes else "one dimension"
             raise ValueError(
-                f"group: expected a one-dimensional DeviceMesh, got dimensions {group.mesh_dim_names or group.ndim}; "
+                f"group: expected a DeviceMesh of {most}, got dimensions {group.mesh_dim_names or group.ndim}; "
                 + of_several
             )
         if group.get_coordinate() is None:
@@ -23,7 +32,7 @@ def transport_of(group: object, of_several: str = 'pass one of them, such as mes
                 f"group: rank {dist.get_rank()} is not in the mesh, which holds ranks {group.mesh.tolist()} of "
                 f"{dist.get_world_size()}; make a mesh of all ranks, whose dimensions multiply to their number"
             )
-        group = group.get_group()
+        group = group.get_group() if group.ndim == 1 else group._flatten().get_group()
     if isinstance(group, dist.ProcessGroup):
         return Distributed(group)
     if isinstance(group, Alone | SimulatedTransport):
@@ -34,6 +43,13 @@ def transport_of(group: object, of_several: str = 'pass one of them, such as mes
     if all(hasattr(group, name) for name in ("rank", "world_size", "exchange")) and not isinstance(group, type):
         return group  # type: ignore[return-value]
     raise ValueError(f"group: expected a ProcessGroup or a one-dimensional DeviceMesh, got {group!r}; {remedy}")
+
+
+def shape_of(group: object, transport: Transport) -> tuple[int, ...]:
+    """How many ranks there are along each dimension."""
+    if isinstance(group, DeviceMesh):
+        return tuple(group.mesh.shape)
+    return getattr(group, "shape", None) or (transport.world_size,)
 
 
 def guarded(transport: Transport, timeout: timedelta | None) -> Transport:

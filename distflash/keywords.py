@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-KNOWN = ("mask", "cp", "seq_len", "scale", "softcap", "alibi_slopes", "sinks", "dropout_p", "return_lse")
+KNOWN = (
+    *("mask", "cp", "seq_len", "q_start", "q_len", "kv_layout"),
+    *("scale", "softcap", "alibi_slopes", "sinks", "dropout_p", "return_lse"),
+)
 
 _MASKS = (
     "df.Causal(), df.Window(left, right), df.Documents(cu_seqlens), df.PrefixLM(length), df.Chunked(size) and others "
@@ -26,11 +29,14 @@ _INSTEAD = {
         "a side without a limit (elsewhere -1) is sys.maxsize"
     ),
     ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_kv", "cu_seq_lens_q", "cu_seq_lens_k"): (
-        "write mask=df.Documents(cu_seqlens), or df.Causal() & df.Documents(cu_seqlens); queries and keys are the same "
-        "tokens, so one of them says all"
+        "write mask=df.Documents(cu_seqlens), or df.Causal() & df.Documents(cu_seqlens), with those of the keys; "
+        "queries that are some of their tokens are said by q_start= and q_len="
     ),
     ("max_seqlen", "max_seqlen_q", "max_seqlen_k", "max_length_q", "max_length_k"): (
         "leave it out: df.Documents(cu_seqlens) knows the lengths"
+    ),
+    ("q_offset", "query_offset", "cache_seqlens", "cache_position", "start_pos"): (
+        "write q_start=, the position of the first query among the keys, and q_len=, how many queries all ranks hold"
     ),
     ("segment_ids", "document_ids", "position_ids"): "write mask=df.Documents(cu_seqlens)",
     ("softmax_scale", "sm_scale", "scaling"): "write scale=",

@@ -119,12 +119,16 @@ class Mask:
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
-        return And(self, other)
+        return other.after(self, And)
 
     def __or__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
-        return Or(self, other)
+        return other.after(self, Or)
+
+    def after(self, first: Mask, pair: type[And] | type[Or]) -> Mask:
+        """``first`` and this mask combined. A mask of several masks (`Rows`) combines each of them."""
+        return pair(first, self)
 
     def __bool__(self) -> Never:
         # `a and b` is b alone: without this, a would be dropped in silence.

@@ -14,6 +14,7 @@ logarithm of before the last hop.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ class Softmax:
     """A softmax in the making: sums over some keys of ``exp(s - maximum)``, alone and times the values.
 
     Attributes:
-        maximum: ``[...]``, of the scores; ``-inf`` for no key. A kernel may keep it in units of its own.
+        maximum: ``[...]``, of the scores; ``-inf`` for no key. A kernel may keep it in base 2 (`Kernel.base`).
         total: ``[...]``, the sum of exponentials; 0 for no key.
         weighted: ``[..., V]``, the sum of exponentials times values; 0 for no key.
     """
@@ -41,21 +42,33 @@ class Softmax:
         p = scores.sub_(_finite(maximum)[..., None]).exp_()
         return Softmax(maximum, p.sum(-1), p @ values)
 
-    def merge(self, other: Softmax) -> Softmax:
-        """Over the keys of both, which must be disjoint."""
+    def merge(self, other: Softmax, base: float = math.e) -> Softmax:
+        """Over the keys of both, which must be disjoint. base: of the exponentials, see `maximum`."""
         maximum = torch.maximum(self.maximum, other.maximum)
-        mine, theirs = ((s.maximum - _finite(maximum)).exp() for s in (self, other))
+        mine, theirs = (_power(base, s.maximum - _finite(maximum)) for s in (self, other))
         return Softmax(
             maximum,
             self.total * mine + other.total * theirs,
             self.weighted * mine[..., None] + other.weighted * theirs[..., None],
         )
 
-    def finish(self) -> tuple[Tensor, Tensor]:
+    def finish(self, base: float = math.e) -> tuple[Tensor, Tensor]:
         """``(out, lse)``: ``[..., V]`` and ``[...]``. Over no key ``(0, -inf)``, never NaN."""
-        some = self.total > 0
-        out = self.weighted * torch.where(some, 1 / self.total, 0.0)[..., None]
-        return out, torch.where(some, self.maximum + self.total.log(), -torch.inf)
+        return self.weighted * self.inverse_total[..., None], self.lse(base)
+
+    @property
+    def inverse_total(self) -> Tensor:
+        """What `weighted` is multiplied by in the end; 0 where no key was seen."""
+        return torch.where(self.total > 0, 1 / self.total, 0.0)
+
+    def lse(self, base: float = math.e) -> Tensor:
+        """The natural log of the sum of exponentials; ``-inf`` where no key was seen."""
+        return torch.where(self.total > 0, self.maximum * math.log(base) + self.total.log(), -torch.inf)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What travels where a partial state does."""
+        return self.maximum, self.total, self.weighted
 
 
 @dataclass(frozen=True)
@@ -76,12 +89,12 @@ class Partial:
     counter: Tensor
 
     @staticmethod
-    def empty(q: Tensor, d_v: int, hops: int) -> Partial:
-        """Room for a call of ``hops`` hops with queries ``q [B, T, H, D]``; only the counter is initialised."""
+    def empty(q: Tensor, d_v: int, between: bool) -> Partial:
+        """Room for queries ``q [B, T, H, D]``, with a state ``between`` passes; only the counter is initialised."""
         B, T, H, _ = q.shape
         dtype = accumulator_dtype(q.dtype)
-        rows = [q.new_empty(B, H, T, dtype=dtype) for _ in range(3 if hops > 1 else 1)]
-        weighted = q.new_empty(B, T, H, d_v, dtype=dtype) if hops > 1 else None
+        rows = [q.new_empty(B, H, T, dtype=dtype) for _ in range(3 if between else 1)]
+        weighted = q.new_empty(B, T, H, d_v, dtype=dtype) if between else None
         return Partial(
             final=q.new_empty(B, T, H, d_v),
             lse=rows[0],
@@ -89,18 +102,58 @@ class Partial:
             counter=q.new_zeros(2, dtype=torch.int32),
         )
 
-    def fill_identity(self, sinks: Tensor | None) -> None:
-        """What a call with no hop at all returns: no key was seen (the sinks, if any, took all of the softmax)."""
+    def fill_identity(self, sinks: Tensor | None, base: float = math.e) -> None:
+        """The state, and the result, over no key (the sinks, if any, took all of the softmax)."""
         self.final.zero_()
         if sinks is None:
             self.lse.fill_(-torch.inf)
         else:
             self.lse.copy_(sinks[None, :, None].expand_as(self.lse))
+        if self.running is not None:
+            self.running.maximum.copy_(self.lse).div_(math.log(base))
+            self.running.total.fill_(0.0 if sinks is None else 1.0)
+            self.running.weighted.zero_()
+
+    def merge(self, arrived: tuple[Tensor, ...], base: float) -> None:
+        """Take in another rank's state of these queries, over keys that this one does not have: `Softmax.merge`."""
+        assert self.running is not None
+        own, other = _rows_first(self.running), _rows_first(Softmax(*arrived))
+        maximum = torch.maximum(own.maximum, other.maximum)
+        mine, theirs = (_power(base, s.maximum - _finite(maximum)) for s in (own, other))
+        own.maximum.copy_(maximum)
+        own.total.mul_(mine).addcmul_(other.total, theirs)
+        own.weighted.mul_(mine[..., None]).addcmul_(other.weighted, theirs[..., None])
+
+    def finish(self, base: float) -> None:
+        """The result of the state, rounded once."""
+        assert self.running is not None
+        state = _rows_first(self.running)
+        torch.mul(state.weighted, state.inverse_total[..., None], out=self.final.transpose(1, 2))
+        self.lse.copy_(state.lse(base))
+
+    def of_heads(self, heads: slice) -> Partial:
+        """The part of some query heads, as views."""
+        state = self.running
+        return Partial(
+            self.final[:, :, heads],
+            self.lse[:, heads],
+            state and Softmax(state.maximum[:, heads], state.total[:, heads], state.weighted[:, :, heads]),
+            self.counter,
+        )
+
+
+def _rows_first(state: Softmax) -> Softmax:
+    """``weighted`` as ``[B, H, T, V]``, as `Softmax` has it, a view of that of a `Partial`."""
+    return Softmax(state.maximum, state.total, state.weighted.transpose(1, 2))
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """Partials and gradients accumulate in float32, or in float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _power(base: float, x: Tensor) -> Tensor:
+    return x.exp2() if base == 2 else x.exp()
 
 
 def _finite(maximum: Tensor) -> Tensor:

@@ -7,28 +7,34 @@ from distflash.differences import Report
 from distflash.layouts import Contiguous, Layout, Striped, Zigzag
 from distflash.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Window
 from distflash.patterns import BlockCausal, FirstTokens, ImageBlocks, Tree
-from distflash.schedules import Ring
+from distflash.rows import Rows
+from distflash.schedules import AllGather, DoubleRing, PassQuery, Ring, Ulysses
 from distflash.transport import RankFailure
 from distflash.verification import verify
 
 __all__ = [
+    "AllGather",
     "BlockCausal",
     "Causal",
     "Chunked",
     "Contiguous",
     "ContextParallel",
     "Documents",
+    "DoubleRing",
     "FirstTokens",
     "Full",
     "ImageBlocks",
     "Layout",
     "Mask",
+    "PassQuery",
     "PrefixLM",
     "RankFailure",
     "Report",
     "Ring",
+    "Rows",
     "Striped",
     "Tree",
+    "Ulysses",
     "Window",
     "Zigzag",
     "attention",

@@ -9,29 +9,29 @@ from collections.abc import Sequence
 from datetime import timedelta
 from math import inf
 from numbers import Real
-from operator import index
 
 import torch
 from torch import Tensor
 
-from distflash.integers import as_int
 from distflash.kernels import Kernel, Problem
 from distflash.layouts import Layout
 from distflash.masks import Mask
+from distflash.schedules import Schedule
 from distflash.transport import Transport
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ORDER = "[batch, seq_local, heads, head_dim]"
-# Positions and the ends of intervals are int32.
-MAX_SEQ_LEN = 2**31 - 1
 # What kernels compute in: a smaller scale would be 0 there, a larger one infinite.
 SMALLEST, LARGEST = (float(n) for n in (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max))
 # Seconds, some 30 years: what a timedelta and torch's milliseconds can hold.
 _LONGEST = 1e9
 
 
-def tensors_problem(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """What is wrong with the kinds, shapes, dtypes or devices of q, k and v; None if nothing is."""
+def tensors_problem(q: Tensor, k: Tensor, v: Tensor, own_keys: bool = True) -> str | None:
+    """What is wrong with the kinds, shapes, dtypes or devices of q, k and v; None if nothing is.
+
+    own_keys: whether q, k and v are of the same tokens.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if (problem := _kind_problem(name, x)) is not None:
             return problem
@@ -44,7 +44,7 @@ def tensors_problem(q: Tensor, k: Tensor, v: Tensor) -> str | None:
             return f"{name}: has dtype {x.dtype} but q has {q.dtype}; cast them to one dtype"
         if x.device != q.device:
             return f"{name}: is on {x.device} but q is on {q.device}; move them to one device"
-    return _shapes_problem(q, k, v)
+    return _shapes_problem(q, k, v, own_keys)
 
 
 def _kind_problem(name: str, x: object) -> str | None:
@@ -74,10 +74,16 @@ def came(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:80]} ... ({type(value).__name__})"
 
 
-def _shapes_problem(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def _shapes_problem(q: Tensor, k: Tensor, v: Tensor, own_keys: bool) -> str | None:
     order = f"; the order of dimensions is {ORDER}"
     (B, T, H, D), (_, _, G, _) = q.shape, k.shape
-    if k.shape[1] == v.shape[1] != T and k.shape[2] == v.shape[2] == H and k.shape[1] and T % k.shape[1] == 0:
+    if (
+        own_keys
+        and k.shape[1] == v.shape[1] != T
+        and k.shape[2] == v.shape[2] == H
+        and k.shape[1]
+        and T % k.shape[1] == 0
+    ):
         # As many tokens and other numbers of heads, if the two had changed places.
         return (
             f"q, k, v: look heads-first, [batch, heads, seq_local, head_dim], with {T} query heads, {k.shape[1]} "
@@ -85,10 +91,12 @@ def _shapes_problem(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         )
     if k.shape[0] != B or v.shape[0] != B:
         return f"k, v: batch sizes {k.shape[0]} and {v.shape[0]} differ from q's {B}{order}"
-    if k.shape[1] != T or v.shape[1] != T:
+    if not own_keys and k.shape[1] != v.shape[1]:
+        return f"v: {v.shape[1]} local tokens differ from k's {k.shape[1]}{order}"
+    if own_keys and (k.shape[1] != T or v.shape[1] != T):
         return (
             f"k, v: {k.shape[1]} and {v.shape[1]} local tokens differ from q's {T}; this is self-attention, each rank "
-            f"holds the keys and values of its own queries' tokens{order}"
+            f"holds the keys and values of its own queries' tokens (for other queries pass q_start and q_len){order}"
         )
     if v.shape[2] != G:
         return f"v: {v.shape[2]} heads differ from k's {G}{order}"
@@ -114,9 +122,10 @@ def call_problem(
     scale: float | Tensor | None,
     softcap: float | Tensor | None,
     dropout_p: float,
+    own_keys: bool,
 ) -> str | None:
     """What is wrong with a call's arguments, but for their length; None if nothing is."""
-    problem = mask_problem(mask) or tensors_problem(q, k, v)
+    problem = mask_problem(mask) or tensors_problem(q, k, v, own_keys)
     if problem is not None:
         return problem
     problem = per_head_problem("sinks", sinks, q, grad=True)
@@ -209,67 +218,6 @@ def device_problem(q: Tensor, transport: Transport) -> str | None:
     )
 
 
-def seq_len_of(q: Tensor, mask: Mask, world_size: int) -> int:
-    """The global length where the caller left it out."""
-    return q.shape[1] * world_size if mask.seq_len is None else mask.seq_len
-
-
-def seq_len_problem(seq_len: object) -> str | None:
-    """Whether it can be a length at all."""
-    words = "seq_len: expected the global length, an int of at least 0"
-    if as_int(seq_len) is None:
-        return f"{words}, got {came(seq_len)}"
-    # Under torch.compile it may be a symbol, which a comparison would bound; `length_problem` sees the number.
-    if torch.compiler.is_compiling() or 0 <= index(seq_len) <= MAX_SEQ_LEN:  # type: ignore[arg-type]
-        return None
-    return f"{words} and at most {MAX_SEQ_LEN}, got {seq_len}"
-
-
-def documents_problem(mask: Mask, seq_len: int) -> str | None:
-    """Whether a mask that knows the global length knows this one."""
-    if mask.seq_len is None or mask.seq_len == seq_len:
-        return None
-    return f"mask: cu_seqlens end at {mask.seq_len} but seq_len is {seq_len}; they must end at S"
-
-
-def as_length(seq_len: object) -> int:
-    """A length that `seq_len_problem` has found nothing wrong with, as Python's int or, while compiling, its symbol."""
-    length = as_int(seq_len)  # not `operator.index`, which would pin a symbol
-    assert length is not None
-    return length
-
-
-def require_seq_len(seq_len: object) -> int:
-    """The length as Python's int, or a ValueError."""
-    if (problem := seq_len_problem(seq_len)) is not None:
-        raise ValueError(problem)
-    return as_length(seq_len)
-
-
-def length_problem(
-    name: str, shape: Sequence[int], mask: Mask, seq_len: int, layout: Layout, world_size: int, rank: int
-) -> str | None:
-    """Whether argument ``name``, of shape ``[batch, tokens, ...]``, holds this rank's tokens of ``seq_len``."""
-    if (problem := seq_len_problem(seq_len)) is not None:
-        return problem
-    if (problem := documents_problem(mask, seq_len)) is not None:
-        return problem
-    expected = layout.length(seq_len, world_size, rank)
-    if shape[1] == expected:
-        return None
-    if len(shape) == 4 and shape[2] == expected:
-        return (
-            f"{name}: looks heads-first, [batch, heads, seq_local, head_dim], with {shape[1]} heads and {expected} "
-            f"tokens on rank {rank} of {world_size}; the order of dimensions is {ORDER}: pass q.transpose(1, 2), "
-            "k.transpose(1, 2) and v.transpose(1, 2)"
-        )
-    return (
-        f"{name}: {shape[1]} local tokens, but {layout!r} gives rank {rank} of {world_size} {expected} of "
-        f"seq_len={seq_len}; shard with cp.shard or cp.positions(seq_len), and pass seq_len where ranks hold "
-        "different numbers of tokens"
-    )
-
-
 def tokens_problem(x: object) -> str | None:
     """Whether it is a tensor ``[batch, tokens, ...]``."""
     if (problem := _kind_problem("x", x)) is not None:
@@ -324,24 +272,21 @@ def kernel_for(problem: Problem, asked: Kernel | None, known: Sequence[Kernel]) 
 def require_layout(layout: object) -> None:
     """Refuse what is no layout, a name above all."""
     if not isinstance(layout, Layout):
-        raise ValueError(f"layout: expected a Layout such as df.Zigzag(), got {came(layout)}{_hint(layout)}")
+        raise ValueError(f"layout: expected a Layout such as df.Zigzag(), got {came(layout)}{hint(layout)}")
 
 
 def require_schedule(schedule: object) -> None:
     """Refuse what is no schedule."""
-    if not all(callable(getattr(schedule, name, None)) for name in ("steps", "visit", "homecoming")) or isinstance(
-        schedule, type
-    ):
-        raise ValueError(f"schedule: expected a Schedule such as df.Ring(), got {came(schedule)}{_hint(schedule)}")
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule: expected a Schedule such as df.Ring(), got {came(schedule)}{hint(schedule)}")
 
 
 def require_kernel(kernel: object) -> None:
     """Refuse what is neither None nor a kernel."""
-    names = ("not_supported_reasons", "forward", "save", "backward")
-    if kernel is not None and (isinstance(kernel, type) or not all(callable(getattr(kernel, n, None)) for n in names)):
+    if kernel is not None and not isinstance(kernel, Kernel):
         raise ValueError(
             f"kernel: expected a kernel such as df.kernels.Triton(), or None for the best that fits, got {came(kernel)}"
-            f"{_hint(kernel)}"
+            f"{hint(kernel)}"
         )
 
 
@@ -362,7 +307,7 @@ def mask_problem(mask: object) -> str | None:
     """Whether it is a mask at all."""
     if isinstance(mask, Mask):
         return None
-    return f"mask: expected a Mask such as df.Causal(), got {came(mask)}{_hint(mask) or _mask_hint(mask)}"
+    return f"mask: expected a Mask such as df.Causal(), got {came(mask)}{hint(mask) or _mask_hint(mask)}"
 
 
 def _mask_hint(mask: object) -> str:
@@ -379,7 +324,8 @@ def _mask_hint(mask: object) -> str:
     )
 
 
-def _hint(value: object) -> str:
+def hint(value: object) -> str:
+    """What a string or a class lacks to be the object that was expected; nothing for others."""
     if isinstance(value, str):
         return "; objects, not strings"
     if isinstance(value, type):

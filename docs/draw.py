@@ -1,6 +1,6 @@
-"""Draws ``docs/layouts_and_ring.png``: which rank does what under a causal mask, and the ring's timeline.
+"""Draws ``docs/layouts_and_ring.png``: which rank does what under a causal mask, and the ring's plans.
 
-Run: ``python docs/draw.py``. The picture is computed from the package itself: layouts, intervals and ring steps.
+Run: ``python docs/draw.py``. The picture is computed from the package itself: layouts, pair counts and plans.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 import distflash as df
-from distflash.intervals import Sharding, count_pairs
+from distflash.geometry import Geometry, Needs
 
 W, S = 4, 32
 COLORS = ("#3b6fb6", "#e08a1e", "#4a9c5d", "#b5484f")
@@ -26,7 +26,7 @@ BACKGROUND = "#f4f4f2"
 
 
 def draw_layout(ax: Axes, layout: df.Layout) -> None:
-    """The S x S causal mask: each allowed pair in the colour of the rank that computes it, paler for later steps."""
+    """The S x S causal mask: each allowed pair in the colour of the rank that computes it, paler for later stages."""
     owner = torch.empty(S, dtype=torch.int64)
     for rank in range(W):
         owner[layout.positions(S, W, rank)] = rank
@@ -36,10 +36,10 @@ def draw_layout(ax: Axes, layout: df.Layout) -> None:
         color = torch.tensor(to_rgb(COLORS[owner[i]]))
         for j in range(S):
             if allowed[i, j]:
-                step = int(owner[i] - owner[j]) % W
-                image[i, j] = color + (1 - color) * 0.24 * step
+                stage = int(owner[i] - owner[j]) % W
+                image[i, j] = color + (1 - color) * 0.24 * stage
     ax.imshow(image.numpy(), interpolation="nearest", extent=(0, S, S, 0))
-    pairs = count_pairs(Sharding(df.Causal(), layout, S, W)).sum(1)
+    pairs = Needs.of(Geometry.of_sequence(df.Causal(), layout, S, W)).pairs.sum(1)
     share = (pairs * W / pairs.sum()).tolist()
     ax.set_title(f"{type(layout).__name__}", fontsize=12, fontweight="bold")
     ax.set_xlabel("key position\nwork of ranks 0 - 3:  " + "  ".join(f"{x:.2f}" for x in share), fontsize=9)
@@ -52,23 +52,28 @@ def draw_layout(ax: Axes, layout: df.Layout) -> None:
         spine.set_visible(False)
 
 
-def draw_ring(ax: Axes) -> None:
-    """Who works on whose keys at each step, and which keys are in flight meanwhile."""
-    work = [[True] * W for _ in range(W)]
+def draw_plans(ax: Axes) -> None:
+    """Each rank's plan: whose keys its queries attend to in each stage, and which keys arrive meanwhile from whom."""
+    geometry = Geometry.of_sequence(df.Causal(), df.Zigzag(), S, W)
     for rank in range(W):
-        steps = df.Ring().steps(work, rank)
-        for t, step in enumerate(steps):
-            _box(ax, (t, rank + 0.08), 0.52, COLORS[step.owner], f"attend to keys of {step.owner}", "white")
-            if t + 1 < W:
-                label = f"keys of {steps[t + 1].owner} arrive from {steps[t + 1].source}"
-                _box(ax, (t, rank + 0.62), 0.28, BACKGROUND, label, COLORS[steps[t + 1].owner])
+        for t, stage in enumerate(df.Ring().plan(geometry, rank).forward):
+            for each in stage.passes:
+                (source,), (rows,) = each.sources, each.visible
+                text = f"attend to {len(rows.keys)} keys of {source}"
+                _box(ax, (t, rank + 0.08), 0.52, COLORS[source], text, "white")
+            for transfer in stage.transfers:
+                if not transfer.sends:
+                    label = f"{transfer.count} keys of {transfer.of} arrive from {transfer.peer}"
+                    _box(ax, (t, rank + 0.62), 0.28, BACKGROUND, label, COLORS[transfer.of])
     ax.set_xlim(-0.02, W), ax.set_ylim(W, 0)
-    ax.set_xticks([t + 0.5 for t in range(W)], [f"step {t}" for t in range(W)])
+    ax.set_xticks([t + 0.5 for t in range(W)], [f"stage {t}" for t in range(W)])
     ax.set_yticks([r + 0.5 for r in range(W)], [f"rank {r}" for r in range(W)])
     ax.xaxis.tick_top()
     ax.tick_params(length=0, labelsize=10)
     ax.set_title(
-        "The ring: the next keys travel while the present ones are attended to", fontsize=12, fontweight="bold"
+        "The ring's plan of a causal zigzag call: the next keys that a rank needs travel while it computes",
+        fontsize=12,
+        fontweight="bold",
     )
     for label, color in zip(ax.get_yticklabels(), COLORS, strict=True):
         label.set_color(color)
@@ -91,11 +96,11 @@ def main() -> None:
         draw_layout(ax, layout)
         if n == 0:
             ax.set_ylabel("query position", fontsize=9, labelpad=16)
-    draw_ring(figure.add_subplot(grid[1, :]))
+    draw_plans(figure.add_subplot(grid[1, :]))
     figure.text(
         0.5,
         0.95,
-        "Causal attention over 4 ranks: colour is the rank that computes a pair, paler is a later step of the ring",
+        "Causal attention over 4 ranks: colour is the rank that computes a pair, paler is a later stage of the ring",
         ha="center",
         fontsize=11,
     )

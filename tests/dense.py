@@ -1,7 +1,7 @@
 """Whole attention problems: dense in float64 by autograd, the oracle, and spread over ranks, as users call it.
 
-[Note: shapes] B batch, T local tokens, S global tokens, H query heads, G key/value heads, D head dim of q and k, V head
-dim of v.
+[Note: shapes] B batch, T local tokens, S global tokens, Q global queries (S in self-attention), H query heads,
+G key/value heads, D head dim of q and k, V head dim of v.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ import torch
 from torch import Tensor
 
 import distflash as df
+from distflash.schedules import Schedule
 
 Results = dict[str, Tensor]
 
 # Which dimension of a result counts tokens; results without one are sums over tokens.
 TOKENS = {"out": 1, "lse": 2, "dq": 1, "dk": 1, "dv": 1, "dsinks": None}
+OF_KEYS = ("dk", "dv")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention call on a whole sequence, forward and backward; its tensors follow from ``seed``."""
+    """One attention call on a whole sequence, forward and backward; its tensors follow from ``seed``.
+
+    Attributes:
+        q_start, q_len, kv_layout: as in `df.attention`.
+    """
 
     mask: df.Mask = field(default_factory=df.Causal)
     seq_len: int = 64
@@ -37,11 +43,22 @@ class Problem:
     alibi: bool = False
     sinks: bool = False
     seed: int = 0
+    q_start: int = 0
+    q_len: int | None = None
+    kv_layout: df.Layout | None = None
+
+    @property
+    def queries(self) -> int:
+        """How many queries there are."""
+        return self.seq_len if self.q_len is None else self.q_len
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of a problem: ``q, k, v, dout`` have tokens in dimension 1, ``dlse`` in dimension 2."""
+    """The tensors of a problem: ``q, k, v, dout`` have tokens in dimension 1, ``dlse`` in dimension 2.
+
+    ``q, dout, dlse`` are of the Q queries, ``k, v`` of the S keys.
+    """
 
     q: Tensor
     k: Tensor
@@ -60,11 +77,11 @@ def make_inputs(p: Problem) -> Inputs:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     return Inputs(
-        q=normal(p.batch, p.seq_len, p.heads, p.d_qk),
+        q=normal(p.batch, p.queries, p.heads, p.d_qk),
         k=normal(p.batch, p.seq_len, p.kv_heads, p.d_qk),
         v=normal(p.batch, p.seq_len, p.kv_heads, p.d_v),
-        dout=normal(p.batch, p.seq_len, p.heads, p.d_v),
-        dlse=normal(p.batch, p.heads, p.seq_len, dtype=wide),
+        dout=normal(p.batch, p.queries, p.heads, p.d_v),
+        dlse=normal(p.batch, p.heads, p.queries, dtype=wide),
         sinks=normal(p.heads, dtype=wide) if p.sinks else None,
         slopes=2.0 ** -torch.arange(1, p.heads + 1) if p.alibi else None,
     )
@@ -90,14 +107,21 @@ def dense(p: Problem, x: Inputs) -> Results:
 
 
 def scores(p: Problem, q: Tensor, k: Tensor, slopes: Tensor | None) -> Tensor:
-    """``[B, H, S, S]``, -inf where the mask forbids."""
+    """``[B, H, Q, S]``, -inf where the mask forbids."""
     s = torch.einsum("bihd,bjhd->bhij", q, per_query_head(p, k)) * (p.d_qk**-0.5 if p.scale is None else p.scale)
     if p.softcap:
         s = p.softcap * torch.tanh(s / p.softcap)
-    positions = torch.arange(p.seq_len, device=q.device)
+    queries, keys = torch.arange(p.queries, device=q.device) + p.q_start, torch.arange(p.seq_len, device=q.device)
     if slopes is not None:
-        s = s - slopes.double()[:, None, None] * (positions[:, None] - positions).abs()
-    return s.masked_fill(~p.mask.materialize(positions, positions, p.seq_len), -torch.inf)
+        s = s - slopes.double()[:, None, None] * (queries[:, None] - keys).abs()
+    return s.masked_fill(~visible(p, q.device), -torch.inf)
+
+
+def visible(p: Problem, device: torch.device) -> Tensor:
+    """Which keys a query sees, broadcastable to ``[B, H, Q, S]``."""
+    queries, keys = torch.arange(p.queries, device=device) + p.q_start, torch.arange(p.seq_len, device=device)
+    seen = p.mask.materialize(queries, keys, p.seq_len)
+    return seen[:, None] if isinstance(p.mask, df.Rows) else seen
 
 
 def per_query_head(p: Problem, x: Tensor) -> Tensor:
@@ -108,7 +132,7 @@ def per_query_head(p: Problem, x: Tensor) -> Tensor:
 def on_rank(p: Problem, x: Inputs, cp: df.ContextParallel | None) -> Results:
     """This rank's part of the results, from tensors that every rank holds whole."""
     shard = (lambda t, dim=1: t.clone()) if cp is None else cp.shard
-    q, k, v = (shard(t).requires_grad_() for t in (x.q, x.k, x.v))
+    q, k, v = (t.requires_grad_() for t in (shard(x.q), *(keys_of(p, t, cp) for t in (x.k, x.v))))
     sinks = None if x.sinks is None else x.sinks.clone().requires_grad_()
     out, lse = df.attention(
         q,
@@ -117,6 +141,9 @@ def on_rank(p: Problem, x: Inputs, cp: df.ContextParallel | None) -> Results:
         mask=p.mask,
         cp=cp,
         seq_len=p.seq_len,
+        q_start=p.q_start,
+        q_len=p.q_len,
+        kv_layout=p.kv_layout,
         scale=p.scale,
         softcap=p.softcap,
         alibi_slopes=x.slopes,
@@ -127,29 +154,56 @@ def on_rank(p: Problem, x: Inputs, cp: df.ContextParallel | None) -> Results:
     return _results(out, lse, q, k, v, sinks)
 
 
-def join(parts: Sequence[Results], layout: df.Layout, seq_len: int) -> Results:
-    """Whole results from every rank's."""
+def keys_of(p: Problem, x: Tensor, cp: df.ContextParallel | None) -> Tensor:
+    """This rank's keys."""
+    if cp is None or p.kv_layout is None:
+        return x.clone() if cp is None else cp.shard(x)
+    return x[:, p.kv_layout.positions(p.seq_len, cp.world_size, cp.rank).to(x.device)]
+
+
+def join(
+    parts: Sequence[Results],
+    layout: df.Layout,
+    seq_len: int,
+    kv_layout: df.Layout | None = None,
+    kv_len: int | None = None,
+) -> Results:
+    """Whole results from every rank's.
+
+    Args:
+        layout, seq_len: of the queries.
+        kv_layout, kv_len: of the keys, where they are not those of the queries.
+    """
     W = len(parts)
-    order = torch.cat([layout.positions(seq_len, W, rank) for rank in range(W)]).argsort()
+
+    def order(layout: df.Layout, tokens: int) -> Tensor:
+        return torch.cat([layout.positions(tokens, W, rank) for rank in range(W)]).argsort()
 
     def whole(name: str) -> Tensor:
         tensors, dim = [part[name] for part in parts], TOKENS[name]
         if dim is None:
             return torch.stack(tensors).sum(0)
-        return torch.cat(tensors, dim).index_select(dim, order.to(tensors[0].device))
+        keys = name in OF_KEYS
+        back = order((keys and kv_layout) or layout, kv_len if keys and kv_len is not None else seq_len)
+        return torch.cat(tensors, dim).index_select(dim, back.to(tensors[0].device))
 
     return {name: whole(name) for name in parts[0]}
 
 
 def on_ranks(
-    p: Problem, x: Inputs, world_size: int, layout: df.Layout, kernel: df.kernels.Kernel | None = None
+    p: Problem,
+    x: Inputs,
+    world_size: int,
+    layout: df.Layout,
+    kernel: df.kernels.Kernel | None = None,
+    schedule: Schedule | None = None,
 ) -> Results:
     """The problem over simulated ranks, put together."""
     kernel = df.kernels.Reference() if kernel is None else kernel
     parts = df.transport.Simulator(world_size).run(
-        lambda transport: on_rank(p, x, df.ContextParallel(transport, layout, kernel=kernel))
+        lambda transport: on_rank(p, x, df.ContextParallel(transport, layout, schedule or df.Ring(), kernel))
     )
-    return join(parts, layout, p.seq_len)
+    return join(parts, layout, p.queries, p.kv_layout, p.seq_len)
 
 
 def assert_exact(p: Problem, x: Inputs, got: Results) -> None:

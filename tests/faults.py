@@ -127,7 +127,7 @@ def mean(cp: df.ContextParallel, points: Points) -> torch.Tensor:
 
 def phases(ranks: int) -> dict[str, Phase]:
     """By name; some points depend on how many steps the ring has."""
-    keys, gradients = r".*the keys of ring step \d", r".*the gradients of ring step \d"
+    keys, gradients = r".*the keys of step \d", r".*the gradients of step \d"
     forward = rf"in call 1, forward of q \(1, \d+, 2, 4\), for{keys}"
     # On CPUs ranks compare every call before it sends anything.
     agreed = r"for all ranks to say .* \(agreement\)"

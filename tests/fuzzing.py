@@ -112,8 +112,10 @@ def inputs(case: Case, device: str) -> Inputs:
 
 def on_rank(case: Case, x: Inputs, transport: df.transport.Transport) -> Results:
     """This rank's part of a case, through the public face."""
-    p, cp = case.problem, df.ContextParallel(transport, case.layout, kernel=case.kernel)
-    given = {name: _given(case, name, cp.shard(getattr(x, name), dim=2 if name == "dlse" else 1)) for name in TENSORS}
+    p, cp = case.problem, df.ContextParallel(transport, case.layout, case.schedule, case.kernel)
+    held = {name: cp.shard(getattr(x, name), dim=2 if name == "dlse" else 1) for name in ("q", "dout", "dlse")}
+    held |= {name: dense.keys_of(p, getattr(x, name), cp) for name in ("k", "v")}
+    given = {name: _given(case, name, held[name]) for name in TENSORS}
     sinks = None if x.sinks is None else _given(case, "sinks", x.sinks.clone())
     got = df.attention(
         given["q"],
@@ -122,6 +124,9 @@ def on_rank(case: Case, x: Inputs, transport: df.transport.Transport) -> Results
         mask=p.mask,
         cp=cp,
         seq_len=p.seq_len if case.says_seq_len else None,
+        q_start=p.q_start,
+        q_len=p.q_len,
+        kv_layout=p.kv_layout,
         scale=p.scale,
         softcap=p.softcap or None,
         alibi_slopes=None if x.slopes is None else STRIDES[case.strides["slopes"]](x.slopes),
@@ -150,19 +155,22 @@ def _given(case: Case, name: str, x: Tensor) -> Tensor:
 
 def simulated(case: Case, x: Inputs) -> list[Results]:
     """By the simulator, in this process."""
-    return df.transport.Simulator(case.ranks, x.q.device).run(lambda transport: on_rank(case, x, transport))
+    simulator = df.transport.Simulator(case.ranks, x.q.device, case.mesh or None)
+    return simulator.run(lambda transport: on_rank(case, x, transport))
 
 
 def real_part(case: Case) -> Results:
     """Runs as a rank, in a process of its own."""
     poison_memory()
-    return on_rank(case, inputs(case, "cpu"), as_near())
+    transport = as_near()
+    transport.shape = case.mesh  # type: ignore[attr-defined]
+    return on_rank(case, inputs(case, "cpu"), transport)
 
 
 def check(case: Case, x: Inputs, parts: list[Results]) -> None:
     """Assert that the joined results are what the definition says."""
     p = case.problem
-    got = dense.join(parts, case.layout, p.seq_len)
+    got = dense.join(parts, case.layout, p.queries, p.kv_layout, p.seq_len)
     truth = dense.dense(p, x)
     expected = {"out", "lse"} | {f"d{name}" for name in case.gradients}
     assert got.keys() == expected, f"results {sorted(got)}"
@@ -182,18 +190,15 @@ def check(case: Case, x: Inputs, parts: list[Results]) -> None:
         assert_as_exact_as_dense(case, x, got, truth)
 
 
-def _visible(case: Case, x: Inputs) -> Tensor:
-    positions = torch.arange(case.problem.seq_len, device=x.q.device)
-    return case.problem.mask.materialize(positions, positions, case.problem.seq_len)
-
-
 def _assert_zeros(case: Case, x: Inputs, got: Results) -> None:
     """Queries that see nothing and keys that nobody sees have exact zeros."""
-    visible = _visible(case, x)
-    for names, unseen in ((("out", "dq"), ~visible.any(1)), (("dk", "dv"), ~visible.any(0))):
+    visible = dense.visible(case.problem, x.q.device)
+    for names, unseen in ((("out", "dq"), ~visible.any(-1)), (("dk", "dv"), ~visible.any(-2))):
         for name in names:
             if name in got:
-                assert (got[name][:, unseen] == 0).all(), f"{name}: not zero where nothing is seen"
+                of_tokens = unseen[:, 0] if unseen.dim() == 3 else unseen  # of each sequence, or of all
+                where = of_tokens.expand(got[name].shape[:2])
+                assert (got[name][where] == 0).all(), f"{name}: not zero where nothing is seen"
 
 
 def assert_as_exact_as_dense(case: Case, x: Inputs, got: Results, truth: Results) -> None:
@@ -271,8 +276,9 @@ def _plain(case: Case, x: Inputs) -> Results:
     p = case.problem
     scale = p.d_qk**-0.5 if p.scale is None else p.scale
     scores = df.kernels.base.Scores(scale, p.softcap, x.slopes, x.sinks)
-    positions = torch.arange(p.seq_len, device=x.q.device)
-    whole = oracle.Inputs(x.q, x.k, x.v, x.dout, x.dlse, scores, _visible(case, x), positions)
+    positions = p.q_start + torch.arange(p.queries, device=x.q.device)
+    visible = dense.visible(p, x.q.device)
+    whole = oracle.Inputs(x.q, x.k, x.v, x.dout, x.dlse, scores, visible, positions)
     results = oracle.dense(whole, torch.float32, stored=p.dtype)
     if x.sinks is not None:
         delta = (results["out"] * x.dout.float()).sum(-1).transpose(1, 2) - x.dlse

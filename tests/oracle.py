@@ -6,16 +6,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distflash import masks
-from distflash.intervals import Sharding, build
-from distflash.kernels.base import Hop, Kernel, KeyGradient, Keys, Pairing, QueryGradient, Scores
+from distflash.geometry import Geometry
+from distflash.intervals import build
+from distflash.kernels.base import Kernel, KeyGradient, Keys, QueryGradient, Scores
 from distflash.layouts import Contiguous, Layout, Striped, Zigzag
 from distflash.masks import Mask
+from distflash.overlap import hold_back, hold_back_to_the_end, leave_rows_out, queries_last
 from distflash.partial import Partial, accumulator_dtype
+from distflash.plan import Pass, Stage
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,8 @@ class Case:
     dlse: bool = False
 
     @property
-    def sharding(self) -> Sharding:
-        return Sharding(self.mask, self.layout, self.seq_len, self.world_size)
+    def geometry(self) -> Geometry:
+        return Geometry.of_sequence(self.mask, self.layout, self.seq_len, self.world_size)
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     B, H, G = case.batch, case.heads, case.kv_heads
-    positions = case.sharding.positions(case.rank)
+    positions = case.geometry.queries.positions(case.rank)
     T = len(positions)
     visible = case.mask.materialize(positions, torch.arange(case.seq_len), case.seq_len)
     return Inputs(
@@ -197,73 +201,80 @@ def dense(x: Inputs, compute: torch.dtype, stored: torch.dtype | None = None) ->
     return {"out": out.transpose(1, 2), "lse": lse} | {n: t.transpose(1, 2) for n, t in gradients.items()}
 
 
-def run(kernel: Kernel, case: Case, x: Inputs, heads_first: int = 0) -> dict[str, Tensor]:
-    """The case by a kernel: one hop an owner, forward and backward, every output poisoned beforehand.
+def run(kernel: Kernel, case: Case, x: Inputs, held_back: int = 0, live: bool = True) -> dict[str, Tensor]:
+    """The case by a kernel: one pass a source, forward and backward, every output poisoned beforehand.
 
     Args:
-        heads_first: if not 0, the key heads that take the first two owners one after the other; the others take both at
-            once. Backward these take the first owner before the others, which take it last. See `Pairing`.
+        held_back: if not 0, the key heads below this take the first two sources one after the other; the others take
+            both at once. Backward these take the first source before the others, which take it last. See `overlap`.
+        live: whether rows are left out of passes in which they see nothing; otherwise all are in every pass.
 
     Returns:
-        out, lse, dq, dk, dv as `dense` does; dk and dv put together from the owners'.
+        out, lse, dq, dk, dv as `dense` does; dk and dv put together from the sources'.
     """
     device, W = x.q.device, case.world_size
-    # Owners as a ring visits them, from the rank itself backwards. All hops are made, even those without work.
-    owners = [(case.rank - n) % W for n in range(W)]
-    hops = [Hop(first=n == 0, last=n == W - 1) for n in range(W)]
-    parts = []
-    for owner in owners:
-        positions = case.sharding.positions(owner).to(device)
-        (whole,) = build(case.sharding, case.rank, owner)
+    # Sources as a ring visits them, from the rank itself backwards. All passes are made, even those without work.
+    sources = [(case.rank - n) % W for n in range(W)]
+    keys, positions, passes = {}, {}, []
+    for n, source in enumerate(sources):
+        positions[source] = case.geometry.keys.positions(source).to(device)
+        (whole,) = build(case.geometry, case.rank, source)
         rows = whole.to(device)
-        parts.append((positions, rows, x.k[:, positions], x.v[:, positions]))
+        keys[source] = Keys(x.k[:, positions[source]], x.v[:, positions[source]], rows)
+        passes.append(Pass(case.rank, (source,), (rows,), first=n == 0, last=n == W - 1))
 
-    into = Partial.empty(x.q, case.d_v, hops=W)
-    between = () if into.running is None else (into.running.maximum, into.running.total, into.running.weighted)
-    for buffer in (into.final, into.lse, *between):
+    into = Partial.empty(x.q, case.d_v, between=W > 1)
+    for buffer in (into.final, into.lse, *(into.running.tensors if into.running else ())):
         buffer.fill_(torch.nan)
-    start = 0
-    if heads_first:
-        assert isinstance(kernel, Pairing) and W > 1
-        own, other = (Keys(k, v, rows) for _, rows, k, v in parts[:2])
-        kernel.forward_some(x.q, own, x.scores, heads_first, into)
-        kernel.forward_both(x.q, own, other, x.scores, heads_first, W == 2, into)
-        start = 2
-    for hop, (_, rows, k, v) in list(zip(hops, parts, strict=True))[start:]:
-        kernel.forward(x.q, k, v, rows, x.scores, hop, into)
+    stages = [Stage(passes=(each,)) for each in passes]
+    ahead = hold_back(stages, case.rank, held_back) if held_back else stages
+    for stage in leave_rows_out(ahead) if live else ahead:
+        for each in stage.passes:
+            kernel.forward(x.q, tuple(keys[s] for s in each.sources), each, x.scores, into)
 
     saved = kernel.save(x.q, into.final, into.lse, x.dout, x.dlse)
     wide = accumulator_dtype(case.dtype)
     if saved.sums is not None:
         saved.sums.fill_(torch.nan)
     dq = QueryGradient(_poison(x.q), _poison(x.q, wide) if W > 1 and saved.sums is None else None)
+    # A pass's share is handed over in float32 where shares are still to be added, else rounded by the kernel.
+    dtype = wide if W > 1 else case.dtype
+    shares = {s: KeyGradient(_poison(keys[s].k, dtype), _poison(keys[s].v, dtype)) for s in sources}
+    back = [*stages, Stage()]
+    if held_back and saved.sums is not None:
+        back = list(hold_back_to_the_end(back, case.rank, held_back, x.k.shape[2]))
+        assert len(back[-1].passes) == 1
+    elif kernel.abilities(device).separate_gradients:
+        back = list(queries_last(back))
+    for stage in back:
+        for each in stage.passes:
+            (source,) = each.sources
+            kernel.backward(saved, keys[source], each, x.scores, dq, shares[source])
     dk, dv = (torch.full(t.shape, torch.nan, device=device, dtype=case.dtype) for t in (x.k, x.v))
-    rest = None
-    for hop, (positions, rows, k, v) in zip(hops, parts, strict=True):
-        # A hop's share is handed over in float32 where shares are still to be added, else rounded by the kernel.
-        share = KeyGradient(_poison(k, wide), _poison(v, wide)) if W > 1 else KeyGradient(_poison(k), _poison(v))
-        if heads_first and saved.sums is not None and hop.first:
-            own = Keys(k, v, rows)
-            kernel.backward_some(saved, own, x.scores, range(heads_first), hop, dq, share)
-            rest = own, positions, share
-            continue
-        done: list[bool] = []
-        hop = replace(hop, last=hop.last and not rest)
-        kernel.backward(saved, k, v, rows, x.scores, hop, dq, share, lambda: done.append(True))  # noqa: B023
-        assert done == [True]
-        dk[:, positions], dv[:, positions] = share.dk.to(case.dtype), share.dv.to(case.dtype)
-    if rest:
-        own, positions, share = rest
-        heads = range(heads_first, x.k.shape[2])
-        kernel.backward_some(saved, own, x.scores, heads, Hop(first=False, last=True), dq, share)
-        dk[:, positions], dv[:, positions] = share.dk.to(case.dtype), share.dv.to(case.dtype)
+    for source, share in shares.items():
+        dk[:, positions[source]], dv[:, positions[source]] = share.dk.to(case.dtype), share.dv.to(case.dtype)
     return {"out": into.final, "lse": into.lse, "dq": dq.final, "dk": dk, "dv": dv}
 
 
-def check(kernel: Kernel, case: Case, device: torch.device | str = "cpu", heads_first: int = 0) -> None:
+def window_rings(world_size: int, tokens: int, **options: Any) -> list[Case]:
+    """Rings under a window shorter than the ``tokens`` of a rank, and with a few rows that see nothing."""
+    layouts: list[Layout] = [Contiguous(), Zigzag(), Striped()]
+    window = masks.Window(tokens // 3, 0)
+    return [
+        Case(f"{layout}, rank {rank} of {world_size}, {mask}", mask, tokens * world_size, layout, world_size, rank,
+             **options)
+        for layout in layouts
+        for mask in (window, window & Blind(tokens // 2, tokens))
+        for rank in {0, 1, world_size - 1}
+    ]  # fmt: skip
+
+
+def check(
+    kernel: Kernel, case: Case, device: torch.device | str = "cpu", held_back: int = 0, live: bool = True
+) -> None:
     """Assert that the kernel is as exact as float32 arithmetic with the inputs' rounding can be."""
     x = make_inputs(case, device)
-    got = run(kernel, case, x, heads_first)
+    got = run(kernel, case, x, held_back, live)
     truth = dense(x, torch.float64)
     plain = dense(x, torch.float32, stored=case.dtype)
     unseen = truth["lse"] == -torch.inf

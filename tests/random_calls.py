@@ -14,9 +14,10 @@ import torch
 
 import distflash as df
 from distflash.kernels import Kernel
+from distflash.kernels.base import Abilities
+from distflash.schedules import Schedule
 from tests.dense import Problem
 from tests.oracle import Blind
-from tests.pairing import Pairing
 from tests.strided import STRIDES
 
 TENSORS = ("q", "k", "v", "dout", "dlse")
@@ -33,17 +34,20 @@ class Case:
         gradients: which of q, k, v and sinks require one.
         uses: which of out and lse the loss depends on.
         says_seq_len: whether the call says it.
+        mesh: of the ranks, where they are on one of two dimensions.
     """
 
     problem: Problem
     ranks: int
     layout: df.Layout
+    schedule: Schedule
     kernel: Kernel | None
     strides: dict[str, str]
     views: bool
     gradients: tuple[str, ...]
     uses: tuple[str, ...]
     says_seq_len: bool
+    mesh: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ class Dealt(df.Layout):
 class HeldBack(df.kernels.Hopper):
     """The Hopper kernel where any number of keys is enough to hold heads back for."""
 
-    def enough_keys(self, device: torch.device) -> int:
-        return 0
+    def abilities(self, device: torch.device) -> Abilities:
+        return replace(super().abilities(device), enough_keys=0)
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ BUILDS = (
     *(Build(df.kernels.Triton(), *dims, torch.float16, 1, softcap=4.0, sinks=True, alibi=True) for dims in DIMS),
     Build(df.kernels.Triton(), 64, 64, torch.float32, 4, sinks=True),
     Build(df.kernels.Triton(), 128, 128, torch.float32, 1, alibi=True),
-    Build(Pairing(), 64, 64, torch.float32, 2, softcap=4.0, sinks=True, alibi=True),
+    Build(df.kernels.Reference(), 64, 64, torch.float32, 2, softcap=4.0, sinks=True, alibi=True),
 )
 
 
@@ -142,13 +146,7 @@ def draw_for_gpu(seed: int, number: int) -> Case:
 def _kernel(random: Random) -> Kernel | None:
     sizes = (3, 5, 8, 16, 17, 64, 128)
     block_q, block_k = random.choice(sizes), random.choice(sizes)
-    kinds = ("reference",) * 8 + ("pairing",) * 9 + ("best",)
-    match random.choice(kinds):
-        case "reference":
-            return df.kernels.Reference(block_q, block_k)
-        case "pairing":
-            return Pairing(block_q, block_k)
-    return None
+    return None if random.random() < 0.05 else df.kernels.Reference(block_q, block_k)
 
 
 def _shape(random: Random, kv_heads: int, groups: int, longest: int, dims: tuple[int, ...]) -> dict[str, Any]:
@@ -179,10 +177,11 @@ def _case(
     wanted = [name for name in ("q", "k", "v", "sinks") if random.random() < 0.85]
     uses = random.choice((("out",), ("out",), ("out", "lse"), ("out", "lse"), ("lse",), ()))
     odd = random.random() < 0.6
-    return Case(
+    case = Case(
         problem=Problem(mask=mask, dtype=dtype, scale=scale, seed=random.randrange(10**6), **shape, **options),
         ranks=ranks,
         layout=layout,
+        schedule=_schedule(random, ranks),
         kernel=kernel,
         strides={name: _strides(random, name, dtype) if odd else "plain" for name in (*TENSORS, *PER_HEAD)},
         views=random.random() < 0.5,
@@ -190,6 +189,50 @@ def _case(
         uses=uses,
         says_seq_len=not (equal or mask.seq_len is not None) or random.random() < 0.5,
     )
+    # Last, so that the other cases are what they were before there were these.
+    case = _of_rows(random, case) if random.random() < 0.2 else case
+    case = _of_chunk(random, case) if random.random() < 0.3 else case
+    return _by_ulysses(random, case) if random.random() < 0.25 else case
+
+
+def _by_ulysses(random: Random, case: Case) -> Case:
+    """Heads for tokens among as many ranks as divide the heads, and another schedule among the others."""
+    divisors = [n for n in range(1, case.ranks + 1) if case.ranks % n == 0 and case.problem.heads % n == 0]
+    degree, dim = random.choice(divisors[-2:]), random.choice((0, 1))
+    groups = case.ranks // degree
+    inner = _schedule(random, groups)
+    return replace(case, schedule=df.Ulysses(inner, dim), mesh=(degree, groups) if dim == 0 else (groups, degree))
+
+
+def _of_rows(random: Random, case: Case) -> Case:
+    """With a mask for each sequence."""
+    p = case.problem
+    mask: df.Mask = df.Rows([_mask(random, p.seq_len) for _ in range(p.batch)])
+    if random.random() < 0.4:
+        other = _simple_mask(random, p.seq_len)
+        mask = random.choice((mask & other, mask | other, other & mask, other | mask))
+    knows = mask.seq_len is not None or p.mask.seq_len is None
+    return replace(case, problem=replace(p, mask=mask), says_seq_len=case.says_seq_len or not knows)
+
+
+def _of_chunk(random: Random, case: Case) -> Case:
+    """With queries that are other tokens than the keys, in a layout of their own."""
+    p = case.problem
+    start = random.randint(0, p.seq_len)
+    count = random.choice((0, 1, random.randint(0, p.seq_len - start), p.seq_len - start))
+    mask = p.mask
+    if random.random() < 0.2:
+        mask, start, count = df.Full(), random.randint(0, 2 * p.seq_len), random.randint(0, p.seq_len + 3)
+    count = min(count, p.seq_len - start) if mask is p.mask else count
+    says = case.says_seq_len or mask.seq_len is not p.mask.seq_len
+    problem = replace(p, mask=mask, q_start=start, q_len=count, kv_layout=case.layout)
+    return replace(case, problem=problem, layout=_layout(random, count, case.ranks), says_seq_len=says)
+
+
+def _schedule(random: Random, ranks: int) -> Schedule:
+    nodes = random.choice([n for n in range(1, ranks + 1) if ranks % n == 0])
+    kinds = (df.Ring(), df.AllGather(random.randint(1, 4)), df.DoubleRing(nodes), df.PassQuery())
+    return random.choice((*kinds, df.Ring(), df.PassQuery()))
 
 
 def _strides(random: Random, name: str, dtype: torch.dtype) -> str:
@@ -241,6 +284,9 @@ def describe(case: Case) -> dict[str, str]:
     return {
         "kernel": "Hopper" if isinstance(case.kernel, HeldBack) else name,
         "layout": type(case.layout).__name__,
+        "schedule": type(case.schedule).__name__,
         "ranks": str(case.ranks),
+        "calls": "chunk" if case.problem.q_len is not None else "self-attention",
+        "masks": "for each row" if isinstance(case.problem.mask, df.Rows) else "for all",
         "dtype": str(case.problem.dtype).removeprefix("torch."),
     }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from hypothesis import settings
 from hypothesis import strategies as st
 
 import distflash as df
+from distflash.geometry import Geometry, Sharded
 from tests.dense import Problem
 from tests.oracle import Blind
 
@@ -81,6 +84,48 @@ def combinations(a: st.SearchStrategy[df.Mask], b: st.SearchStrategy[df.Mask]) -
     return st.builds(lambda a, b: a & b, a, b) | st.builds(lambda a, b: a | b, a, b)
 
 
+@dataclass(frozen=True)
+class Nodes(df.DoubleRing):
+    """A double ring over nodes of so many ranks as divide their number, at most ``most``."""
+
+    most: int = 2
+
+    def _per_node(self, world_size: int) -> int:
+        return max(n for n in range(1, self.most + 1) if world_size % n == 0)
+
+
+SCHEDULES = [
+    df.Ring(),
+    df.AllGather(1),
+    df.AllGather(2),
+    df.AllGather(5),
+    df.DoubleRing(),
+    Nodes(most=2),
+    Nodes(most=4),
+    df.PassQuery(),
+]
+schedules = st.sampled_from(SCHEDULES)
+
+
+def rows(seq_len: int, count: int) -> st.SearchStrategy[df.Rows]:
+    """Masks for so many sequences of a batch, some of them combined with one for all."""
+    one = masks(seq_len) | patterns(seq_len)
+    each = st.lists(one, min_size=count, max_size=count).map(df.Rows)
+    return each | combinations(each, simple_masks(seq_len)) | combinations(simple_masks(seq_len), each)
+
+
+@st.composite
+def geometries(draw, max_world: int = 8) -> Geometry:
+    """Self-attention, and queries that are some of the keys' tokens, in another layout."""
+    seq_len, world_size = draw(st.integers(0, 40)), draw(st.integers(1, max_world))
+    geometry = Geometry.of_sequence(draw(masks(seq_len) | patterns(seq_len)), draw(layouts), seq_len, world_size)
+    if draw(st.booleans()):
+        return geometry
+    start = draw(st.integers(0, seq_len))
+    queries = Sharded(draw(layouts), draw(st.integers(0, seq_len - start)), world_size, start)
+    return replace(geometry, queries=queries)
+
+
 @st.composite
 def problems(draw, max_seq_len: int = 40) -> Problem:
     seq_len = draw(st.integers(0, max_seq_len))
@@ -99,3 +144,22 @@ def problems(draw, max_seq_len: int = 40) -> Problem:
         sinks=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
     )
+
+
+@st.composite
+def problems_of_rows(draw) -> Problem:
+    """Batches whose sequences have masks of their own."""
+    p = draw(problems(max_seq_len=20))
+    batch = draw(st.integers(1, 4))
+    return replace(p, batch=batch, mask=draw(rows(p.seq_len, batch)))
+
+
+@st.composite
+def chunks(draw) -> Problem:
+    """Queries that are other tokens than the keys: a chunk of them, or under `Full` any others; keys in any layout."""
+    p = draw(problems())
+    p = replace(p, kv_layout=draw(st.none() | layouts))
+    if draw(st.integers(0, 2)) == 0:
+        return replace(p, mask=df.Full(), q_start=draw(st.integers(0, 60)), q_len=draw(st.integers(0, 60)))
+    start = draw(st.integers(0, p.seq_len))
+    return replace(p, q_start=start, q_len=draw(st.integers(0, p.seq_len - start)))

@@ -9,19 +9,20 @@ queries and keys of a tile, D head dim of q and k, V head dim of v. Inside a til
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from distflash.intervals import Intervals
-from distflash.kernels.base import Hop, KeyGradient, Problem, QueryGradient, Saved, Scores
+from distflash.kernels.base import Abilities, Kernel, KeyGradient, Keys, Problem, QueryGradient, Saved, Scores
+from distflash.liveness import BEGUN_BITS, ENDS, GROUP_ROWS, LIVE, STARTS, all_rows
 from distflash.partial import Partial, Softmax, accumulator_dtype
+from distflash.plan import Pass
 
 
 @dataclass(frozen=True)
-class Reference:
+class Reference(Kernel):
     """Plain torch. ``block_q`` and ``block_k`` bound the memory of a tile: ``B * H * block_q * block_k`` numbers.
 
     Raises:
@@ -45,77 +46,137 @@ class Reference:
             reasons.append(f"dropout_p={problem.dropout_p} is not supported, only 0")
         return reasons
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: Intervals, scores: Scores, hop: Hop, into: Partial
+    def abilities(self, device: torch.device) -> Abilities:
+        return Abilities(two_sources=True, some_heads=True)
+
+    def forward(self, q: Tensor, keys: tuple[Keys, ...], each: Pass, scores: Scores, into: Partial) -> None:
+        G = keys[0].k.shape[2]
+        heads, group = each.heads or range(G), q.shape[2] // G
+        begun, others = (
+            range(heads.start, max(heads.start, each.begun)),
+            range(max(heads.start, each.begun), heads.stop),
+        )
+        for some, sources, bits in ((begun, keys[1:], BEGUN_BITS), (others, keys, 0)):
+            if some:
+                of_keys, of_queries = _slices(some, group)
+                self._attend(
+                    q[:, :, of_queries],
+                    tuple(Keys(x.k[:, :, of_keys], x.v[:, :, of_keys], x.rows) for x in sources),
+                    _groups(each, q.shape[1], bits),
+                    scores.of_heads(of_queries),
+                    into.of_heads(of_queries),
+                )
+
+    def _attend(
+        self, q: Tensor, keys: tuple[Keys, ...], groups: list[tuple[range, int]], scores: Scores, into: Partial
     ) -> None:
-        tiles = _Tiles(rows, scores, q.shape[2], k.shape[2], accumulator_dtype(q.dtype))
-        k, v = tiles.keys_first(k), tiles.keys_first(v)
-        for block in self._blocks(rows):
-            if not (block.keys or hop.first or hop.last):
+        sources = [_Source.of(x, scores, q) for x in keys]
+        for block, flags in self._blocks(groups):
+            seen = [(source, tile) for source in sources for tile in self._tiles(source, block)]
+            if not (seen or flags & (STARTS | ENDS)):
                 continue  # nothing to add, and what there is stays where it is
-            softmax = _start(tiles, block, hop, scores, into)
-            queries = tiles.queries(q, block.queries) * scores.scale
-            for keys in block.keys:
-                s, _ = tiles.scores(queries, k, block.queries, keys)
-                softmax = softmax.merge(Softmax.of_scores(s, v[:, :, None, keys]))
-            _store(tiles, block, hop, softmax, into)
+            softmax = _start(sources[0].tiles, block, bool(flags & STARTS), scores, into)
+            queries = sources[0].tiles.queries(q, block) * scores.scale
+            for source, tile in seen:
+                s, _ = source.tiles.scores(queries, source.k, block, tile)
+                softmax = softmax.merge(Softmax.of_scores(s, source.v[:, :, None, tile]))
+            _store(sources[0].tiles, block, bool(flags & ENDS), softmax, into)
 
     def save(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Saved:
         dtype = accumulator_dtype(out.dtype)
         delta = (out.to(dtype) * dout.to(dtype)).sum(-1).transpose(1, 2)
-        return Saved(q, dout, lse, delta if dlse is None else delta - dlse)
+        sums = q.new_empty(q.shape, dtype=dtype)
+        return Saved(q, dout, lse, delta if dlse is None else delta - dlse, sums=sums)
 
     def backward(
-        self,
-        saved: Saved,
-        k: Tensor,
-        v: Tensor,
-        rows: Intervals,
-        scores: Scores,
-        hop: Hop,
-        dq: QueryGradient,
-        dkv: KeyGradient,
-        keys_done: Callable[[], None],
+        self, saved: Saved, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
     ) -> None:
-        tiles = _Tiles(rows, scores, saved.q.shape[2], k.shape[2], accumulator_dtype(k.dtype))
-        k, v = tiles.keys_first(k), tiles.keys_first(v)
+        assert saved.sums is not None
+        if each.first:
+            saved.sums.zero_()
+        G = keys.k.shape[2]
+        of_keys, of_queries = _slices(each.heads or range(G), saved.q.shape[2] // G)
+        part = Saved(
+            saved.q[:, :, of_queries],
+            saved.dout[:, :, of_queries],
+            saved.lse[:, of_queries],
+            saved.delta[:, of_queries],
+            sums=saved.sums[:, :, of_queries],
+        )
+        some = Keys(keys.k[:, :, of_keys], keys.v[:, :, of_keys], keys.rows)
+        self._differentiate(
+            part, some, scores.of_heads(of_queries), KeyGradient(dkv.dk[:, :, of_keys], dkv.dv[:, :, of_keys])
+        )
+        if each.last:
+            dq.final.copy_(saved.sums)
+
+    def _differentiate(self, saved: Saved, keys: Keys, scores: Scores, dkv: KeyGradient) -> None:
+        source = _Source.of(keys, scores, saved.q)
+        tiles, k, v = source.tiles, source.k, source.v
+        assert saved.sums is not None
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        for block in self._blocks(rows):
-            queries = tiles.queries(saved.q, block.queries) * scores.scale
-            dout = tiles.queries(saved.dout, block.queries)
-            lse, delta = (tiles.per_query(x, block.queries) for x in (saved.lse, saved.delta))
+        for start in range(0, saved.q.shape[1], self.block_q):
+            block = slice(start, min(start + self.block_q, saved.q.shape[1]))
+            queries = tiles.queries(saved.q, block) * scores.scale
+            dout = tiles.queries(saved.dout, block)
+            lse, delta = (tiles.per_query(x, block) for x in (saved.lse, saved.delta))
             lse = lse.masked_fill(lse == -torch.inf, 0.0)
             dq_block = torch.zeros_like(queries)
-            for keys in block.keys:
-                s, slope = tiles.scores(queries, k, block.queries, keys)
+            for tile in self._tiles(source, block):
+                s, slope = tiles.scores(queries, k, block, tile)
                 p = s.sub_(lse).exp_()
-                dv[:, :, keys] += tiles.transposed_matmul(p, dout)
-                ds = p * (tiles.matmul(dout, v[:, :, keys].mT) - delta)
+                dv[:, :, tile] += tiles.transposed_matmul(p, dout)
+                ds = p * (tiles.matmul(dout, v[:, :, tile].mT) - delta)
                 if slope is not None:
                     ds *= slope
-                dk[:, :, keys] += tiles.transposed_matmul(ds, queries)
-                dq_block += tiles.matmul(ds, k[:, :, keys])
-            _add_query_gradient(dq, hop, block.queries, tiles.tokens_first(dq_block * scores.scale))
+                dk[:, :, tile] += tiles.transposed_matmul(ds, queries)
+                dq_block += tiles.matmul(ds, k[:, :, tile])
+            saved.sums[:, block] += tiles.tokens_first(dq_block * scores.scale)
         dkv.dk.copy_(dk.transpose(1, 2))
         dkv.dv.copy_(dv.transpose(1, 2))
-        keys_done()
 
-    def _blocks(self, rows: Intervals) -> Iterator[_Block]:
-        """Blocks of queries, each with the slices of keys that any of them sees."""
-        T = rows.row_lo.numel()
-        starts = list(range(0, T, self.block_q))
-        stops = [min(start + self.block_q, T) for start in starts]
-        los = rows.row_lo[starts].tolist()
-        his = rows.row_hi[[stop - 1 for stop in stops]].tolist()
-        for start, stop, lo, hi in zip(starts, stops, los, his, strict=True):
-            keys = [slice(n, min(n + self.block_k, hi)) for n in range(lo, hi, self.block_k)]
-            yield _Block(slice(start, stop), keys)
+    def _blocks(self, groups: list[tuple[range, int]]) -> list[tuple[slice, int]]:
+        """Blocks of the groups' rows, with the flags of each."""
+        return [
+            (slice(start, min(start + self.block_q, rows.stop)), flags)
+            for rows, flags in groups
+            for start in rows[:: self.block_q]
+        ]
+
+    def _tiles(self, source: _Source, block: slice) -> list[slice]:
+        """The tiles of keys that any query of the block sees."""
+        lo, hi = int(source.lo[block.start]), int(source.hi[block.stop - 1])
+        return [slice(n, min(n + self.block_k, hi)) for n in range(lo, hi, self.block_k)]
+
+
+def _groups(each: Pass, length: int, bits: int) -> list[tuple[range, int]]:
+    """Of ``length`` rows, those that a pass works on, by groups with their flags, which stand at ``bits``."""
+    if each.live is None:
+        return [(range(length), all_rows(each.first, each.last, each.begun > 0) >> bits)]
+    groups = ((start, flags >> bits) for start, flags in each.live.groups.tolist())
+    return [(range(start, min(start + GROUP_ROWS, length)), flags) for start, flags in groups if flags & LIVE]
+
+
+def _slices(kv_heads: range, group: int) -> tuple[slice, slice]:
+    """Key heads, and the query heads that read them."""
+    return slice(kv_heads.start, kv_heads.stop), slice(kv_heads.start * group, kv_heads.stop * group)
 
 
 @dataclass(frozen=True)
-class _Block:
-    queries: slice
-    keys: list[slice]
+class _Source:
+    """The keys of one source, heads first, in the dtype of arithmetic; and the rows' ends on the host."""
+
+    tiles: _Tiles
+    k: Tensor
+    v: Tensor
+    lo: Tensor
+    hi: Tensor
+
+    @staticmethod
+    def of(keys: Keys, scores: Scores, q: Tensor) -> _Source:
+        tiles = _Tiles(keys.rows, scores, q.shape[2], keys.k.shape[2], accumulator_dtype(q.dtype))
+        k, v = tiles.keys_first(keys.k), tiles.keys_first(keys.v)
+        return _Source(tiles, k, v, keys.rows.row_lo.cpu(), keys.rows.row_hi.cpu())
 
 
 @dataclass(frozen=True)
@@ -169,14 +230,15 @@ class _Tiles:
         return s.masked_fill_((key < lo) | (key >= hi), -torch.inf), slope
 
 
-def _start(tiles: _Tiles, block: _Block, hop: Hop, scores: Scores, into: Partial) -> Softmax:
-    """The softmax, ``[B, G, R, t]``, that this hop's tiles are merged into."""
-    if not hop.first:
+def _start(tiles: _Tiles, block: slice, first: bool, scores: Scores, into: Partial) -> Softmax:
+    """The softmax, ``[B, G, R, t]``, that this pass's tiles are merged into."""
+    if not first:
         assert into.running is not None
         rows = (into.running.maximum, into.running.total)
-        maximum, total = (tiles.per_query(x, block.queries)[..., 0] for x in rows)
-        return Softmax(maximum, total, tiles.queries(into.running.weighted, block.queries))
-    shape = into.final[:, block.queries].transpose(1, 2).unflatten(1, (tiles.kv_heads, -1)).shape
+        maximum, total = (tiles.per_query(x, block)[..., 0] for x in rows)
+        # Copies: a block that sees nothing of these keys is stored as it is, and not from views of where it goes.
+        return Softmax(maximum.clone(), total.clone(), tiles.queries(into.running.weighted, block).clone())
+    shape = into.final[:, block].transpose(1, 2).unflatten(1, (tiles.kv_heads, -1)).shape
     nothing = into.lse.new_zeros(shape)
     if scores.sinks is None:
         return Softmax(nothing.new_full(shape[:-1], -torch.inf), nothing[..., 0], nothing)
@@ -184,22 +246,13 @@ def _start(tiles: _Tiles, block: _Block, hop: Hop, scores: Scores, into: Partial
     return Softmax(sinks, torch.ones_like(sinks), nothing)
 
 
-def _store(tiles: _Tiles, block: _Block, hop: Hop, softmax: Softmax, into: Partial) -> None:
-    if hop.last:
+def _store(tiles: _Tiles, block: slice, last: bool, softmax: Softmax, into: Partial) -> None:
+    if last:
         out, lse = softmax.finish()
-        into.final[:, block.queries] = tiles.tokens_first(out)
-        into.lse[:, :, block.queries] = lse.flatten(1, 2)
+        into.final[:, block] = tiles.tokens_first(out)
+        into.lse[:, :, block] = lse.flatten(1, 2)
     else:
         assert into.running is not None
-        into.running.weighted[:, block.queries] = tiles.tokens_first(softmax.weighted)
-        into.running.maximum[:, :, block.queries] = softmax.maximum.flatten(1, 2)
-        into.running.total[:, :, block.queries] = softmax.total.flatten(1, 2)
-
-
-def _add_query_gradient(dq: QueryGradient, hop: Hop, block: slice, part: Tensor) -> None:
-    if not hop.first:
-        assert dq.sum is not None
-        part = part + dq.sum[:, block]
-    target = dq.final if hop.last else dq.sum
-    assert target is not None
-    target[:, block] = part
+        into.running.weighted[:, block] = tiles.tokens_first(softmax.weighted)
+        into.running.maximum[:, :, block] = softmax.maximum.flatten(1, 2)
+        into.running.total[:, :, block] = softmax.total.flatten(1, 2)

@@ -1,6 +1,10 @@
-"""Schedules: in which order the owners' keys arrive."""
+"""Schedules: what travels between ranks, and when."""
 
-from distflash.schedules.base import Homecoming, Schedule, Step, Trip
+from distflash.schedules.all_gather import AllGather
+from distflash.schedules.base import Schedule
+from distflash.schedules.double_ring import DoubleRing
+from distflash.schedules.pass_query import PassQuery
 from distflash.schedules.ring import Ring
+from distflash.schedules.ulysses import Ulysses
 
-__all__ = ["Homecoming", "Ring", "Schedule", "Step", "Trip"]
+__all__ = ["AllGather", "DoubleRing", "PassQuery", "Ring", "Schedule", "Ulysses"]

@@ -1,102 +1,99 @@
-"""What a schedule is: in which order the owners' keys reach a rank, and how the keys' gradients get home.
+"""What a schedule is: it decides what travels between ranks, and when, and compiles that into a `Plan`.
 
-A schedule knows who needs whose keys (a boolean table), and moves tensors; it knows nothing of attention.
+A schedule sees which rank needs which keys (`Needs`); it knows no mask, no layout and no kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import prod
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from distflash.transport import Transport
-
-# work[rank][owner]: does this rank need this owner's keys at all?
-Work = Sequence[Sequence[bool]]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a schedule, as one rank sees it.
-
-    Attributes:
-        owner: whose keys this rank works on.
-        works: whether it works on them at all; if not, it only passes things on.
-        source: the rank that the keys come from; None where they are its own or not needed.
-        relays_to: ranks that take, for this step, the keys that this rank held at the step before.
-        gives_to: ranks that take, for this step, this rank's own keys.
-        home_from: the rank that works on this rank's own keys in this step; None where nobody does, or it is itself.
-    """
-
-    owner: int
-    works: bool
-    source: int | None = None
-    relays_to: tuple[int, ...] = ()
-    gives_to: tuple[int, ...] = ()
-    home_from: int | None = None
-
-
-class Homecoming(Protocol):
-    """Brings the parts of this rank's dK and dV home, wherever they are computed."""
-
-    def room(self, step: Step) -> tuple[Tensor, ...]:
-        """Where this rank writes the gradients of ``step.owner``'s keys, whole."""
-        ...
-
-    def send(self, step: Step) -> None:
-        """Start the exchange of a step. Called once for every step, after `room` is filled if ``step.works``."""
-        ...
-
-    def finish(self) -> tuple[Tensor, ...]:
-        """The sums of all parts, rounded once to the dtype of the keys."""
-        ...
+from distflash.geometry import Geometry, Tokens
+from distflash.intervals import build
+from distflash.placement import Placement
+from distflash.plan import Pass, Plan
+from distflash.transport import Exchanges, Transport
 
 
 @dataclass(frozen=True)
-class Trip:
-    """One pass of keys round the ring, as one rank makes it.
+class Asked:
+    """What a schedule is told of a call beside its mask.
 
     Attributes:
-        steps: from `Schedule.steps`.
-        lengths: how many tokens each owner holds: dimension 1 of its tensors. All other dimensions agree.
-        transport: this rank's.
+        queries, keys: those that each rank's user holds.
+        heads, kv_heads: how many.
+        device: of the tensors.
     """
 
-    steps: Sequence[Step]
-    lengths: Sequence[int]
-    transport: Transport
-
-    def room(self, like: Sequence[Tensor], owner: int, flat: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """``flat`` buffers as contiguous tensors with the shapes of ``owner``'s."""
-        shapes = [(t.shape[0], self.lengths[owner], *t.shape[2:]) for t in like]
-        return tuple(f[: prod(s)].view(s) for f, s in zip(flat, shapes, strict=True))
-
-    def flat(self, like: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """Buffers that hold any owner's tensors."""
-        longest = max(self.lengths)
-        return tuple(t.new_empty(t.shape[0] * longest * prod(t.shape[2:]), dtype=dtype) for t in like)
+    queries: Tokens
+    keys: Tokens
+    heads: int
+    kv_heads: int
+    device: torch.device
 
 
-class Schedule(Protocol):
-    """In which order the owners' keys arrive. A new schedule is one file with an object that has these methods."""
+class Schedule(ABC):
+    """How the ranks bring queries and keys together. A new schedule is one frozen dataclass with one method, `plan`."""
 
-    def steps(self, work: Work, rank: int) -> tuple[Step, ...]:
-        """The steps of a rank. Every rank has equally many, so that they stay in step."""
-        ...
+    def on(self, shape: tuple[int, ...]) -> Schedule:
+        """The same schedule for a mesh of this shape, on which ranks are numbered along the last dimension."""
+        return self
 
-    def visit(self, trip: Trip, kv: tuple[Tensor, ...]) -> Iterator[tuple[Step, tuple[Tensor, ...]]]:
-        """Go through the steps; each comes with its owner's tensors, while the next step's are on their way.
+    def placement(self, among: Transport, asked: Asked) -> Placement | None:
+        """What becomes of users' tensors before the plan begins; None if they stay as they are.
 
-        Args:
-            trip: the way.
-            kv: this rank's own tensors, contiguous, tokens in dimension 1.
+        Raises:
+            ValueError: the schedule cannot take the call.
         """
-        ...
+        return None
 
-    def homecoming(self, trip: Trip, kv: tuple[Tensor, ...], dtype: torch.dtype) -> Homecoming:
-        """The way back for gradients of tensors that go round by `visit`; parts are added in ``dtype``."""
-        ...
+    def among(self, transport: Transport) -> Exchanges:
+        """The ranks that plans speak of; by default those of the transport."""
+        return transport
+
+    @abstractmethod
+    def plan(self, geometry: Geometry, rank: int) -> Plan:
+        """What ``rank`` does. Every rank has equally many stages, forward and backward, so that they stay in step.
+
+        Intervals are on the CPU, passes take one source each, and all heads: what else makes a call fast is done to
+        the plan afterwards (`distflash.overlap`).
+
+        Raises:
+            ValueError: the mask or the layout, which may be the user's own, breaks its promises.
+        """
+
+
+def require_whole(plan: Plan, schedule: Schedule) -> None:
+    """Refuse a plan whose passes leave out keys that the rank's queries see, or take them twice.
+
+    A schedule may be the user's own. Where queries travel nothing is checked: their pairs are in other ranks' plans.
+
+    Raises:
+        RuntimeError: on the rank whose plan it is.
+    """
+    if plan.moves_queries:
+        return
+    allowed = int(plan.pairs[plan.rank].sum())
+    for name, passes in (("forward", plan.passes), ("backward", plan.backward_passes)):
+        computed = sum(each.pairs for each in passes)
+        if computed != allowed:
+            raise RuntimeError(
+                f"schedule: {schedule!r}.plan has rank {plan.rank} compute {computed} pairs {name}, but its queries "
+                f"have {allowed}; expected passes over every source in geometry, each once"
+            )
+
+
+def passes_over(
+    geometry: Geometry, queries: int, source: int, rows: tuple[range, ...] | None = None
+) -> tuple[Pass, ...]:
+    """The passes of one rank's queries over one source's keys: one for each part of the mask.
+
+    Args:
+        geometry: of the call.
+        queries, source: ranks.
+        rows: those of the source's keys that are at hand; None for all.
+    """
+    parts = build(geometry, queries, source, rows)
+    return tuple(Pass(queries, (source,), (part,), adds=n > 0) for n, part in enumerate(parts))

@@ -1,15 +1,17 @@
 """Transports: how the ranks of a ring reach one another."""
 
 from distflash.transport.alone import Alone
-from distflash.transport.base import Message, Pending, Transport
+from distflash.transport.base import Exchanges, Message, Pending, Transport
 from distflash.transport.distributed import Distributed
 from distflash.transport.failures import RankFailure
-from distflash.transport.guarded import Guarded, during
+from distflash.transport.guarded import Guarded, during, preparing
 from distflash.transport.simulated import SimulatedTransport, SimulationError, Simulator, Traffic
+from distflash.transport.subset import Subset
 
 __all__ = [
     "Alone",
     "Distributed",
+    "Exchanges",
     "Guarded",
     "Message",
     "Pending",
@@ -17,7 +19,9 @@ __all__ = [
     "SimulatedTransport",
     "SimulationError",
     "Simulator",
+    "Subset",
     "Traffic",
     "Transport",
     "during",
+    "preparing",
 ]

@@ -31,11 +31,16 @@ class Pending(Protocol):
         ...
 
 
-class Transport(Protocol):
-    """How the ranks of a ring reach one another. Peers are ranks of the ring, from 0 to ``world_size - 1``.
+class Exchanges(Protocol):
+    """Point-to-point messages. Between two ranks they arrive in the order in which they were sent."""
 
-    Messages between two ranks arrive in the order in which they were sent.
-    """
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        """Start sending and receiving; returns at once. The tensors must stay as they are until `Pending.wait`."""
+        ...
+
+
+class Transport(Exchanges, Protocol):
+    """How the ranks of a ring reach one another. Peers are ranks of the ring, from 0 to ``world_size - 1``."""
 
     @property
     def rank(self) -> int: ...
@@ -60,10 +65,6 @@ class Transport(Protocol):
     @property
     def near(self) -> bool:
         """Whether all ranks are on one host, where keys travel much faster than they are worked on."""
-        ...
-
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        """Start sending and receiving; returns at once. The tensors must stay as they are until `Pending.wait`."""
         ...
 
     def gather_ints(self, values: Sequence[int]) -> list[list[int]]:

@@ -31,6 +31,14 @@ def during(transport: Transport, direction: Direction, q: Tensor) -> AbstractCon
     return transport.during(direction, q.shape) if isinstance(transport, Guarded) else nullcontext()
 
 
+def preparing(transport: Transport) -> AbstractContextManager[None]:
+    """The part of a call between the ranks' agreement and its first message: a rank that raises in it tells the others.
+
+    Not of a ValueError, which is about what the ranks have agreed on: all raise the same, and can go on.
+    """
+    return transport.preparing() if isinstance(transport, Guarded) else nullcontext()
+
+
 @dataclass(frozen=True)
 class _Call:
     number: int
@@ -79,6 +87,17 @@ class Guarded:
             raise
         finally:
             self._call = None
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """See the function `preparing`."""
+        try:
+            yield
+        except (ValueError, RankFailure):
+            raise
+        except BaseException as error:
+            self._tell(error)
+            raise
 
     def require_sound(self) -> None:
         """Raises `RankFailure` with the words of the first failure, if there was one."""

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Simulator:
     Args:
         world_size: how many ranks, at least 1.
         device: where the ranks' tensors are: "cpu", or one GPU that all ranks share.
+        shape: as a mesh of these dimensions, whose product is the number of ranks; None for one dimension.
 
     Example:
         >>> simulator = Simulator(8)
@@ -51,16 +53,22 @@ class Simulator:
         >>> simulator.traffic.messages
     """
 
-    def __init__(self, world_size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, world_size: int, device: torch.device | str = "cpu", shape: tuple[int, ...] | None = None
+    ) -> None:
         if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
             raise ValueError(f"world_size: expected a number of ranks, at least 1, got {world_size!r}")
+        if shape is not None and prod(shape) != world_size:
+            raise ValueError(f"shape: expected dimensions whose product is {world_size}, got {shape}")
         self.world_size = world_size
+        self.shape = shape or (world_size,)
         self.device = _with_index(torch.device(device))
         self.traffic = Traffic()
         # One lock, so that one rank runs at a time, and a condition for each rank, so that a message wakes nobody else.
         self._turn = threading.RLock()
         self._wake = [threading.Condition(self._turn) for _ in range(world_size)]
         self._mail: dict[tuple[int, int, bool], deque[Tensor]] = {}
+        self._expected: dict[tuple[int, int], deque[Message]] = {}
         self._running = 0
         self._waiting: dict[int, deque[Tensor]] = {}
         self._failure: BaseException | None = None
@@ -75,6 +83,7 @@ class Simulator:
             The first exception that a rank raised, with its traceback and a note that names the rank.
         """
         self._mail.clear()
+        self._expected.clear()
         self._waiting.clear()
         self._failure, self._running = None, self.world_size
         results: list[Any] = [None] * self.world_size
@@ -162,13 +171,7 @@ class _InFlight:
             if not torch.equal(_bytes(tensor), _bytes(copy)):
                 raise SimulationError(f"rank {self.transport.rank} changed a tensor while it was being sent")
         for message in self.receives:
-            got = self.transport.receive(message.peer)
-            if got.shape != message.tensor.shape or got.dtype != message.tensor.dtype:
-                raise SimulationError(
-                    f"rank {self.transport.rank} expected {message.tensor.dtype} {tuple(message.tensor.shape)} from "
-                    f"rank {message.peer} and got {got.dtype} {tuple(got.shape)}"
-                )
-            message.tensor.copy_(got)
+            self.transport.receive(message)
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -190,6 +193,10 @@ class SimulatedTransport:
     def world_size(self) -> int:
         return self.simulator.world_size
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.simulator.shape
+
     def carries(self, device: torch.device) -> bool:
         return True
 
@@ -201,12 +208,25 @@ class SimulatedTransport:
         sent = [(m.tensor, put(self.rank, m.peer, m.tensor, collective=False)) for m in sends]
         # What has not arrived must not be read: whoever forgets to wait finds NaN.
         for message in receives:
+            self._expected(message.peer).append(message)
             if message.tensor.is_floating_point():
                 message.tensor.fill_(torch.nan)
         return _InFlight(self, sent, receives)
 
-    def receive(self, source: int) -> Tensor:
-        return self.simulator._take(source, self.rank, collective=False)
+    def receive(self, message: Message) -> None:
+        """Wait for a message, and for those from the same rank that were to be received before it."""
+        expected = self._expected(message.peer)
+        while any(each is message for each in expected):
+            got, room = self.simulator._take(message.peer, self.rank, collective=False), expected.popleft().tensor
+            if got.shape != room.shape or got.dtype != room.dtype:
+                raise SimulationError(
+                    f"rank {self.rank} expected {room.dtype} {tuple(room.shape)} from rank {message.peer} and got "
+                    f"{got.dtype} {tuple(got.shape)}"
+                )
+            room.copy_(got)
+
+    def _expected(self, source: int) -> deque[Message]:
+        return self.simulator._expected.setdefault((source, self.rank), deque())
 
     def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
         return [theirs.tolist() for theirs in self.all_gather(torch.tensor(values, dtype=torch.int64))]

@@ -6,9 +6,9 @@ import torch.distributed as dist
 
 import distflash as df
 from distflash.kernels import Reference
+from distflash.overlap import overlap
 from tests.dense import Problem, assert_exact, assert_no_less_exact, in_dtype, join, make_inputs, on_rank
 from tests.oracle import Blind
-from tests.pairing import Pairing
 from tests.poison import poison_memory
 from tests.ranks import as_near
 
@@ -28,11 +28,29 @@ PROBLEMS = {
 LAYOUTS = [df.Contiguous(), df.Zigzag(), df.Striped()]
 
 
-def part(p, layout, group=None):
+def part(p, layout, group=None, schedule=None):
     """Runs as a rank: its part of a problem."""
     poison_memory()
-    cp = df.ContextParallel(dist.group.WORLD if group is None else group, layout, kernel=Reference())
+    group = dist.group.WORLD if group is None else group
+    cp = df.ContextParallel(group, layout, schedule or df.Ring(), Reference())
     return on_rank(p, make_inputs(p), cp)
+
+
+SCHEDULES = {
+    2: [df.PassQuery()],
+    3: [df.PassQuery(), df.DoubleRing(1)],
+    4: [df.PassQuery(), df.DoubleRing(2)],
+}
+
+
+@pytest.mark.parametrize("name", ["full, all options", "causal documents", "union of three", "more ranks than tokens"])
+@pytest.mark.parametrize(("world_size", "schedule"), [(W, s) for W, each in SCHEDULES.items() for s in each], ids=str)
+def test_exact_by_other_schedules(world_size, schedule, name, ranks_of):
+    ranks, p, layout = ranks_of(world_size), PROBLEMS[name], df.Zigzag()
+    assert_exact(p, make_inputs(p), join(ranks.run(part, p, layout, None, schedule), layout, p.seq_len))
+    p = in_dtype(p, torch.bfloat16)
+    parts = ranks.run(part, p, layout, None, schedule)
+    assert_no_less_exact(p, make_inputs(p), join(parts, layout, p.seq_len), alone(p))
 
 
 def alone(p):
@@ -52,10 +70,14 @@ def test_exact(world_size, layout, name, ranks_of):
 
 
 def part_that_holds_heads_back(p, layout):
-    """Runs as a rank: its part by a kernel that takes two owners at once, and what that was asked for."""
+    """Runs as a rank: its part, as between ranks of one host, and whether heads were held back in its plans."""
     poison_memory()
-    kernel = Pairing()
-    return on_rank(p, make_inputs(p), df.ContextParallel(as_near(), layout, kernel=kernel)), kernel.taken
+    kernel = df.kernels.Reference()
+    cp = df.ContextParallel(as_near(), layout, kernel=kernel)
+    plan = overlap(cp.plan(p.mask, p.seq_len), p.kv_heads, p.batch, kernel.abilities(torch.device("cpu")), near=True)
+    stages = plan.forward, plan.backward
+    held_back = [any(each.heads for stage in s for each in stage.passes) for s in stages]
+    return on_rank(p, make_inputs(p), cp), held_back
 
 
 @pytest.mark.parametrize("mask", [df.Full(), df.Causal(), df.Window(9, 0)], ids=repr)
@@ -63,11 +85,10 @@ def part_that_holds_heads_back(p, layout):
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_exact_where_heads_are_held_back(world_size, layout, mask, ranks_of):
     p = Problem(mask, 61, batch=2, heads=8, kv_heads=8)
-    parts, taken = zip(*ranks_of(world_size).run(part_that_holds_heads_back, p, layout), strict=True)
+    parts, held_back = zip(*ranks_of(world_size).run(part_that_holds_heads_back, p, layout), strict=True)
     assert_exact(p, make_inputs(p), join(parts, layout, p.seq_len))
     if mask == df.Full():
-        last = ["backward 0 to 2", "backward 2 to 8"] if world_size == 2 else []
-        assert list(taken) == [["some", "both", *last]] * world_size
+        assert list(held_back) == [[True, world_size == 2]] * world_size
 
 
 def part_in_a_ring_of_two(problems):

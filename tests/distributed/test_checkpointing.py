@@ -16,7 +16,7 @@ LAYERS, S = 2, 37
 
 
 def step(checkpoint, fsdp, compiled):
-    """Runs as a rank: loss and whole gradients, how often the kernel's forward ran, and for how many hops it does."""
+    """Runs as a rank: loss and whole gradients, how often the kernel's forward ran, and in how many passes it does."""
     kernel = Counting()
     cp = df.ContextParallel(dist.group.WORLD, kernel=kernel)
     torch.manual_seed(0)
@@ -33,16 +33,16 @@ def step(checkpoint, fsdp, compiled):
     total = loss_sum(model(tokens[:, positions], S), tokens[:, positions + 1])
     loss = cp.mean(total, len(positions), reduction="mean" if fsdp else "sum")
     loss.backward()
-    hops = len(cp.plan(df.Causal(), S).working)
-    return [loss.detach(), *(whole(p.grad) for p in model.parameters())], kernel.forwards, hops
+    passes = len(cp.plan(df.Causal(), S).passes)
+    return [loss.detach(), *(whole(p.grad) for p in model.parameters())], kernel.forwards, passes
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("fsdp", [False, True], ids=["replicated", "fsdp"])
 def test_one_forward_a_layer_and_the_same_bits(fsdp, compiled, ranks_of):
     plain, kept = (ranks_of(2).run(step, checkpoint, fsdp, compiled) for checkpoint in (False, True))
-    for (values, forwards, hops), (expected, _, _) in zip(kept, plain, strict=True):
-        assert hops > 1 and forwards == LAYERS * hops
+    for (values, forwards, passes), (expected, _, _) in zip(kept, plain, strict=True):
+        assert passes > 1 and forwards == LAYERS * passes
         assert all(map(torch.equal, values, expected))
     if compiled:  # and nothing was compiled away: it is the eager model, up to rounding
         for (values, *_), (eager, *_) in zip(kept, ranks_of(2).run(step, False, fsdp, False), strict=True):

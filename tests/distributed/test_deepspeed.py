@@ -233,19 +233,19 @@ def evaluate_and_resume(run: Run, folder: Path) -> tuple[list[float], float, lis
 def test_checkpointed_activations_keep_attention(pipe: int, stage: int, ranks_for: RanksFor) -> None:
     run = Run(pipe=pipe, stage=stage, micro_batches=3, steps=1, checkpoint=True)
     ranks = ranks_for(2 * pipe, "pipelines" if pipe > 1 else "models")
-    for forwards, hops in ranks.run(count_forwards, run):
-        assert forwards == run.micro_batches * hops * SHAPE.layers // pipe
+    for forwards, passes in ranks.run(count_forwards, run):
+        assert forwards == run.micro_batches * passes * SHAPE.layers // pipe
 
 
 def count_forwards(run: Run) -> tuple[int, int]:
-    """How often a step ran attention's kernel forward, and for how many hops one attention does."""
+    """How often a step ran attention's kernel forward, and in how many passes one attention does."""
     join_deepspeed()
     kernel = Counting()
     if run.pipe > 1:
         Pipeline(run, kernel=kernel).engine.train_batch(micro_batches(run, 0))
     else:
         train_whole(run, kernel)
-    return kernel.forwards, len(make_topology(run).cp.plan(df.Causal(), run.seq_len).working)
+    return kernel.forwards, len(make_topology(run).cp.plan(df.Causal(), run.seq_len).passes)
 
 
 # --- Mistakes ---

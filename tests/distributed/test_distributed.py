@@ -84,19 +84,15 @@ def test_unshard_and_mean(layout, world_size, ranks_of):
 
 
 def mesh_groups():
-    """Rank and size in a one-dimensional mesh, and in both dimensions of a two-dimensional one."""
+    """Rank and size in a one-dimensional mesh, in both dimensions of a two-dimensional one, and in all of it."""
     flat = df.ContextParallel(init_device_mesh("cpu", (4,)))
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
-    with pytest.raises(
-        ValueError, match=r"group: expected a one-dimensional DeviceMesh.*'context'.*mesh\[\"context\"\]"
-    ):
-        df.ContextParallel(square)
     by_name = [df.ContextParallel(square[name]) for name in ("data", "context")]
-    return [(cp.rank, cp.world_size) for cp in (flat, *by_name)]
+    return [(cp.rank, cp.world_size) for cp in (flat, *by_name, df.ContextParallel(square))]
 
 
 def test_device_meshes(ranks_of):
-    assert ranks_of(4).run(mesh_groups) == [[(r, 4), (r // 2, 2), (r % 2, 2)] for r in range(4)]
+    assert ranks_of(4).run(mesh_groups) == [[(r, 4), (r // 2, 2), (r % 2, 2), (r, 4)] for r in range(4)]
 
 
 def refuse_a_group_of_others():

@@ -2,6 +2,8 @@
 
 import os
 import re
+import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -82,6 +84,39 @@ def mean_over_a_group():
             cp.mean(torch.zeros(()), 1, reduction="sum", group=group)
         words.append(str(failure.value))
     return words
+
+
+@dataclass(frozen=True)
+class FailsToPlan(df.schedules.Schedule):
+    """On one rank, once all have agreed on the call: as memory that runs out does."""
+
+    def plan(self, geometry, rank):
+        if rank == FAULTY:
+            raise MemoryError("no room for a plan")
+        return df.Ring().plan(geometry, rank)
+
+
+def attend_without_a_plan():
+    """Runs as a rank. What it is told, and after how long."""
+    cp = df.ContextParallel(dist.group.WORLD, schedule=FailsToPlan(), timeout=faults.LONG)
+    q, start = torch.zeros(1, 4, 2, 8), time.monotonic()
+    with pytest.raises((MemoryError, df.RankFailure)) as failure:
+        df.attention(q, q, q, cp=cp)
+    return type(failure.value).__name__, str(failure.value), time.monotonic() - start
+
+
+@pytest.mark.timeout(60)
+def test_a_rank_that_raises_before_its_first_message_says_so():
+    ranks = Ranks(3, "gloo", timeout=30)
+    try:
+        replies = ranks.run(attend_without_a_plan)
+    finally:
+        ranks.stop()
+    kind, _, _ = replies.pop(FAULTY)
+    assert kind == "MemoryError"
+    for kind, words, seconds in replies:
+        assert kind == "RankFailure" and words.startswith("rank 1 raised MemoryError: no room for a plan")
+        assert seconds < AT_ONCE
 
 
 @pytest.mark.timeout(60)

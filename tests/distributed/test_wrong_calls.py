@@ -7,19 +7,21 @@ import torch
 import torch.distributed as dist
 
 import distflash as df
-from tests.wrong_calls import ROWS, tensors
+from tests.wrong_calls import tensors
+from tests.wrong_chunks import ROWS
 
 NAMED = {row.what: row for row in ROWS}
 BY_ALL = [
     "mixed dtypes in k", "float8", "sparse q", "jagged", "heads first, alike", "scale is a parameter", "scale a head",
     "causal", "cu_seqlens_q", "a mask of booleans", "seq_len beyond int64", "a dual number as q", "torch.func.jvp",
     "torch.func.grad", "double backward", "a mask that wraps around", "a layout that loses tokens",
-    "unshard other dtypes", "unshard other dimensions", "no reduction", "not sharded",
+    "unshard other dtypes", "unshard other dimensions", "no reduction", "not sharded", "a chunk beyond the keys",
+    "more masks than sequences", "a row that falls", "a kv_layout that loses tokens",
 ]  # fmt: skip
 BY_ONE = [
     "q is None", "heads no multiple of kv_heads", "complex numbers", "a DTensor", "scale as a string", "softcap a head",
     "dropout", "sinks of the wrong length", "is_causal", "a slip", "no mask", "another length", "a learned count",
-    "no reduction",
+    "no reduction", "cross-attention under a mask", "masks for no sequence", "kv_layout as a string",
 ]  # fmt: skip
 
 

@@ -35,16 +35,16 @@ def cases(d_qk: int, d_v: int, length: int) -> list[oracle.Case]:
     ]  # fmt: skip
 
 
-def run(kernel: Hopper | Triton, case: oracle.Case, heads_first: int) -> None:
+def run(kernel: Hopper | Triton, case: oracle.Case, held_back: int) -> None:
     """The case between canaries gives what it gives without them, which other tests compare with float64."""
     x, guard = oracle.make_inputs(case, "cuda"), Guard()
     with guard:
         scores = {f.name: guard.guarded(getattr(x.scores, f.name)) for f in fields(x.scores)}
         values = {f.name: guard.guarded(getattr(x, f.name)) for f in fields(x) if f.name != "scores"}
         inside = replace(x, scores=type(x.scores)(**scores), **values)
-        got = oracle.run(kernel, case, inside, heads_first)
+        got = oracle.run(kernel, case, inside, held_back)
     guard.check()
-    expected = oracle.run(kernel, case, x, heads_first)
+    expected = oracle.run(kernel, case, x, held_back)
     for name in ("out", "lse", "dk", "dv"):
         assert torch.equal(got[name], expected[name]), name
     # On Hopper dQ is added up in another order in every run: float32 sums, rounded once.

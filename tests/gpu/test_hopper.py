@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from distflash import masks
-from distflash.intervals import Sharding, build
+from distflash.geometry import Geometry
+from distflash.intervals import build
 from distflash.kernels import Hopper
-from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Scores
+from distflash.kernels.base import KeyGradient, Keys, QueryGradient, Scores
 from distflash.kernels.hopper.tiles import backward_tile, forward_tile
 from distflash.layouts import Contiguous
 from distflash.partial import Partial
+from distflash.plan import Pass
 from tests import oracle
 
 on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -44,8 +46,49 @@ def test_as_exact_as_dense(case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.world_size > 1], ids=lambda case: case.name)
-def test_two_owners_in_one_pass(case):
-    oracle.check(Hopper(), oracle.scaled(case, 9), "cuda", heads_first=1)
+def test_two_sources_in_one_pass(case):
+    oracle.check(Hopper(), oracle.scaled(case, 9), "cuda", held_back=1)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.world_size > 1], ids=lambda case: case.name)
+@pytest.mark.parametrize("held_back", [0, 1])
+def test_all_rows_in_all_passes(case, held_back):
+    oracle.check(Hopper(), oracle.scaled(case, 9), "cuda", held_back, live=False)
+
+
+def window_rings(world_size: int, d_qk: int, d_v: int) -> list[oracle.Case]:
+    return oracle.window_rings(world_size, 1500, heads=4, kv_heads=2, d_qk=d_qk, d_v=d_v, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("held_back", [0, 1])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(case for dims in ((64, 64), (128, 128), (192, 128), (256, 256)) for case in window_rings(3, *dims)),
+        *(case for dims in ((64, 64), (128, 128)) for case in window_rings(8, *dims)),
+    ],
+    ids=lambda case: f"{case.d_qk}/{case.d_v}, {case.name}",
+)
+def test_rows_left_out_of_passes(case, held_back):
+    """Also where no row is left: a source of which the rank sees nothing is a pass here."""
+    oracle.check(Hopper(), case, "cuda", held_back)
+
+
+@pytest.mark.parametrize("held_back", [0, 1])
+@pytest.mark.parametrize("tile", LONG, ids=repr)
+def test_rows_left_out_by_any_tile(tile, held_back):
+    """With sinks, several of a batch, and softcap; blocks of 192 queries, too."""
+    for case in window_rings(3, 64, 64):
+        case = replace(case, batch=2, sinks=True, softcap=9.0)
+        oracle.check(Hopper(forward_tile=tile), case, "cuda", held_back)
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+def test_rows_left_out_by_few_programs(programs):
+    """Each works on many blocks, and passes by many of heads that have begun."""
+    kernel = Hopper(margin=torch.cuda.get_device_properties(0).multi_processor_count - programs)
+    for case in window_rings(3, 64, 64):
+        oracle.check(kernel, replace(case, heads=8, kv_heads=8), "cuda", held_back=6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -62,7 +105,7 @@ def test_wide_heads(d_qk, d_v, mask, softcap):
     case = oracle.Case("wide heads", mask, seq_len=1501, heads=4, kv_heads=2, d_qk=d_qk, d_v=d_v, dtype=torch.bfloat16)
     case = replace(case, batch=2, softcap=softcap)
     oracle.check(Hopper(), case, "cuda")
-    oracle.check(Hopper(), replace(case, world_size=2, rank=1), "cuda", heads_first=1)
+    oracle.check(Hopper(), replace(case, world_size=2, rank=1), "cuda", held_back=1)
 
 
 @pytest.mark.parametrize("tile", LONG, ids=repr)
@@ -72,7 +115,7 @@ def test_tiles_for_many_keys(tile, world_size):
     case = replace(case, world_size=world_size)
     oracle.check(Hopper(forward_tile=tile), case, "cuda")
     if world_size > 1:
-        oracle.check(Hopper(forward_tile=tile), case, "cuda", heads_first=1)
+        oracle.check(Hopper(forward_tile=tile), case, "cuda", held_back=1)
 
 
 @pytest.mark.parametrize("direct", [False, True])
@@ -81,7 +124,7 @@ def test_both_ways_of_adding_up(dim, direct):
     tile = replace(backward_tile(dim, dim), direct=direct)
     case = oracle.Case("ways", seq_len=1501, heads=4, kv_heads=2, d_qk=dim, d_v=dim, dtype=torch.bfloat16, batch=2)
     oracle.check(Hopper(backward_tile=tile), case, "cuda")
-    oracle.check(Hopper(backward_tile=tile), replace(case, world_size=2, rank=1), "cuda", heads_first=1)
+    oracle.check(Hopper(backward_tile=tile), replace(case, world_size=2, rank=1), "cuda", held_back=1)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -126,20 +169,20 @@ def test_work_is_shared_out_anew_in_every_launch():
     """The counters are back at zero, also where there are fewer blocks than multiprocessors."""
     for seq_len in (40, 3000):
         q = torch.randn(1, seq_len, 8, 64, device="cuda", dtype=torch.float16)
-        rows = build(Sharding(masks.Causal(), Contiguous(), seq_len, 1), 0, 0)[0].to("cuda")
-        into = Partial.empty(q, 64, hops=1)
-        scores, hop = Scores(64**-0.5), Hop(first=True, last=True)
-        Hopper().forward(q, q, q, rows, scores, hop, into)
+        rows = build(Geometry.of_sequence(masks.Causal(), Contiguous(), seq_len, 1), 0, 0)[0].to("cuda")
+        into = Partial.empty(q, 64, between=False)
+        scores, only, keys = Scores(64**-0.5), Pass(0, (0,), (rows,)), Keys(q, q, rows)
+        Hopper().forward(q, (keys,), only, scores, into)
         assert into.counter.tolist() == [0, 0]
         saved = Hopper().save(q, into.final, into.lse, q, None)
         dq = QueryGradient(torch.empty_like(q), None)
         dkv = KeyGradient(torch.empty_like(q), torch.empty_like(q))
-        Hopper().backward(saved, q, q, rows, scores, hop, dq, dkv, lambda: None)
+        Hopper().backward(saved, keys, only, scores, dq, dkv)
         assert saved.counter.tolist() == [0, 0]
 
 
 def test_other_lengths_do_not_recompile():
-    """Hops differ in lengths and in their place in the ring; a compilation between two would stall every rank."""
+    """Passes differ in lengths and in their place in the ring; a compilation between two would stall every rank."""
     from distflash.kernels.hopper.backward import backward_kernel
     from distflash.kernels.hopper.forward import forward_kernel
     from distflash.kernels.hopper.fragments import round_kernel

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 import distflash as df
+from distflash.schedules import Schedule
 from tests import dense
 from tests.dense import Problem, Results
 from tests.gpu import problems
@@ -56,10 +57,29 @@ def test_no_less_exact_than_one_rank(name: str, layout: df.Layout, dtype: torch.
     assert_no_less_exact(p, dense.join(parts, layout, p.seq_len), single)
 
 
+SCHEDULES = [df.AllGather(), df.Ulysses(), df.DoubleRing(), df.PassQuery()]
+
+
+def part_by(p: Problem, schedule: Schedule, near: bool) -> Results:
+    """Runs as a rank: its part by another schedule, among ranks that seem near to one another or far."""
+    cp = df.ContextParallel(as_near() if near else dist.group.WORLD, schedule=schedule)
+    return problems.to_cpu(dense.on_rank(p, problems.on(dense.make_inputs(p), device()), cp))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("name", ["causal", "everything"])
+@pytest.mark.parametrize("near", [False, True])
+def test_other_schedules(near: bool, name: str, schedule: Schedule, ranks: Ranks) -> None:
+    p = dense.in_dtype(problems.PROBLEMS[name], torch.bfloat16)
+    parts = ranks.run(part_by, p, schedule, near)
+    single = ranks.run(alone, p)[0]
+    assert_no_less_exact(p, dense.join(parts, df.Zigzag(), p.seq_len), single)
+
+
 def of_one_program(p: Problem, ranks: int, where: torch.device) -> df.kernels.Hopper:
     """A kernel for which a rank's few keys are enough to hold some heads back."""
     kernel = df.kernels.Hopper(margin=torch.cuda.get_device_properties(where).multi_processor_count - 1)
-    assert p.seq_len // ranks * p.kv_heads // 4 > kernel.enough_keys(where)
+    assert p.seq_len // ranks * p.kv_heads // 4 > kernel.abilities(where).enough_keys
     return kernel
 
 
@@ -188,15 +208,15 @@ def test_a_refusal_reaches_every_rank(ranks: Ranks) -> None:
     assert all("rank 0" in message for message in others)
 
 
-def hops(mask: df.Mask, seq_len: int) -> int:
-    return df.ContextParallel(dist.group.WORLD, layout=df.Contiguous()).plan(mask, seq_len).hops
+def exchanges(mask: df.Mask, seq_len: int) -> int:
+    return df.ContextParallel(dist.group.WORLD, layout=df.Contiguous()).plan(mask, seq_len).exchanges
 
 
-def test_only_hops_that_are_needed_are_made(ranks: Ranks) -> None:
+def test_only_exchanges_that_are_needed_are_made(ranks: Ranks) -> None:
     n = ranks.count
-    assert ranks.run(hops, df.Full(), 64 * n) == [n - 1] * n
-    assert ranks.run(hops, df.Window(15, 0), 64 * n) == [1] * n
-    assert ranks.run(hops, df.Documents(range(0, 64 * n + 1, 64)), 64 * n) == [0] * n
+    assert ranks.run(exchanges, df.Full(), 64 * n) == [n - 1] * n
+    assert ranks.run(exchanges, df.Window(15, 0), 64 * n) == [1] * n
+    assert ranks.run(exchanges, df.Documents(range(0, 64 * n + 1, 64)), 64 * n) == [0] * n
 
 
 def test_a_rank_that_raises_is_named(ranks: Ranks) -> None:
@@ -223,7 +243,7 @@ def sync_free() -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_warm_hop_waits_for_nothing(ranks: Ranks) -> None:
+def test_a_warm_call_waits_for_nothing(ranks: Ranks) -> None:
     ranks.run(sync_free)
 
 

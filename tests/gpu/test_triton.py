@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from distflash import masks
-from distflash.intervals import Sharding, build
+from distflash.geometry import Geometry
+from distflash.intervals import build
 from distflash.kernels import Triton
-from distflash.kernels.base import Hop, Problem, Scores
+from distflash.kernels.base import Keys, Problem, Scores
 from distflash.layouts import Contiguous
 from distflash.partial import Partial
+from distflash.plan import Pass
 from tests import oracle
 
 pytestmark = [
@@ -50,14 +52,14 @@ def test_the_same_bits_every_time(case):
 def test_offsets_beyond_two_to_the_31():
     """The last rows of a tensor of more than 2^31 elements, under a window that only the rows around them see."""
     T, H, D, tail = 2**19 + 64, 33, 128, 300
-    sharding = Sharding(masks.Window(63, 0), Contiguous(), T, 1)
-    rows = build(sharding, 0, 0)[0].to("cuda")
+    geometry = Geometry.of_sequence(masks.Window(63, 0), Contiguous(), T, 1)
+    rows = build(geometry, 0, 0)[0].to("cuda")
     q = torch.randn(1, T, H, D, device="cuda", dtype=torch.bfloat16)
     assert q.numel() > 2**31
     k = torch.randn(1, T, 1, D, device="cuda", dtype=torch.bfloat16)
-    into = Partial.empty(q, D, hops=1)
+    into = Partial.empty(q, D, between=False)
     into.final.fill_(torch.nan)
-    Triton().forward(q, k, k, rows, Scores(D**-0.5), Hop(first=True, last=True), into)
+    Triton().forward(q, (Keys(k, k, rows),), Pass(0, (0,), (rows,)), Scores(D**-0.5), into)
 
     case = oracle.Case("tail", masks.Window(63, 0), tail, heads=H, kv_heads=1, d_qk=D, d_v=D, dtype=torch.bfloat16)
     x = oracle.make_inputs(case, "cuda")
@@ -68,7 +70,7 @@ def test_offsets_beyond_two_to_the_31():
 
 
 def test_other_lengths_do_not_recompile():
-    """Hops differ in lengths and in their place in the ring; a compilation between two would stall every rank."""
+    """Passes differ in lengths and in their place in the ring; a compilation between two would stall every rank."""
     from distflash.kernels.triton.backward import dkdv_kernel, dq_kernel, statistics_kernel
     from distflash.kernels.triton.forward import forward_kernel
 

@@ -15,7 +15,7 @@ from distflash.kernels.base import Problem
 from distflash.kernels.triton import launches
 from distflash.kernels.triton.tiles import Tile, Tiles
 from distflash.layouts import Zigzag
-from tests import oracle
+from tests import dense, oracle
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
@@ -49,6 +49,44 @@ def test_without_descriptors(monkeypatch, case):
 def test_other_tiles(block_m, block_n):
     tile = Tile(block_m, block_n, num_warps=4, num_stages=1)
     oracle.check(Triton(tiles=Tiles(tile, tile, tile)), replace(SMALL, mask=masks.Window(40, 3)))
+
+
+@pytest.mark.parametrize("schedule", [df.Ring(), df.PassQuery()], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_union_over_ranks(dtype, schedule):
+    """States and sums of dQ that travel, parts that add to dK and dV, and gradients computed apart; see `overlap`."""
+    mask = masks.Window(9, 2) | df.FirstTokens(5)
+    sinks = dtype == torch.float32  # their gradients are four numbers, too few to compare the error of a short out by
+    p = dense.Problem(mask, 30, 1, 4, 2, d_qk=24, d_v=16, softcap=3.0, alibi=True, sinks=sinks, dtype=dtype)
+    x = dense.make_inputs(p)
+    kernel = Triton(interpret=True)
+    one_rank, got = (dense.on_ranks(p, x, W, df.Contiguous(), kernel, schedule) for W in (1, 2))
+    dense.assert_no_less_exact(p, x, got, one_rank)
+    if dtype == torch.float32:  # no P is rounded, as in plain torch
+        dense.assert_no_less_exact(p, x, one_rank, dense.on_ranks(p, x, 1, Zigzag()))
+
+
+@pytest.mark.parametrize(
+    "case",
+    oracle.window_rings(3, 800, heads=2, kv_heads=1, d_qk=16, d_v=16, dtype=torch.bfloat16)[::4],
+    ids=lambda case: case.name,
+)
+def test_rows_left_out_of_passes(case):
+    """Groups of 384 rows, the last of them short."""
+    oracle.check(Triton(), case)
+
+
+@pytest.mark.parametrize("block_m", [16, 256])
+def test_rows_left_out_with_tiles_of_any_size(block_m):
+    """Also of those by which groups of rows cannot be divided: they are never left out then."""
+    tile = Tile(block_m, 64, num_warps=4, num_stages=1)
+    case = replace(SMALL, mask=masks.Window(100, 0), layout=Zigzag(), world_size=2, seq_len=1000, batch=1)
+    oracle.check(Triton(tiles=Tiles(tile, tile, tile)), case)
+
+
+@pytest.mark.parametrize("case", [c for c in oracle.cases() if c.world_size > 1], ids=lambda case: case.name)
+def test_all_rows_in_all_passes(case):
+    oracle.check(Triton(), case, live=False)
 
 
 def shifted(x: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import distflash as df
-from distflash.kernels.triton.launches import Launch, _strided, aligned
+from distflash.kernels.launch import Launch, aligned
+from distflash.kernels.triton.launches import _strided
 from tests.dense import Problem, assert_no_less_exact, in_dtype, make_inputs, on_ranks
 from tests.strided import STRIDES
 

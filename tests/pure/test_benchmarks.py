@@ -11,7 +11,7 @@ from benchmarks import common, gpt2, kernels, masks, ring
 from benchmarks.common import Shape
 from benchmarks.contest import BACKWARD, BOTH, FORWARD, Candidate, Contest, Passes, ours, right_for, said
 from benchmarks.workloads import MASKS, balance, document_lengths
-from distflash.intervals import Sharding, count_pairs
+from distflash.geometry import Geometry, Needs
 
 ALONE = df.ContextParallel(df.transport.Alone())
 SHAPE = Shape(1, 96, 4, 2, 16, 16)
@@ -75,7 +75,7 @@ def test_balance_is_the_most_work_over_the_mean():
     assert balance(torch.tensor([[3, 1], [2, 2]])) == 1
     assert balance(torch.tensor([[6, 0], [1, 1]])) == 1.5
     mask = df.Causal() & df.Documents([0, *accumulate(document_lengths(4096, 0, 64, 1024))])
-    counts = count_pairs(Sharding(mask, df.Contiguous(), 4096, 4))
+    counts = Needs.of(Geometry.of_sequence(mask, df.Contiguous(), 4096, 4)).pairs
     assert balance(counts) == pytest.approx(float(counts.sum(1).max() / counts.sum() * 4))
 
 
@@ -194,7 +194,7 @@ def test_the_worst_of_several_is_nan_if_any_is():
 
 
 def test_the_kernel_that_a_call_takes():
-    kernel = kernels.kernel_of(ALONE, common.random_inputs(SHAPE, SHAPE.S, torch.float32, CPU), SHAPE.S)
+    kernel = kernels.kernel_of(ALONE, common.random_inputs(SHAPE, SHAPE.S, torch.float32, CPU))
     assert isinstance(kernel, df.kernels.Reference)
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import common, gpt2, kernels, masks, profile_ring, ring
+from benchmarks import common, gpt2, kernels, masks, profile_ring, ring, ring_steps
 from benchmarks.common import Shape
 from benchmarks.peers import local
 
@@ -58,7 +58,22 @@ def test_ring_of_one(run):
     record = run(ring, f"--seq-lens 64 {SIZES}", "ring-causal-1")
     row = record["rows"][0]
     assert set(row["tflops"]) == {f"{who}|{which}" for who in ("ring", "single") for which in ("forward", "backward")}
-    assert row["hops"] == 0 and row["balance"] == 1
+    assert row["exchanges"] == 0 and row["balance"] == 1
+
+
+def test_other_schedules_beside_the_ring(run):
+    record = run(ring, f"--seq-lens 64 --schedules ulysses pass-query {SIZES}", "ring-causal-1")
+    names = {key.split("|")[0] for key in record["rows"][0]["tflops"]}
+    assert names == {"ring", "single", "ulysses", "pass-query"}
+
+
+def test_ring_steps(run):
+    """Of the first rank's 800 tokens the first 400 see no key of the other rank: a group of 384 is left out."""
+    record = run(ring_steps, f"--seq-len 1600 --ranks 2 --compare {SIZES}", "ring-steps-window4096-zigzag-2")
+    cases = record["cases"]
+    assert list(cases) == [f"rank {rank}{rows}" for rank in range(2) for rows in ("", ", all rows")]
+    assert cases["rank 0"]["rows"] == [800, 416] and cases["rank 0, all rows"]["rows"] == [800, 800]
+    assert all(case[which]["share"] > 0 for case in cases.values() for which in ("forward", "backward"))
 
 
 def test_profile_ring(run):

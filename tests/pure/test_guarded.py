@@ -59,7 +59,7 @@ def two_ranks(**options) -> tuple[Device, Device]:
 
 
 def exchange(guarded: Guarded) -> None:
-    message = Message(torch.zeros(1), 1 - guarded.rank, "the keys of ring step 1")
+    message = Message(torch.zeros(1), 1 - guarded.rank, "the keys of step 1")
     guarded.exchange([message], [message]).wait()
 
 
@@ -73,7 +73,7 @@ def test_a_rank_that_raises_ends_what_others_wait_for_on_their_devices():
     assert one.closed.is_set() and other.closed.wait(SOON)
     words = (
         r"rank 0 raised in call 1, forward of q \(1, 2, 3, 4\), ZeroDivisionError: one over nothing. Therefore rank 1 "
-        r"waited 0.\d s in call 1, forward of q \(1, 2, 3, 4\), for the keys of ring step 1 from rank 0: nothing came. "
+        r"waited 0.\d s in call 1, forward of q \(1, 2, 3, 4\), for the keys of step 1 from rank 0: nothing came. "
         r"Ranks are those of the context-parallel group, globally \[4, 5\]"
     )
     for use in (lambda: exchange(waiting), lambda: waiting.gather_ints([1]), lambda: waiting.all_reduce(Q)):
@@ -90,7 +90,7 @@ def test_at_the_deadline_a_device_is_given_up():
     start = time.monotonic()
     exchange(guarded)
     assert one.closed.wait(SOON) and time.monotonic() - start >= 0.4
-    with pytest.raises(RankFailure, match=r"rank 0 waited .* s for the keys of ring step 1 from rank 1: nothing came"):
+    with pytest.raises(RankFailure, match=r"rank 0 waited .* s for the keys of step 1 from rank 1: nothing came"):
         exchange(guarded)
 
 

@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distflash.intervals import Sharding, build
+from distflash.geometry import Geometry
+from distflash.intervals import build
 from distflash.kernels.hopper import backward_parts, common, forward
+from distflash.kernels.triton import common as portable
+from distflash.liveness import GROUP_ROWS
 from tests.strategies import examples, layouts, masks
 
 
@@ -26,7 +29,9 @@ class Pointer:
     def __add__(self, offset: int) -> Pointer:
         return Pointer(self.tensor, self.at + offset)
 
-    def load(self) -> int:
+    def load(self, mask: bool = True, other: int = 0) -> int:
+        if not mask:
+            return other
         assert 0 <= self.at < len(self.tensor), f"element {self.at} of {len(self.tensor)}"
         return int(self.tensor[self.at])
 
@@ -43,10 +48,16 @@ LANGUAGE = types.SimpleNamespace(
 def in_python(function):
     """A device function as one of Python's, with integers for its scalars."""
     body = function.fn
-    known = dict(gl=LANGUAGE, nth=in_python(common.nth) if function is backward_parts.place_of else None)
+    known = dict(
+        gl=LANGUAGE,
+        tl=LANGUAGE,
+        GROUP_ROWS=GROUP_ROWS,
+        nth=in_python(common.nth) if function is backward_parts.place_of else None,
+    )
     return types.FunctionType(body.__code__, known, body.__name__, body.__defaults__)
 
 
+locate, portable_locate = in_python(common.locate), in_python(portable.locate)
 span, nth = in_python(common.span), in_python(common.nth)
 place_of, at_least_one = in_python(backward_parts.place_of), in_python(forward.at_least_one)
 
@@ -54,9 +65,9 @@ place_of, at_least_one = in_python(backward_parts.place_of), in_python(forward.a
 @st.composite
 def intervals(draw):
     seq_len, world_size = draw(st.integers(1, 300)), draw(st.integers(1, 8))
-    sharding = Sharding(draw(masks(seq_len)), draw(layouts), seq_len, world_size)
+    geometry = Geometry.of_sequence(draw(masks(seq_len)), draw(layouts), seq_len, world_size)
     rank, source = (draw(st.integers(0, world_size - 1)) for _ in range(2))
-    return build(sharding, rank, source)[0]
+    return build(geometry, rank, source)[0]
 
 
 def blocks(length: int, block: int) -> list[tuple[int, int]]:
@@ -106,6 +117,29 @@ def test_forward_reads_tiles_that_exist_or_zeros(block_m, block_n, rows):
             assert set(range(int(rows.row_lo[first]), int(rows.row_hi[last]))) <= covered
         else:
             assert starts == [-block_n]
+
+
+@pytest.mark.parametrize("block", [16, 64, 128, 192])
+@given(st.integers(1, 4 * GROUP_ROWS), st.data())
+def test_blocks_of_live_rows_are_all_of_these_once(block, queries, data):
+    numbers = sorted(data.draw(st.sets(st.integers(0, (queries - 1) // GROUP_ROWS), min_size=1)))
+    flags = {GROUP_ROWS * n: data.draw(st.integers(1, 63)) for n in numbers}
+    expected = [row for start in flags for row in range(start, min(start + GROUP_ROWS, queries))]
+    groups = Pointer(torch.tensor(list(flags.items())).flatten())
+    covered = []
+    for row in range(0, len(expected), block):
+        first, found = locate(row, groups, -1)
+        assert (first, found) == portable_locate(row, groups, -1, block)
+        assert found == flags[first // GROUP_ROWS * GROUP_ROWS]
+        covered += range(first, min(first + block, queries))
+    assert covered == expected
+
+
+@given(st.integers(0, 10**6), st.integers(0, 63))
+def test_all_rows_need_no_list(number, flags):
+    nothing = Pointer(torch.empty(0))
+    assert locate(number * 128, nothing, flags) == (number * 128, flags)
+    assert portable_locate(number * 64, nothing, flags, 64) == (number * 64, flags)
 
 
 def test_none_is_forced_beside_another_source():

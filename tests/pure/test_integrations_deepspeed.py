@@ -284,6 +284,21 @@ def test_a_redirection_ends_with_the_forward_and_can_be_taken_back() -> None:
     model(x[:, 1:])
 
 
+def test_a_redirection_takes_a_mask_for_each_sequence() -> None:
+    """Two sequences, of which the second has its documents apart."""
+    documents, x = df.Documents([0, 5, S]), torch.randn(2, S, DIM)
+    order = dfd.Order(batch=0, heads=1, tokens=2)
+
+    def out(mask: df.Mask, x: Tensor) -> Tensor:
+        model = model_with(False)
+        dfd.redirect_attention(model, Layer, dfd.DistributedAttention(ALONE, mask, seq_len=S, order=order))
+        return model(x)
+
+    got = out(df.Causal() & df.Rows([df.Full(), documents]), x)
+    alone = [out(df.Causal(), x[:1]), out(df.Causal() & documents, x[1:])]
+    torch.testing.assert_close(got, torch.cat(alone))
+
+
 @pytest.mark.parametrize(
     ("layer", "words"),
     [

@@ -6,18 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import distflash as df
-from distflash.intervals import Sharding, build, count_pairs
+from distflash.geometry import Geometry, Needs
+from distflash.intervals import build
 from tests.strategies import layouts, masks
 
 
 @st.composite
-def shardings(draw, max_world=8):
+def geometries(draw, max_world=8):
     seq_len = draw(st.integers(0, 40))
-    return Sharding(draw(masks(seq_len)), draw(layouts), seq_len, draw(st.integers(1, max_world)))
+    return Geometry.of_sequence(draw(masks(seq_len)), draw(layouts), seq_len, draw(st.integers(1, max_world)))
 
 
-def visible(sharding, rank, owner):
-    return sharding.mask.materialize(sharding.positions(rank), sharding.positions(owner), sharding.seq_len)
+def visible(geometry, rank, owner):
+    return geometry.mask.materialize(geometry.queries.positions(rank), geometry.keys.positions(owner), geometry.seq_len)
 
 
 def as_dense(lo, hi, n):
@@ -27,10 +28,10 @@ def as_dense(lo, hi, n):
 
 @st.composite
 def builds(draw):
-    """A sharding with the intervals between two of its ranks."""
-    sharding = draw(shardings())
-    rank, owner = (draw(st.integers(0, sharding.world_size - 1)) for _ in range(2))
-    return sharding, rank, owner, build(sharding, rank, owner)
+    """A geometry with the intervals between two of its ranks."""
+    geometry = draw(geometries())
+    rank, owner = (draw(st.integers(0, geometry.world_size - 1)) for _ in range(2))
+    return geometry, rank, owner, build(geometry, rank, owner)
 
 
 def on_all_keys(part, dense, keys):
@@ -42,8 +43,8 @@ def on_all_keys(part, dense, keys):
 
 @given(builds())
 def test_rows_and_columns_are_the_mask(built):
-    sharding, rank, owner, parts = built
-    expected = visible(sharding, rank, owner).int()
+    geometry, rank, owner, parts = built
+    expected = visible(geometry, rank, owner).int()
     T, K = expected.shape
     rows = [on_all_keys(p, as_dense(p.row_lo, p.row_hi, len(p.keys)).int().T, K).T for p in parts]
     columns = [on_all_keys(p, as_dense(p.col_lo, p.col_hi, T).int(), K) for p in parts]
@@ -53,14 +54,14 @@ def test_rows_and_columns_are_the_mask(built):
     assert sum(p.pairs for p in parts) == expected.sum()
     assert parts[0].keys == range(K)
     for part in parts:
-        assert torch.equal(part.q_positions, sharding.positions(rank).int())
-        assert torch.equal(part.k_positions, sharding.positions(owner)[part.keys.start : part.keys.stop].int())
+        assert torch.equal(part.q_positions, geometry.queries.positions(rank).int())
+        assert torch.equal(part.k_positions, geometry.keys.positions(owner)[part.keys.start : part.keys.stop].int())
 
 
 @given(builds())
 def test_ends_are_int32_within_bounds_and_never_decrease(built):
-    sharding, rank, _, parts = built
-    T = sharding.length(rank)
+    geometry, rank, _, parts = built
+    T = geometry.queries.length(rank)
     for got in parts:
         K = len(got.keys)
         for lo, hi, size, bound in ((got.row_lo, got.row_hi, T, K), (got.col_lo, got.col_hi, K, T)):
@@ -91,7 +92,7 @@ def test_parts_after_the_first_are_about_no_more_keys_than_they_allow(built):
 def test_a_union_of_too_many_intervals_is_refused_with_their_number():
     mask = _Keys(tuple(range(0, 80, 2)))
     with pytest.raises(ValueError, match=r"40 intervals of keys that cannot be joined; expected at most 16"):
-        count_pairs(Sharding(mask, df.Contiguous(), 80, 2))
+        Needs.of(Geometry.of_sequence(mask, df.Contiguous(), 80, 2))
 
 
 @dataclass(frozen=True)
@@ -104,17 +105,17 @@ class _Keys(df.Mask):
         return tuple((torch.full_like(positions, key), torch.full_like(positions, key + 1)) for key in self.keys)
 
 
-@given(shardings())
-def test_count_pairs_counts(sharding):
-    ranks = range(sharding.world_size)
-    expected = [[int(visible(sharding, rank, owner).sum()) for owner in ranks] for rank in ranks]
-    assert count_pairs(sharding).tolist() == expected
+@given(geometries())
+def test_pairs_are_counted(geometry):
+    ranks = range(geometry.world_size)
+    expected = [[int(visible(geometry, rank, owner).sum()) for owner in ranks] for rank in ranks]
+    assert Needs.of(geometry).pairs.tolist() == expected
 
 
 def test_pairs_beyond_32_bits():
-    pairs = count_pairs(Sharding(df.Causal(), df.Zigzag(), 2**18, 2))
+    pairs = Needs.of(Geometry.of_sequence(df.Causal(), df.Zigzag(), 2**18, 2)).pairs
     assert pairs.sum() == 2**18 * (2**18 + 1) // 2
-    assert build(Sharding(df.Full(), df.Contiguous(), 2**17, 1), 0, 0)[0].pairs == 2**34
+    assert build(Geometry.of_sequence(df.Full(), df.Contiguous(), 2**17, 1), 0, 0)[0].pairs == 2**34
 
 
 @dataclass(frozen=True)
@@ -154,14 +155,16 @@ class Ends(df.Mask):
     ids=repr,
 )
 def test_a_mask_that_breaks_its_promises_is_refused(mask, words):
-    for work in (count_pairs, lambda s: build(s, 0, 0)):
+    for work in (Needs.of, lambda s: build(s, 0, 0)):
         with pytest.raises(ValueError, match=words):
-            work(Sharding(mask, df.Contiguous(), 3, 1))
+            work(Geometry.of_sequence(mask, df.Contiguous(), 3, 1))
 
 
 def test_ends_far_outside_are_clamped():
-    assert count_pairs(Sharding(Lookahead(2**62), df.Contiguous(), 3, 1)).tolist() == [[9]]
-    assert count_pairs(Sharding(Ends((-(2**63),) * 3, (2**63 - 1,) * 3), df.Contiguous(), 3, 1)).tolist() == [[9]]
+    assert Needs.of(Geometry.of_sequence(Lookahead(2**62), df.Contiguous(), 3, 1)).pairs.tolist() == [[9]]
+    assert Needs.of(
+        Geometry.of_sequence(Ends((-(2**63),) * 3, (2**63 - 1,) * 3), df.Contiguous(), 3, 1)
+    ).pairs.tolist() == [[9]]
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ def test_a_layout_that_breaks_its_promises_is_refused(of_ranks):
     with pytest.raises(
         ValueError, match=r"layout: Ranges\(.*expected ascending ranges that hold each of the 6 positions"
     ):
-        count_pairs(Sharding(df.Full(), Ranges(of_ranks), 6, 2))
+        Needs.of(Geometry.of_sequence(df.Full(), Ranges(of_ranks), 6, 2))
 
 
 @pytest.mark.parametrize(
@@ -204,4 +207,4 @@ def test_a_layout_that_breaks_its_promises_is_refused(of_ranks):
 )
 def test_ends_that_have_wrapped_around_are_refused_inside_others_too(combine):
     with pytest.raises(ValueError, match="wrapped around"):
-        count_pairs(Sharding(combine(Lookahead(2**63 - 1)), df.Contiguous(), 3, 1))
+        Needs.of(Geometry.of_sequence(combine(Lookahead(2**63 - 1)), df.Contiguous(), 3, 1))

@@ -11,20 +11,24 @@ from benchmarks.common import Shape
 from benchmarks.memory import predict
 from benchmarks.meter import Meter
 from distflash import engine
-from distflash.kernels.base import Saved, Scores
+from distflash.kernels.base import Abilities, Kernel, Saved, Scores
+from distflash.overlap import overlap
 from distflash.transport import Simulator
 
 
 @dataclass(frozen=True)
-class Hollow:
-    """Allocates what the hops of a backward pass share, and nothing in a hop."""
+class Hollow(Kernel):
+    """Allocates what the passes of a backward share, and nothing in a pass."""
 
     adds_up: bool
 
     def not_supported_reasons(self, problem):
         return []
 
-    def forward(self, q, k, v, rows, scores, hop, into):
+    def abilities(self, device):
+        return Abilities(two_sources=True, some_heads=True) if self.adds_up else Abilities(separate_gradients=True)
+
+    def forward(self, q, keys, each, scores, into):
         pass
 
     def save(self, q, out, lse, dout, dlse):
@@ -35,8 +39,8 @@ class Hollow:
         sums = torch.empty(q.shape[0] * q.shape[2] * tiles, 64, max(64, q.shape[3]))
         return Saved(q, dout, lse, stats[1], stats, q.new_zeros(2, dtype=torch.int32), sums)
 
-    def backward(self, saved, k, v, rows, scores, hop, dq, dkv, keys_done):
-        keys_done()
+    def backward(self, saved, keys, each, scores, dq, dkv):
+        pass
 
 
 class Uncounted:
@@ -63,29 +67,63 @@ def sizes(*tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def measure(transport, shape, mask, layout, adds_up):
-    cp = df.ContextParallel(transport, layout=layout)
-    plan, T = cp.plan(mask, shape.S), cp.seq_local(shape.S)
+ZIGZAG, RING = df.Zigzag(), df.Ring()
+
+
+def measure(transport, shape, mask, adds_up, layout=ZIGZAG, schedule=RING):
+    cp, kernel = df.ContextParallel(transport, layout=layout, schedule=schedule), Hollow(adds_up)
+    T = cp.seq_local(shape.S)
+    plan = overlap(cp.plan(mask, shape.S), shape.G, shape.B, kernel.abilities(torch.device("cpu")), near=True)
     q, dout = (torch.zeros(shape.B, T, shape.H, d, dtype=torch.bfloat16) for d in (shape.D, shape.V))
     k, v = (torch.zeros(shape.B, T, shape.G, d, dtype=torch.bfloat16) for d in (shape.D, shape.V))
-    call = engine.Call(plan, cp.schedule, Uncounted(transport), Hollow(adds_up), Scores(1.0))
+    call = engine.Call(plan, Uncounted(transport), kernel, Scores(1.0))
     with Meter() as meter:
         meter.ignore(q, k, v, dout)
         out, lse = engine.forward(q, k, v, call)
-    intervals = 12 * sum(len(i.row_lo) + len(i.col_lo) for parts in plan.intervals.values() for i in parts)
+    rows = {id(rows): rows for stage in plan.forward for each in stage.passes for rows in each.visible}
+    intervals = 12 * sum(len(i.row_lo) + len(i.col_lo) for i in rows.values())
     forward = meter.peak - sizes(out, lse) + intervals
     with Meter() as meter:
         meter.ignore(q, k, v, dout, out, lse)
         dq, dk, dv, _ = engine.backward(dout, None, q, k, v, out, lse, call)
-    return (forward, meter.peak - sizes(dq, dk, dv)), predict(shape, plan, transport.rank, 2, adds_up)
+    return (forward, meter.peak - sizes(dq, dk, dv)), predict(shape, plan, 2, adds_up)
+
+
+def check(ranks, *args, **kwargs):
+    for measured, predicted in Simulator(ranks).run(lambda t: measure(t, *args, **kwargs)):
+        assert measured[0] == predicted.forward
+        assert measured[1] == pytest.approx(predicted.backward, rel=0.02)
+
+
+SHAPE = Shape(1, 1024, 8, 2, 32, 16)
+UNION = df.Causal() & (df.Window(100, 0) | df.FirstTokens(300))
+MASKS = [df.Causal(), df.Full(), df.Window(100, 0), UNION]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("layout", [df.Zigzag(), df.Contiguous()], ids=repr)
-@pytest.mark.parametrize("mask", [df.Causal(), df.Window(100, 0)], ids=repr)
+@pytest.mark.parametrize("mask", MASKS, ids=["causal", "full", "window", "union"])
 @pytest.mark.parametrize("adds_up", [False, True], ids=["written", "added up"])
 def test_formula_is_what_the_engine_allocates(ranks, layout, mask, adds_up):
-    shape = Shape(1, 1024, 8, 2, 32, 16)
-    for measured, predicted in Simulator(ranks).run(lambda t: measure(t, shape, mask, layout, adds_up)):
-        assert measured[0] == predicted.forward
-        assert measured[1] == pytest.approx(predicted.backward, rel=0.02)
+    check(ranks, SHAPE, mask, adds_up, layout)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 7])
+@pytest.mark.parametrize("mask", MASKS, ids=["causal", "full", "window", "union"])
+def test_of_an_all_gather(chunks, mask):
+    check(8, SHAPE, mask, False, schedule=df.AllGather(chunks))
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=["causal", "full", "window", "union"])
+def test_parts_of_a_batch_are_sent_as_copies(mask):
+    check(3, Shape(2, 384, 8, 2, 32, 16), mask, False)
+
+
+def test_nothing_grows_with_the_number_of_ranks():
+    """At as many tokens a rank."""
+
+    def worst(ranks):
+        results = Simulator(ranks).run(lambda t: measure(t, Shape(1, 64 * ranks, 8, 2, 32, 16), df.Full(), False)[0])
+        return max(backward for _, backward in results)
+
+    assert worst(3) <= worst(4) == worst(8) == worst(16)

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 import distflash as df
+from distflash.call import Numbers
 from distflash.transport import Alone
 from tests.counting import Counting
 
 CLOSE = dict(rtol=1e-12, atol=1e-12)
 S, DIM = 12, 16
+LENGTHS = [S, 0, -1]
 
 
 def recipe_of(cp):
-    return cp._recipe(df.Causal(), None, 0.0, 0.0)[0]
+    return cp._recipe(df.Causal(), Numbers())[0]
 
 
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "sinks and slopes"])
@@ -23,24 +25,24 @@ def test_opcheck(extras):
     sinks = torch.randn(4, requires_grad=True) if extras else None
     slopes = torch.rand(4) if extras else None
     cp = df.ContextParallel(Alone())
-    options = (sinks, slopes, S, True, recipe_of(cp), [], None, None)
+    options = (sinks, slopes, LENGTHS, True, recipe_of(cp), [], None, None)
     arguments = (q, k, v, *options)
     torch.library.opcheck(torch.ops.distflash.attention.default, arguments)
     out, lse, number = torch.ops.distflash.attention(*arguments)
     plain = [t if t is None else t.detach() for t in (torch.ones_like(out), None, q, k, v, out, lse, number)]
     torch.library.opcheck(
         torch.ops.distflash.attention_backward.default,
-        (*plain, None if sinks is None else sinks.detach(), slopes, S, *options[4:]),
+        (*plain, None if sinks is None else sinks.detach(), slopes, LENGTHS, *options[4:]),
     )
 
 
 def test_opcheck_of_positions():
     cp = df.ContextParallel(Alone())
     x, number = torch.randn(2, S, 8), recipe_of(cp)
-    torch.library.opcheck(torch.ops.distflash.positions.default, (x, S, number, [], None, None))
-    assert torch.equal(torch.ops.distflash.positions(x, S, number, [], None, None), cp.positions_of(x, S))
+    torch.library.opcheck(torch.ops.distflash.positions.default, (x, LENGTHS, number, [], None, None))
+    assert torch.equal(torch.ops.distflash.positions(x, LENGTHS, number, [], None, None), cp.positions_of(x, S))
     with pytest.raises(ValueError, match=f"{S} local tokens, but Zigzag"):
-        torch.ops.distflash.positions(x, S + 1, number, [], None, None)
+        torch.ops.distflash.positions(x, [S + 1, 0, -1], number, [], None, None)
 
 
 def module(cp=None):

@@ -82,10 +82,10 @@ def test_merging_is_the_softmax_over_both(drawn, cut):
     ],
     ids=str,
 )
-def test_room_for_hops(dtype, wide):
+def test_room_between_passes(dtype, wide):
     q = torch.empty(2, 3, 4, 8, dtype=dtype)
     assert accumulator_dtype(dtype) == wide
-    one, two = (Partial.empty(q, 5, hops) for hops in (1, 2))
+    one, two = (Partial.empty(q, 5, between) for between in (False, True))
     assert one.running is None  # the only hop writes what it rounds
     assert two.running.weighted.shape == two.final.shape == one.final.shape == (2, 3, 4, 5)
     rows = [two.running.maximum, two.running.total, two.lse, one.lse]
@@ -95,7 +95,7 @@ def test_room_for_hops(dtype, wide):
 
 
 def test_no_hop_at_all():
-    partial = Partial.empty(torch.empty(2, 3, 4, 8), 5, 0)
+    partial = Partial.empty(torch.empty(2, 3, 4, 8), 5, between=False)
     partial.fill_identity(None)
     assert (partial.final == 0).all() and (partial.lse == -torch.inf).all()
     sinks = torch.arange(4.0)

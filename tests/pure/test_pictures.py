@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import distflash as df
 from distflash import pictures
-from distflash.intervals import Sharding, count_pairs
+from distflash.geometry import Geometry, Needs
 from tests.strategies import layouts, masks, patterns
 
 EXAMPLE = df.Causal() & (df.Window(3) | df.FirstTokens(2))
@@ -35,7 +35,7 @@ def test_pairs_of_cells_are_those_of_the_dense_mask(seq_len, layout, world_size,
         counts = pictures.count_pairs(mask, seq_len, queries, edges)
         assert counts.dtype == torch.int64 and torch.equal(counts, dense_cells(mask, seq_len, queries, edges))
         shares.append(int(counts.sum()))
-    assert shares == count_pairs(Sharding(mask, layout, seq_len, world_size)).sum(1).tolist()
+    assert shares == Needs.of(Geometry.of_sequence(mask, layout, seq_len, world_size)).pairs.sum(1).tolist()
 
 
 def test_a_million_tokens_are_counted_exactly():
@@ -83,7 +83,7 @@ def test_every_pixel_of_a_short_sequence(plt):
     picture, queries, keys = (torch.tensor(image.get_array()) for image in ax.images)
     assert torch.equal(picture, expected)
     assert torch.equal(queries[:, 0], colors[owner]) and torch.equal(keys[0], colors[owner])
-    pairs = count_pairs(Sharding(EXAMPLE, layout, S, W)).sum(1)
+    pairs = Needs.of(Geometry.of_sequence(EXAMPLE, layout, S, W)).pairs.sum(1)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [
         f"rank {rank}: {share:.1%}" for rank, share in enumerate((pairs / pairs.sum()).tolist())
     ]

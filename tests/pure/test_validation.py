@@ -67,9 +67,9 @@ def test_numbers_a_head_may_have_any_stride(name):
     seen = []
 
     class Watching(df.kernels.Reference):
-        def forward(self, q, k, v, rows, scores, hop, into):
+        def forward(self, q, keys, each, scores, into):
             seen.append(getattr(scores, name))
-            super().forward(q, k, v, rows, scores, hop, into)
+            super().forward(q, keys, each, scores, into)
 
     inputs, table = drawn(), torch.randn(4, 3)
     for numbers in (table[:, 1], torch.tensor(0.3).expand(4)):

@@ -6,7 +6,8 @@ import pytest
 
 import distflash as df
 from distflash.transport import Simulator
-from tests.wrong_calls import ROWS, W
+from tests.wrong_calls import W
+from tests.wrong_chunks import ROWS
 
 
 def told(call, cp):

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distflash.api import ContextParallel, attention
 from distflash.masks import Mask
+from distflash.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,9 @@ class _Mode(TorchFunctionMode):
 
 
 def _is_causal(mask: Mask, seq_len: int) -> bool:
-    """Whether no query sees a later key."""
+    """Whether no query sees a later key, in any sequence of the batch."""
+    if isinstance(mask, Rows):
+        return all(_is_causal(each, seq_len) for each in mask.masks)
     positions = torch.arange(seq_len)
     parts = mask.parts(positions, seq_len)
     return all(bool(((hi <= lo) | (hi.clamp_max(seq_len) <= positions + 1)).all()) for lo, hi in parts)

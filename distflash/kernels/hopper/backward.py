@@ -58,7 +58,7 @@ def add_queries(
             arrive(DQ_FREE + w, ONE_AND_WARP)
         slot, slot_phase = 0, 0
         mbarrier.wait(job_ready.index(slot), slot_phase)
-        _, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB)
+        _, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB, JOB)
         while tiles > 0:
             for member in range(GROUP):
                 plane = (batch * kv_heads + kv_head) * GROUP + member
@@ -73,7 +73,7 @@ def add_queries(
             mbarrier.arrive(job_free.index(slot))
             slot, slot_phase = advance(slot, slot_phase, 2)
             mbarrier.wait(job_ready.index(slot), slot_phase)
-            _, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB)
+            _, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB, JOB)
 
 
 @gluon.jit
@@ -209,7 +209,7 @@ def consume(
     mma_v: gl.constexpr = product(VP)
     stage, phase, turn, kv_phase, slot, slot_phase = 0, 0, 0, 0, 0, 0
     mbarrier.wait(job_ready.index(slot), slot_phase)
-    first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB)
+    first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB, JOB)
     while tiles > 0:
         first += w * ROWS
         lo, length = seen_by(first, block_ends, mma_s)
@@ -248,7 +248,7 @@ def consume(
         mbarrier.arrive(job_free.index(slot))
         slot, slot_phase = advance(slot, slot_phase, 2)
         mbarrier.wait(job_ready.index(slot), slot_phase)
-        first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB)
+        first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB, JOB)
 
 
 @gluon.jit(

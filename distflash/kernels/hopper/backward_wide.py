@@ -212,7 +212,7 @@ def consume(
     mma_s: gl.constexpr = product(HALF)
     stage, phase, turn, kv_phase, slot, slot_phase = 0, 0, 0, 0, 0, 0
     mbarrier.wait(job_ready.index(slot), slot_phase)
-    first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB)
+    first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB, JOB)
     while tiles > 0:
         lo, length = seen_by(first, block_ends, mma_s)
         mbarrier.wait(kv_ready, kv_phase)
@@ -247,7 +247,7 @@ def consume(
         mbarrier.arrive(job_free.index(slot))
         slot, slot_phase = advance(slot, slot_phase, 2)
         mbarrier.wait(job_ready.index(slot), slot_phase)
-        first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB)
+        first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB, JOB)
 
 
 @gluon.jit(

@@ -17,8 +17,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
+from distflash import liveness
+
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
+GROUP_ROWS = gl.constexpr(liveness.GROUP_ROWS)
+LIVE = gl.constexpr(liveness.LIVE)
+STARTS = gl.constexpr(liveness.STARTS)
+ENDS = gl.constexpr(liveness.ENDS)
+BEGUN_BITS = gl.constexpr(liveness.BEGUN_BITS)
 ROWS = gl.constexpr(64)  # of one warpgroup's matrix instruction
 
 
@@ -60,6 +67,16 @@ def pick(program, blocks, heads, heads_at_once):
     rest = program % (heads_at_once * blocks)
     width = gl.minimum(heads - group * heads_at_once, heads_at_once)
     return rest // width, group * heads_at_once + rest % width
+
+
+@gluon.jit
+def locate(row, groups, flags):
+    """Where a block of rows begins, and its flags; see the function of this name in the portable kernel."""
+    group = row // GROUP_ROWS
+    live = flags < 0
+    start = gl.load(groups + 2 * group, mask=live, other=group * GROUP_ROWS)
+    flags = gl.load(groups + 2 * group + 1, mask=live, other=flags)
+    return start + row % GROUP_ROWS, flags
 
 
 @gluon.jit
@@ -237,12 +254,12 @@ def post(jobs, slot, values):
 
 
 @gluon.jit
-def read(jobs, slot, COUNT: gl.constexpr):
-    """The scalars of a job."""
+def read(jobs, slot, SIZE: gl.constexpr, COUNT: gl.constexpr):
+    """The first COUNT scalars of a job of SIZE."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     values = ()  # of scalars, one after the other
     for n in gl.static_range(COUNT):
-        values += (gl.max(jobs.index(slot * COUNT + n).load(one), 0),)  # type: ignore[assignment]
+        values += (gl.max(jobs.index(slot * SIZE + n).load(one), 0),)  # type: ignore[assignment]
     return values
 
 

@@ -2,13 +2,14 @@
 
 After FlashAttention-3 (https://arxiv.org/abs/2407.08608): each warpgroup holds 64 queries. The product Q K^T of the
 next tile is in flight before P V of the last, and while one warpgroup computes its softmax, the other's products run.
-The state between hops is that of the portable kernel, but for its reference, which follows the maximum only when it
+The state between passes is that of the portable kernel, but for its reference, which follows the maximum only when it
 must (after FlashAttention-4, https://arxiv.org/abs/2603.05451): see `follow`.
 
 As many programs run as there are multiprocessors, and each takes the next block of queries when it has room for it: the
 loading warp asks for it, tells the others, and loads ahead while they finish the last one.
 
-A block's keys come from one owner or from two, one after the other: see `Pairing` in `distflash.kernels.base`.
+A block's keys come from one source or from two, one after the other. A pass has only blocks of rows that see a key in
+it (`distflash.liveness`); of heads that have begun some may be passed by.
 
 [Note: shapes] as in `common`.
 """
@@ -23,9 +24,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from distflash.kernels.hopper.common import (
+    BEGUN_BITS,
+    ENDS,
+    LIVE,
     LN2,
     LOG2E,
     ROWS,
+    STARTS,
     advance,
     arrive,
     arrive_after,
@@ -35,6 +40,7 @@ from distflash.kernels.hopper.common import (
     in_parts,
     inside,
     leave,
+    locate,
     next_job,
     nth,
     pack,
@@ -59,8 +65,9 @@ TURN = gl.constexpr(5)
 K_FREE = gl.constexpr(8)
 V_FREE = gl.constexpr(12)
 MAX_STAGES = gl.constexpr(4)
-JOB = gl.constexpr(6)  # first, plane, begin, before, full, tiles
-JOB_2 = gl.constexpr(10)  # and the last four for the other owner
+PLACE = gl.constexpr(3)  # first, plane, ends: of a job what its end needs
+JOB = gl.constexpr(8)  # and starts, begin, before, full, tiles
+JOB_2 = gl.constexpr(12)  # and the last four for the other owner
 LOWEST = gl.constexpr(-3.0e38)  # for -inf, of which differences are NaN
 
 
@@ -98,70 +105,98 @@ def at_least_one(begin, tiles, others, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def load_tiles(
-    q, owner, other, smem, gates, jobs, counter, grid,
+def load_block(
+    q, owner, other, smem, gates, jobs, where, begun, ring,
     SLOTS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     TWO: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: every block's queries, then keys and values of its tiles."""
+    """A block's job and queries, then keys and values of its tiles. Heads that have ``begun`` take the other's only."""
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     q_smem, _, _ = smem
     q_ready, q_free, _, _ = gates
     k, v, ends = owner
     other_k, other_v, other_ends = other
-    queries, heads, head_count, done, batches, heads_at_once, programs = grid
-    blocks = gl.cdiv(queries, BLOCK_M)
+    first, flags, batch, head, heads, queries = where
+    slot, slot_phase, stage, loaded = ring
+    last = gl.minimum(first + BLOCK_M, queries) - 1
+    begin, before, full, tiles = span(ends[0], ends[1], first, last, BLOCK_N, 1)
+    place = (first, batch * heads + head, flags & ENDS, flags & STARTS)
+    if TWO:
+        tiles = gl.where(begun, 0, tiles)
+        full = gl.where(begun, 0, full)
+        begin_2, before_2, full_2, tiles_2 = span(other_ends[0], other_ends[1], first, last, BLOCK_N, 1)
+        begin_2, tiles_2 = at_least_one(begin_2, tiles_2, tiles, BLOCK_N)
+        mbarrier.wait(q_free.index(slot), slot_phase)
+        post(jobs, slot, place + (begin, before, full, tiles, begin_2, before_2, full_2, tiles_2))
+    else:
+        begin, tiles = at_least_one(begin, tiles, 0, BLOCK_N)
+        mbarrier.wait(q_free.index(slot), slot_phase)
+        post(jobs, slot, place + (begin, before, full, tiles))
+    mbarrier.expect(q_ready.index(slot), CONSUMERS * q.block_type.nbytes)
+    for w in gl.static_range(CONSUMERS):
+        async_load(q, [batch, head, first + w * ROWS, 0], q_ready.index(slot), q_smem.index(slot * CONSUMERS + w))
+    slot, slot_phase = advance(slot, slot_phase, SLOTS)
+    stage, loaded = load_keys(
+        k, v, batch, head // GROUP, (begin, before, full, tiles), smem, gates, stage, loaded,
+        BLOCK_N, CONSUMERS, STAGES,
+    )  # fmt: skip
+    if TWO:
+        stage, loaded = load_keys(
+            other_k, other_v, batch, head // GROUP, (begin_2, before_2, full_2, tiles_2), smem, gates, stage,
+            loaded, BLOCK_N, CONSUMERS, STAGES,
+        )  # fmt: skip
+    return slot, slot_phase, stage, loaded
+
+
+@gluon.jit
+def load_tiles(
+    q, owner, other, smem, gates, jobs, counter, grid,
+    SLOTS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    TWO: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: one block after the other."""
+    BLOCK_M: gl.constexpr = CONSUMERS * ROWS
+    q_ready, q_free, _, _ = gates
+    queries, heads, head_count, done, batches, heads_at_once, programs, groups, blocks, marks = grid
     slot, slot_phase, stage, loaded = 0, 1, 0, 0
     program = gl.program_id(0)
     while program < blocks * head_count * batches:
         block, place = pick(program, blocks, head_count * batches, heads_at_once)
         batch, head = place // head_count, place % head_count
-        first = (blocks - 1 - block) * BLOCK_M  # under causal masks later rows see more: longest first
-        last = gl.minimum(first + BLOCK_M, queries) - 1
-        begin, before, full, tiles = span(ends[0], ends[1], first, last, BLOCK_N, 1)
-        plane = batch * heads + head
+        # Under causal masks later rows see more: longest first.
+        first, flags = locate((blocks - 1 - block) * BLOCK_M, groups, marks)
+        begun = head < done
         if TWO:
-            tiles = gl.where(head < done, 0, tiles)
-            full = gl.where(head < done, 0, full)
-            begin_2, before_2, full_2, tiles_2 = span(other_ends[0], other_ends[1], first, last, BLOCK_N, 1)
-            begin_2, tiles_2 = at_least_one(begin_2, tiles_2, tiles, BLOCK_N)
-            mbarrier.wait(q_free.index(slot), slot_phase)
-            post(jobs, slot, (first, plane, begin, before, full, tiles, begin_2, before_2, full_2, tiles_2))
-        else:
-            begin, tiles = at_least_one(begin, tiles, 0, BLOCK_N)
-            mbarrier.wait(q_free.index(slot), slot_phase)
-            post(jobs, slot, (first, plane, begin, before, full, tiles))
-        mbarrier.expect(q_ready.index(slot), CONSUMERS * q.block_type.nbytes)
-        for w in gl.static_range(CONSUMERS):
-            async_load(q, [batch, head, first + w * ROWS, 0], q_ready.index(slot), q_smem.index(slot * CONSUMERS + w))
-        slot, slot_phase = advance(slot, slot_phase, SLOTS)
-        stage, loaded = load_keys(
-            k, v, batch, head // GROUP, (begin, before, full, tiles), smem, gates, stage, loaded,
-            BLOCK_N, CONSUMERS, STAGES,
-        )  # fmt: skip
-        if TWO:
-            stage, loaded = load_keys(
-                other_k, other_v, batch, head // GROUP, (begin_2, before_2, full_2, tiles_2), smem, gates, stage,
-                loaded, BLOCK_N, CONSUMERS, STAGES,
+            flags = gl.where(begun, flags >> BEGUN_BITS, flags)
+        if (flags & LIVE) != 0:  # only heads that have begun may have nothing to do
+            slot, slot_phase, stage, loaded = load_block(
+                q, owner, other, smem, gates, jobs, (first, flags, batch, head, heads, queries), begun,
+                (slot, slot_phase, stage, loaded), SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO,
             )  # fmt: skip
         program = next_job(counter, programs)
     mbarrier.wait(q_free.index(slot), slot_phase)
     if TWO:
-        post(jobs, slot, (0, 0, 0, 0, 0, 0, 0, 0, 0, 0))
+        post(jobs, slot, (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0))
     else:
-        post(jobs, slot, (0, 0, 0, 0, 0, 0))
+        post(jobs, slot, (0, 0, 0, 0, 0, 0, 0, 0))
     mbarrier.arrive(q_ready.index(slot))
     leave(counter, programs)
 
 
 @gluon.jit
 def read_job(jobs, slot, TWO: gl.constexpr):
-    """A block's first query, its plane, and the tiles of both owners, of which the other may have none."""
+    """A block's scalars, of which the tiles of the other owner may be none."""
     if TWO:
-        return read(jobs, slot, JOB_2)
+        return read(jobs, slot, JOB_2, JOB_2)
     else:
         none = gl.to_tensor(0)
-        return read(jobs, slot, JOB) + (none, none, none, none)
+        return read(jobs, slot, JOB, JOB) + (none, none, none, none)
+
+
+@gluon.jit
+def read_place(jobs, slot, TWO: gl.constexpr):
+    """The first scalars of a job once more, rather than to keep them and what follows from them in registers."""
+    return read(jobs, slot, JOB_2 if TWO else JOB, PLACE)
 
 
 @gluon.jit
@@ -292,20 +327,34 @@ def attend_in_turn(
 
 
 @gluon.jit
+def places(first, plane, sizes, V: gl.constexpr, VP: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr):
+    """Where the rows from ``first`` on are in ``[B, H, T]`` and ``[B, T, H, V]``, and which of them exist."""
+    queries, heads = sizes
+    batch, head = plane // heads, plane % heads
+    rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_s))
+    rows_out = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_o))
+    columns = gl.arange(0, VP, layout=gl.SliceLayout(0, mma_o))
+    at_out = ((batch.to(gl.int64) * queries + rows_out) * heads + head)[:, None] * V + columns[None, :]
+    kept = (rows_out < queries)[:, None] & (columns < V)[None, :]
+    return plane.to(gl.int64) * queries + rows, at_out, rows < queries, kept
+
+
+@gluon.jit
 def begin(
-    sinks, sums, at_row, at_out, exists, kept, head, fresh, mma_s: gl.constexpr, mma_o: gl.constexpr,
-    SINKS: gl.constexpr,
+    sinks, sums, first, plane, starts, sizes, V: gl.constexpr, VP: gl.constexpr, mma_s: gl.constexpr,
+    mma_o: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
-    """The state ``(maximum, total, weighted)`` that queries start from: nothing, the sinks, or the last hop's."""
+    """The state ``(maximum, total, weighted)`` that queries start from: nothing, the sinks, or the last pass's."""
     maximum, total, weighted = sums
-    VP: gl.constexpr = at_out.shape[1]
     m = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, mma_s))
     acc = gl.zeros([ROWS, VP], gl.float32, layout=mma_o)
-    if fresh:
+    if starts != 0:
         if SINKS:
+            head = plane % sizes[1]
             m = gl.full([ROWS], LOG2E, gl.float32, layout=m.type.layout) * gl.load(sinks + head).to(gl.float32)
         l = gl.where(m == float("-inf"), 0.0, 1.0)
     else:
+        at_row, at_out, exists, kept = places(first, plane, sizes, V, VP, mma_s, mma_o)
         m = gl.load(maximum + at_row, mask=exists, other=float("-inf"))
         l = gl.load(total + at_row, mask=exists, other=0.0)
         acc = gl.load(weighted + at_out, mask=kept, other=0.0)
@@ -313,23 +362,24 @@ def begin(
 
 
 @gluon.jit
-def end(state, final, place, lse, sums, at_row, at_out, exists, kept, batch, head, first, last_hop):
-    """Write the output through ``place``, where the queries were, or the state for the next hop."""
+def end(
+    state, final, staging, lse, sums, first, plane, ends, sizes, V: gl.constexpr, VP: gl.constexpr,
+    mma_s: gl.constexpr, mma_o: gl.constexpr,
+):  # fmt: skip
+    """Write the output by way of ``staging``, where the queries were, or the state for the next pass."""
     m, l, acc = state
     maximum, total, weighted = sums
-    if last_hop != 0:
+    at_row, at_out, exists, kept = places(first, plane, sizes, V, VP, mma_s, mma_o)
+    if ends != 0:
         inverse = gl.where(l > 0.0, 1.0 / l, 0.0)
         gl.store(lse + at_row, (m + gl.log2(l)) * LN2, mask=exists)
         out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))[:, None]
         # Values may be narrower than keys: the first of as many places as there is room for.
-        places = reinterpret(
-            place, place.dtype, [place.shape[3] // acc.shape[1]] + final.block_type.shape, final.layout
-        )
-        staging = places.index(0)
-        staging.reshape(acc.shape).store(out.to(staging.dtype))
+        room = reinterpret(staging, staging.dtype, [staging.shape[3] // VP] + final.block_type.shape, final.layout)
+        room.index(0).reshape(acc.shape).store(out.to(staging.dtype))
         fence_async_shared()
         barrier()
-        async_store(final, [batch, head, first, 0], staging)
+        async_store(final, [plane // sizes[1], plane % sizes[1], first, 0], room.index(0))
     else:
         gl.store(maximum + at_row, gl.where(l > 0.0, m, float("-inf")), mask=exists)
         gl.store(total + at_row, l, mask=exists)
@@ -396,7 +446,7 @@ def block(
 
 @gluon.jit
 def consume(
-    w: gl.constexpr, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
+    w: gl.constexpr, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes,
     SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, V: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, IN_TURN: gl.constexpr, HALVES: gl.constexpr,
     TWO: gl.constexpr,
@@ -405,8 +455,7 @@ def consume(
     q_smem, _, v_smem = smem
     q_ready, q_free, _, _ = gates
     row_lo, row_hi, other_lo, other_hi = ends
-    queries, heads, done = sizes
-    first_hop, last_hop = hop
+    queries = sizes[0]
     VP: gl.constexpr = v_smem.shape[4]
     mma_s: gl.constexpr = product(BLOCK_N)
     mma_o: gl.constexpr = product(VP)
@@ -415,9 +464,10 @@ def consume(
 
     stage, phase, slot, slot_phase, previous = 0, 0, 0, 0, -1
     mbarrier.wait(q_ready.index(slot), slot_phase)
-    first, plane, begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2 = read_job(jobs, slot, TWO)
+    first, plane, _, starts, begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2 = read_job(
+        jobs, slot, TWO
+    )
     while tiles + tiles_2 > 0:
-        batch, head = plane // heads, plane % heads
         first += w * ROWS
         rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_s))
         exists = rows < queries
@@ -428,21 +478,17 @@ def consume(
         if TWO:
             lo_2 = gl.load(other_lo + rows, mask=exists, other=0)
             length_2 = gl.load(other_hi + rows, mask=exists, other=0) - lo_2
-        at_row = plane.to(gl.int64) * queries + rows
-        rows_out = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_o))
-        columns = gl.arange(0, VP, layout=gl.SliceLayout(0, mma_o))
-        at_out = ((batch.to(gl.int64) * queries + rows_out) * heads + head)[:, None] * V + columns[None, :]
-        kept = (rows_out < queries)[:, None] & (columns < V)[None, :]
-        fresh = (first_hop != 0) & (head >= done)
-        state = begin(sinks, sums, at_row, at_out, exists, kept, head, fresh, mma_s, mma_o, SINKS)
+        state = begin(sinks, sums, first, plane, starts, sizes, V, VP, mma_s, mma_o, SINKS)
         place = q_smem.index(slot * CONSUMERS + w)
         query = strips(place.reshape([ROWS, q_smem.shape[4]]), columns_of(D))
         job = (begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2)
+        # The sign of a length is 0, but the assembler does not know.
         state, stage, phase = block(
             w, state, query, smem, gates, stage, phase, job, (lo, length, lo_2, length_2), scale, softcap,
-            first_hop >> 1, previous, q_free, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, IN_TURN, HALVES, TWO,
+            queries >> 31, previous, q_free, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, IN_TURN, HALVES, TWO,
         )  # fmt: skip
-        end(state, final, place, lse, sums, at_row, at_out, exists, kept, batch, head, first, last_hop)
+        first, plane, closes = read_place(jobs, slot, TWO)
+        end(state, final, place, lse, sums, first + w * ROWS, plane, closes, sizes, V, VP, mma_s, mma_o)
         if SLOTS > 1:
             previous = slot
         else:  # nothing else can come before this place is free
@@ -450,25 +496,28 @@ def consume(
             mbarrier.arrive(q_free.index(slot))
         slot, slot_phase = advance(slot, slot_phase, SLOTS)
         mbarrier.wait(q_ready.index(slot), slot_phase)
-        first, plane, begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2 = read_job(jobs, slot, TWO)
+        first, plane, _, starts, begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2 = read_job(
+            jobs, slot, TWO
+        )
     store_wait(0)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "queries", "heads", "batches", "head_count", "done", "first_hop", "last_hop", "heads_at_once", "programs",
+        "queries", "heads", "batches", "head_count", "done", "blocks", "flags", "heads_at_once", "programs",
     ]
 )  # fmt: skip
 def forward_kernel(
     q, k, v, row_lo, row_hi,  # descriptors of [B, H, T, D], [B, G, K, D], [B, G, K, V]; int32 [T]
     other_k, other_v, other_lo, other_hi,  # the same of another owner, read where TWO
     sinks,  # [H], read where SINKS
-    final, lse,  # descriptor of [B, H, T, V] in q's dtype, float32 [B, H, T]: written by the last hop
+    final, lse,  # descriptor of [B, H, T, V] in q's dtype, float32 [B, H, T]: written where rows end
     maximum, total, weighted,  # float32 [B, H, T], [B, H, T], [B, T, H, V]: between hops
     counter,  # int32 [2], zeros, and zeros again afterwards
     scale, softcap, queries, heads, batches,
     head_count, done,  # the heads of this launch, and, where TWO, how many of them have seen the owner's keys before
-    first_hop, last_hop, heads_at_once, programs,
+    groups, blocks, flags,  # int32 [N, 2], and their blocks of queries; or all blocks and their flags, see `locate`
+    heads_at_once, programs,
     GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, SLOTS: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
     IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr,
@@ -496,16 +545,16 @@ def forward_kernel(
     smem, gates = (q_smem, k_smem, v_smem), (q_ready, q_free, k_ready, v_ready)
     owner, other = (k, v, (row_lo, row_hi)), (other_k, other_v, (other_lo, other_hi))
     ends = (row_lo, row_hi, other_lo, other_hi)
-    sums, sizes, hop = (maximum, total, weighted), (queries, heads, done), (first_hop, last_hop)
-    grid = (queries, heads, head_count, done, batches, heads_at_once, programs)
+    sums, sizes = (maximum, total, weighted), (queries, heads)
+    grid = (queries, heads, head_count, done, batches, heads_at_once, programs, groups, blocks, flags)
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (
-                0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
+                0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes,
                 SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
             )),
             (consume, (
-                1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
+                1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes,
                 SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
             )),
             (load_tiles, (
@@ -515,15 +564,15 @@ def forward_kernel(
     else:
         gl.warp_specialize([
             (consume, (
-                0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
+                0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes,
                 SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
             )),
             (consume, (
-                1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
+                1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes,
                 SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
             )),
             (consume, (
-                2, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, hop,
+                2, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes,
                 SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
             )),
             (load_tiles, (

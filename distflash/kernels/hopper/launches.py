@@ -13,45 +13,46 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from distflash.intervals import Intervals
-from distflash.kernels.base import Hop, KeyGradient, Keys, Saved, Scores
+from distflash.kernels.base import KeyGradient, Keys, Saved, Scores
 from distflash.kernels.hopper.backward import backward_kernel
 from distflash.kernels.hopper.backward_wide import backward_wide_kernel
 from distflash.kernels.hopper.forward import forward_kernel
 from distflash.kernels.hopper.fragments import round_kernel
 from distflash.kernels.hopper.tiles import KEYS, QUERIES, BackwardTile, ForwardTile, padded
-from distflash.kernels.triton.launches import Launch, aligned, heads_at_once
+from distflash.kernels.launch import Launch, aligned, heads_at_once
+from distflash.liveness import GROUP_ROWS, all_rows
 from distflash.partial import Partial
+from distflash.plan import Pass
 
 ROWS = 64  # of one warpgroup's matrix instruction
 
 
 def forward(
-    tile: ForwardTile, programs: int, q: Tensor, keys: Keys, scores: Scores, hop: Hop, into: Partial,
-    kv_heads: int | None = None, other: Keys | None = None,
-) -> Launch:  # fmt: skip
-    """Of the first ``kv_heads`` key heads only; or, with ``other``, of all, of which those take the other's keys only.
-
-    See `Pairing`.
-    """
+    tile: ForwardTile, programs: int, q: Tensor, keys: tuple[Keys, ...], each: Pass, scores: Scores, into: Partial
+) -> Launch:
+    """A pass over the keys of one source or of two; heads below ``each.begun`` take the second source's only."""
     scale = scores.scale
     if scale < 0:  # the kernel takes the maximum before it scales
         q, scale = -q, -scale
     B, T, H, D = q.shape
-    G, V = keys.k.shape[2], keys.v.shape[3]
-    group, some = H // G, G if kv_heads is None else kv_heads
-    heads = H if other else some * group
+    (first, *rest), (G, V) = keys, keys[0].v.shape[2:]
+    group = H // G
+    heads = H if each.heads is None else each.heads.stop * group
+    assert len(rest) < 2 and (each.heads is None or each.heads.start == 0), "heads are counted from the first"
     sinks, running = scores.sinks, into.running
-    blocks = triton.cdiv(T, tile.consumers * ROWS)
+    live, count = each.live, T if each.live is None else each.live.count
+    block = tile.consumers * ROWS
+    assert GROUP_ROWS % block == 0
+    blocks = triton.cdiv(count, block)
     programs = min(programs, blocks * B * heads)
-    owner = _owner(keys, tile.block_n)
-    second = _owner(other, tile.block_n) if other else owner
+    source = _source(first, tile.block_n)
+    second = _source(rest[0], tile.block_n) if rest else source
     return Launch(
         kernel=forward_kernel,
         programs=programs,
         arguments=dict(
             q=_descriptor(q, ROWS, padded(D)),
-            **dict(zip(("k", "v", "row_lo", "row_hi"), owner, strict=True)),
+            **dict(zip(("k", "v", "row_lo", "row_hi"), source, strict=True)),
             **dict(zip(("other_k", "other_v", "other_lo", "other_hi"), second, strict=True)),
             sinks=into.lse if sinks is None else sinks,
             final=_descriptor(into.final, ROWS, padded(V)),
@@ -66,10 +67,11 @@ def forward(
             heads=H,
             batches=B,
             head_count=heads,
-            done=some * group if other else 0,
-            first_hop=int(hop.first),
-            last_hop=int(hop.last),
-            heads_at_once=group * _neighbours(blocks * group, programs, keys.k, keys.v),
+            done=each.begun * group,
+            groups=first.rows.row_lo if live is None else live.groups,
+            blocks=blocks,
+            flags=all_rows(each.first, each.last, each.begun > 0) if live is None else -1,
+            heads_at_once=group * _neighbours(blocks * group, programs, first.k, first.v),
             programs=programs,
             GROUP=group,
             D=D,
@@ -83,18 +85,18 @@ def forward(
             SINKS=sinks is not None,
             IN_TURN=tile.in_turn,
             HALVES=tile.halves,
-            TWO=other is not None,
+            TWO=bool(rest),
             num_warps=4,
         ),
     )
 
 
 def backward(
-    tile: BackwardTile, programs: int, saved: Saved, k: Tensor, v: Tensor, rows: Intervals, scores: Scores,
-    dkv: KeyGradient, heads: range,
-) -> Launch:  # fmt: skip
+    tile: BackwardTile, programs: int, saved: Saved, keys: Keys, scores: Scores, dkv: KeyGradient, heads: range
+) -> Launch:
     """Of these key heads; adds to ``saved.sums``."""
     q, stats, sums = saved.q, saved.statistics, saved.sums
+    k, v, rows = keys.k, keys.v, keys.rows
     assert stats is not None and sums is not None
     B, T, H, D = q.shape
     _, K, G, V = v.shape
@@ -161,7 +163,7 @@ def round_queries(sums: Tensor, scale: float, out: Tensor) -> Launch:
     )
 
 
-def _owner(keys: Keys, rows: int) -> tuple[Any, Any, Tensor, Tensor]:
+def _source(keys: Keys, rows: int) -> tuple[Any, Any, Tensor, Tensor]:
     """Keys and values in tiles of so many rows, and the ends of the intervals."""
     k, v = (_descriptor(x, rows, padded(x.shape[3])) for x in (keys.k, keys.v))
     return k, v, keys.rows.row_lo, keys.rows.row_hi
@@ -173,8 +175,8 @@ def _neighbours(blocks: int, programs: int, *shared: Tensor) -> int:
     Programs side by side that read the same tiles at about the same time have them read from the cache once, so few are
     best; but enough to keep all programs busy, and long blocks from being begun last.
     """
-    wanted = min(triton.cdiv(programs, blocks), heads_at_once(*shared))
-    return 1 << (wanted.bit_length() - 1)
+    wanted = min(triton.cdiv(programs, max(1, blocks)), heads_at_once(*shared))
+    return 1 << max(0, wanted.bit_length() - 1)
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> Any:

@@ -10,8 +10,13 @@ Scores live in base 2: log2(e) is folded into the scale, so that the softmax is 
 import triton
 import triton.language as tl
 
+from distflash import liveness
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+GROUP_ROWS = tl.constexpr(liveness.GROUP_ROWS)
+STARTS = tl.constexpr(liveness.STARTS)
+ENDS = tl.constexpr(liveness.ENDS)
 
 
 @triton.jit
@@ -25,6 +30,20 @@ def pick(program, blocks, heads, heads_at_once):
     rest = program % (heads_at_once * blocks)
     width = tl.minimum(heads - group * heads_at_once, heads_at_once)
     return rest // width, group * heads_at_once + rest % width
+
+
+@triton.jit
+def locate(row, groups, flags, BLOCK: tl.constexpr):
+    """Where a block of rows begins that is the one from ``row`` on of those that are worked on, and its flags.
+
+    ``groups`` as in `LiveRows`; it is read where ``flags``, which otherwise are those of all rows, is below 0.
+    """
+    group = row // GROUP_ROWS
+    live = flags < 0
+    start = tl.load(groups + 2 * group, mask=live, other=group * GROUP_ROWS)
+    flags = tl.load(groups + 2 * group + 1, mask=live, other=flags)
+    # A multiple of BLOCK, but the compiler sees it only here.
+    return (start + row % GROUP_ROWS) // BLOCK * BLOCK, flags
 
 
 @triton.jit

@@ -10,7 +10,20 @@ before it stopped, and a sink is a state with a total and no value. The maximum 
 import triton
 import triton.language as tl
 
-from distflash.kernels.triton.common import LN2, LOG2E, bias, border, load_rows, pick, span, store_rows, tanh
+from distflash.kernels.triton.common import (
+    ENDS,
+    LN2,
+    LOG2E,
+    STARTS,
+    bias,
+    border,
+    load_rows,
+    locate,
+    pick,
+    span,
+    store_rows,
+    tanh,
+)
 
 
 @triton.jit
@@ -50,26 +63,29 @@ def attend(
 @triton.jit(
     do_not_specialize=[
         "q", "k", "v", "final", "weighted",
-        "queries", "keys", "batches", "first_hop", "last_hop", "heads_at_once",
+        "queries", "keys", "batches", "live", "flags", "heads_at_once",
     ]
 )  # fmt: skip
 def forward_kernel(
     q, k, v,  # [B, T, H, D], [B, K, G, D], [B, K, G, V], as `load_rows` takes them
     row_lo, row_hi, q_positions, k_positions,  # int32 [T], [T], [T], [K]
     slopes, sinks,  # [H], read where ALIBI and SINKS
-    final, lse,  # [B, T, H, V] in q's dtype, float32 [B, H, T]: written by the last hop
+    final, lse,  # [B, T, H, V] in q's dtype, float32 [B, H, T]: written where rows end
     maximum, total, weighted,  # float32 [B, H, T], [B, H, T], [B, T, H, V]: between hops
-    scale, softcap, queries, keys, heads, batches, first_hop, last_hop, heads_at_once,
+    groups, live, flags,  # int32 [N, 2] and the number of rows that they are; or flags of all rows, see `locate`
+    scale, softcap, queries, keys, heads, batches, heads_at_once,
     GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(queries, BLOCK_M)
+    blocks = tl.cdiv(live, BLOCK_M)
     block, plane = pick(tl.program_id(0), blocks, heads * batches, heads_at_once)
     batch, head = plane // heads, plane % heads
-    first = (blocks - 1 - block) * BLOCK_M  # under causal masks later rows see more: longest first
+    # Under causal masks later rows see more: longest first.
+    first, flags = locate((blocks - 1 - block) * BLOCK_M, groups, flags, BLOCK_M)
+    starts, ends = (flags & STARTS) != 0, (flags & ENDS) != 0
     begin, before, full, tiles = span(row_lo, row_hi, first, tl.minimum(first + BLOCK_M, queries) - 1, BLOCK_N, 1)
-    if (tiles == 0) & (first_hop + last_hop == 0):
+    if (tiles == 0) & ((flags & (STARTS | ENDS)) == 0):
         return  # nothing to add, and what there is stays where it is
 
     rows = first + tl.arange(0, BLOCK_M)
@@ -84,7 +100,7 @@ def forward_kernel(
     at_row = plane.to(tl.int64) * queries + rows
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     acc = tl.zeros([BLOCK_M, VP], tl.float32)
-    if first_hop != 0:
+    if starts:
         if SINKS:
             m = tl.full([BLOCK_M], LOG2E, tl.float32) * tl.load(sinks + head).to(tl.float32)
         l = tl.where(m == float("-inf"), 0.0, 1.0)
@@ -105,7 +121,7 @@ def forward_kernel(
             k_positions, q_pos, lo, hi, slope, scale, softcap, D, V, DP, VP, BLOCK_N, TMA, SOFTCAP, ALIBI, False,
         )  # fmt: skip
 
-    if last_hop != 0:
+    if ends:
         acc = acc * tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]
         tl.store(lse + at_row, (m + tl.log2(l)) * LN2, mask=exists)
         store_rows(final, batch, head, first, queries, acc, V)

@@ -8,17 +8,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from distflash.intervals import Intervals
-from distflash.kernels.base import Hop, KeyGradient, Problem, QueryGradient, Saved, Scores
+from distflash.kernels.base import Abilities, Kernel, KeyGradient, Keys, Problem, QueryGradient, Saved, Scores
 from distflash.kernels.triton.tiles import Tiles
 from distflash.partial import Partial
+from distflash.plan import Gradients, Pass
 
 if TYPE_CHECKING:
     from distflash.kernels.triton.launches import Device
@@ -28,7 +27,7 @@ HEAD_DIMS = range(16, 257, 8)
 
 
 @dataclass(frozen=True)
-class Triton:
+class Triton(Kernel):
     """Exact attention in Triton, by row and column intervals; see `distflash.kernels.base.Kernel`.
 
     Forward after FlashAttention-2 (https://arxiv.org/abs/2307.08691), merging into the partial of earlier hops;
@@ -40,6 +39,8 @@ class Triton:
         interpret: take tensors on the CPU, in Triton's interpreter: exact and slow, for tests. It must have been turned
             on (``TRITON_INTERPRET=1``) before triton was first imported.
     """
+
+    base: ClassVar[float] = 2.0
 
     tiles: Tiles | None = None
     interpret: bool = False
@@ -55,13 +56,15 @@ class Triton:
             reasons.append("the Triton kernel has no dropout")
         return reasons
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: Intervals, scores: Scores, hop: Hop, into: Partial
-    ) -> None:
+    def abilities(self, device: torch.device) -> Abilities:
+        return Abilities(separate_gradients=True)
+
+    def forward(self, q: Tensor, keys: tuple[Keys, ...], each: Pass, scores: Scores, into: Partial) -> None:
         from distflash.kernels.triton import launches
 
+        (of_source,) = keys
         with _on(q.device):
-            launches.forward(self._device(q, v), q, k, v, rows, scores, hop, into).run()
+            launches.forward(self._device(q, of_source.v), q, of_source, each, scores, into).run()
 
     def save(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Saved:
         from distflash.kernels.triton import launches
@@ -72,24 +75,16 @@ class Triton:
         return saved
 
     def backward(
-        self,
-        saved: Saved,
-        k: Tensor,
-        v: Tensor,
-        rows: Intervals,
-        scores: Scores,
-        hop: Hop,
-        dq: QueryGradient,
-        dkv: KeyGradient,
-        keys_done: Callable[[], None],
+        self, saved: Saved, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
     ) -> None:
         from distflash.kernels.triton import launches
 
-        device = self._device(saved.q, v)
+        device = self._device(saved.q, keys.v)
         with _on(saved.q.device):
-            launches.backward_keys(device, saved, k, v, rows, scores, dkv).run()
-            keys_done()
-            launches.backward_queries(device, saved, k, v, rows, scores, hop, dq).run()
+            if each.gradients is not Gradients.OF_QUERIES:
+                launches.backward_keys(device, saved, keys, scores, dkv).run()
+            if each.gradients is not Gradients.OF_KEYS:
+                launches.backward_queries(device, saved, keys, each, scores, dq).run()
 
     def _device(self, q: Tensor, v: Tensor) -> Device:
         from distflash.kernels.triton import launches

@@ -10,40 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distflash.intervals import Intervals
-from distflash.kernels.base import Hop, KeyGradient, QueryGradient, Saved, Scores
+from distflash.kernels.base import KeyGradient, Keys, QueryGradient, Saved, Scores
+from distflash.kernels.launch import Launch, aligned, heads_at_once, is_aligned, is_packed, steps
 from distflash.kernels.triton.backward import dkdv_kernel, dq_kernel, statistics_kernel
 from distflash.kernels.triton.forward import forward_kernel
 from distflash.kernels.triton.tiles import Tile, Tiles, choose
+from distflash.liveness import GROUP_ROWS, all_rows
 from distflash.partial import Partial
+from distflash.plan import Pass
 
 LOG2E = 1.4426950408889634
-# What blocks that run at the same time share should stay in the L2 cache (40 to 60 MB on the GPUs this is for).
-L2_BYTES = 32 * 2**20
 # Families whose hardware copies whole tiles given a descriptor. The interpreter does, as a test of the same path.
 DESCRIPTORS = ("sm_90", "sm_100", "interpreter")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel with its grid and arguments."""
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-
-    def run(self) -> None:
-        if self.programs:  # none where there are no rows
-            self.kernel[(self.programs,)](**self.arguments)
-
-    def compile(self) -> Any:
-        """The compiled kernel that `run` would launch."""
-        return self.kernel.run(grid=(self.programs,), warmup=True, **self.arguments)
 
 
 @dataclass(frozen=True)
@@ -61,17 +44,18 @@ def device(family: str, itemsize: int, largest_dim: int, tiles: Tiles | None = N
     return Device(tiles or choose(family, itemsize, _padded(largest_dim)), descriptors)
 
 
-def forward(
-    device: Device, q: Tensor, k: Tensor, v: Tensor, rows: Intervals, scores: Scores, hop: Hop, into: Partial
-) -> Launch:
-    tile = device.tiles.forward
+def forward(device: Device, q: Tensor, keys: Keys, each: Pass, scores: Scores, into: Partial) -> Launch:
+    tile, k, v, rows = device.tiles.forward, keys.k, keys.v, keys.rows
     scale = scores.scale
     if scale < 0:  # the kernel takes the maximum before it scales
         q, scale = -q, -scale
     sinks, running = scores.sinks, into.running
+    # Tiles for tuning may be of any size: all rows are worked on in all passes then.
+    live = each.live if GROUP_ROWS % tile.block_m == 0 else None
+    count = q.shape[1] if live is None else live.count
     return Launch(
         kernel=forward_kernel,
-        programs=triton.cdiv(q.shape[1], tile.block_m) * q.shape[0] * q.shape[2],
+        programs=triton.cdiv(count, tile.block_m) * q.shape[0] * q.shape[2],
         arguments=dict(
             **_inputs(device, tile, q=q, k=k, v=v),
             **_scores(rows, scores, scale, into.lse),
@@ -84,8 +68,9 @@ def forward(
             maximum=into.lse if running is None else running.maximum,
             total=into.lse if running is None else running.total,
             weighted=_strided(into.lse if running is None else running.weighted),
-            first_hop=int(hop.first),
-            last_hop=int(hop.last),
+            groups=rows.row_lo if live is None else live.groups,
+            live=count,
+            flags=all_rows(each.first, each.last, begun=False) if live is None else -1,
             heads_at_once=heads_at_once(k, v) * (q.shape[2] // k.shape[2]),
             **_sizes(tile, q, k, v),
         ),
@@ -93,13 +78,13 @@ def forward(
 
 
 def save(q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> tuple[Launch, Saved]:
-    """What the hops of a backward pass share, and the launch that fills in its statistics.
+    """What the passes of a backward share, and the launch that fills in its statistics.
 
     These are float32 ``[2, B * H, T']``, lse in base 2 and delta. T' is T rounded up to 16 bytes; what lies beyond T is
     not read.
     """
     B, T, H, V = out.shape
-    # Copied here, if at all, and not once more in every hop.
+    # Copied here, if at all, and not once more in every pass.
     q, out, dout, lse = aligned(q, True), aligned(out, True), aligned(dout, True), lse.contiguous()
     stats = lse.new_empty(2, B * H, triton.cdiv(T, 4) * 4)
     block = 64
@@ -129,10 +114,8 @@ def save(q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None)
     return launch, Saved(q, dout, lse, delta=stats[1, :, :T].unflatten(0, (B, H)), statistics=stats)
 
 
-def backward_keys(
-    device: Device, saved: Saved, k: Tensor, v: Tensor, rows: Intervals, scores: Scores, dkv: KeyGradient
-) -> Launch:
-    tile = device.tiles.dkdv
+def backward_keys(device: Device, saved: Saved, keys: Keys, scores: Scores, dkv: KeyGradient) -> Launch:
+    tile, k, v, rows = device.tiles.dkdv, keys.k, keys.v, keys.rows
     q, dout, stats = saved.q, saved.dout, saved.statistics
     assert stats is not None
     group = q.shape[2] // k.shape[2]
@@ -153,17 +136,8 @@ def backward_keys(
     )
 
 
-def backward_queries(
-    device: Device,
-    saved: Saved,
-    k: Tensor,
-    v: Tensor,
-    rows: Intervals,
-    scores: Scores,
-    hop: Hop,
-    dq: QueryGradient,
-) -> Launch:
-    tile = device.tiles.dq
+def backward_queries(device: Device, saved: Saved, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient) -> Launch:
+    tile, k, v, rows = device.tiles.dq, keys.k, keys.v, keys.rows
     q, stats = saved.q, saved.statistics
     assert stats is not None
     return Launch(
@@ -177,8 +151,8 @@ def backward_queries(
             row_hi=rows.row_hi,
             sum=_strided(stats if dq.sum is None else dq.sum),
             final=_strided(dq.final),
-            first_hop=int(hop.first),
-            last_hop=int(hop.last),
+            first_hop=int(each.first),
+            last_hop=int(each.last),
             heads_at_once=heads_at_once(k, v) * (q.shape[2] // k.shape[2]),
             **_sizes(tile, q, k, v),
         ),
@@ -213,37 +187,9 @@ def _strided(x: Tensor) -> tuple[Tensor, int, int]:
     """``[B, rows, heads, dim]`` as `at_rows` takes it: (pointer, head stride, row stride)."""
     if x.dim() == 3:  # a stand-in where there is nothing to read or write
         return (x, 0, 0)
-    assert _is_aligned(x) and _is_packed(x), f"{tuple(x.shape)} at strides {x.stride()}: inputs are copied beforehand"
-    _, row, head = _steps(x)
+    assert is_aligned(x) and is_packed(x), f"{tuple(x.shape)} at strides {x.stride()}: inputs are copied beforehand"
+    _, row, head = steps(x)
     return (x, head, row)
-
-
-def aligned(x: Tensor, packed: bool) -> Tensor:
-    """``x``, copied if its rows are not contiguous or do not start at multiples of 16 bytes, or batches have gaps."""
-    fine = _is_aligned(x) and (_is_packed(x) or not packed)
-    return x if fine else x.clone(memory_format=torch.contiguous_format)
-
-
-def _is_aligned(x: Tensor) -> bool:
-    steps = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
-    whole = all(s > 0 and s * x.element_size() % 16 == 0 for s in steps)
-    return whole and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
-
-
-def _is_packed(x: Tensor) -> bool:
-    batch, row, _ = _steps(x)
-    return x.numel() == 0 or batch == x.shape[1] * row
-
-
-def _steps(x: Tensor) -> tuple[int, int, int]:
-    """The strides of batches, rows and heads of ``[B, rows, heads, dim]``.
-
-    That of a dimension of size 1 may be anything: in its place one with which the tensor is packed, if it can be.
-    """
-    B, T, H, D = x.shape
-    head = x.stride(2) if H > 1 else D
-    row = x.stride(1) if T > 1 else x.stride(0) if B > 1 else H * head
-    return x.stride(0) if B > 1 else T * row, row, head
 
 
 def _scores(rows: Intervals, scores: Scores, scale: float, nothing: Tensor) -> dict[str, Any]:
@@ -282,9 +228,3 @@ def _sizes(tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
 
 def _padded(dim: int) -> int:
     return triton.next_power_of_2(dim)
-
-
-def heads_at_once(*shared: Tensor) -> int:
-    """How many heads of the shared tensors ``[B, rows, heads, dim]`` fit into the L2 cache together."""
-    head_bytes = sum(x.shape[1] * x.shape[3] * x.element_size() for x in shared)
-    return max(1, L2_BYTES // head_bytes)

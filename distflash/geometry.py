@@ -1,0 +1,310 @@
+"""Two sets of tokens under a mask: which queries and which keys each rank holds, and who sees what.
+
+Self-attention is the case in which both sets are the same. A chunk of the sequence as queries, cross-attention, the
+rows of a batch laid end to end, and ranks that put their tokens together are other sets (`Tokens`); nothing above this
+module tells them apart.
+
+[Note: shapes] S sequence length, T local queries, K local keys, W ranks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+
+import torch
+from torch import Tensor
+
+from distflash.layouts import Layout
+from distflash.masks import Ends, Mask, wrapped
+
+# A union of more intervals than this is refused: each is a pass over all queries.
+MOST_PARTS = 16
+
+
+class Tokens(ABC):
+    """Which tokens of a sequence each rank holds, in ascending order."""
+
+    @property
+    @abstractmethod
+    def world_size(self) -> int:
+        """How many ranks share the tokens."""
+
+    @abstractmethod
+    def length(self, rank: int) -> int:
+        """How many tokens ``rank`` holds."""
+
+    @abstractmethod
+    def positions(self, rank: int) -> Tensor:
+        """int64 ``[length]`` on the CPU: the global positions of the rank's tokens, ascending."""
+
+    @abstractmethod
+    def count_below(self, positions: Tensor, rank: int) -> Tensor:
+        """How many of the rank's tokens lie before each global position: int64, of the same shape."""
+
+    def require_cover(self) -> None:  # noqa: B027  (most sets of tokens have nothing of the user's to check)
+        """Refuse a user's layout that loses tokens or holds them twice, with a ValueError."""
+
+
+@dataclass(frozen=True)
+class Sharded(Tokens):
+    """``length_of_all`` tokens from position ``start`` on, spread over the ranks by a layout."""
+
+    layout: Layout
+    total: int
+    ranks: int
+    start: int = 0
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks
+
+    def length(self, rank: int) -> int:
+        return self.layout.length(self.total, self.ranks, rank)
+
+    def positions(self, rank: int) -> Tensor:
+        positions = self.layout.positions(self.total, self.ranks, rank)
+        return positions + self.start if self.start else positions
+
+    def count_below(self, positions: Tensor, rank: int) -> Tensor:
+        return self.layout.count_below(positions - self.start, self.total, self.ranks, rank)
+
+    def require_cover(self) -> None:
+        held = [[r for r in self.layout.ranges(self.total, self.ranks, rank) if len(r)] for rank in range(self.ranks)]
+        ascend = all(r.step > 0 for ranges in held for r in ranges) and all(
+            before[-1] < after[0] for ranges in held for before, after in pairwise(ranges)
+        )
+        total = self.total
+        covers = sum(map(len, chain(*held))) == total and sum(map(_sum, chain(*held))) == total * (total - 1) // 2
+        if not (ascend and covers):
+            raise ValueError(
+                f"layout: {self.layout!r}.ranges gives the {self.ranks} ranks {held} of seq_len={total}; expected "
+                f"ascending ranges that hold each of the {total} positions once"
+            )
+
+
+@dataclass(frozen=True)
+class Together(Tokens):
+    """Groups of ranks that put their tokens together. Rank n of these is the group ``members[n]``."""
+
+    tokens: Tokens
+    members: tuple[tuple[int, ...], ...]
+
+    @property
+    def world_size(self) -> int:
+        return len(self.members)
+
+    def length(self, rank: int) -> int:
+        return sum(self.tokens.length(member) for member in self.members[rank])
+
+    def positions(self, rank: int) -> Tensor:
+        return torch.cat([self.tokens.positions(member) for member in self.members[rank]]).sort().values
+
+    def count_below(self, positions: Tensor, rank: int) -> Tensor:
+        return torch.stack([self.tokens.count_below(positions, member) for member in self.members[rank]]).sum(0)
+
+    def require_cover(self) -> None:
+        self.tokens.require_cover()
+
+
+@dataclass(frozen=True)
+class Folded(Tokens):
+    """``rows`` sequences of ``seq_len`` positions end to end: row r's token at p is at ``r * seq_len + p``."""
+
+    tokens: Tokens
+    seq_len: int
+    rows: int
+
+    @property
+    def world_size(self) -> int:
+        return self.tokens.world_size
+
+    def length(self, rank: int) -> int:
+        return self.rows * self.tokens.length(rank)
+
+    def positions(self, rank: int) -> Tensor:
+        starts = torch.arange(self.rows) * self.seq_len
+        return (starts[:, None] + self.tokens.positions(rank)).flatten()
+
+    def count_below(self, positions: Tensor, rank: int) -> Tensor:
+        row = torch.div(positions, max(1, self.seq_len), rounding_mode="floor").clamp_(0, max(0, self.rows - 1))
+        within = self.tokens.count_below(positions - row * self.seq_len, rank)
+        return row * self.tokens.length(rank) + within
+
+    def require_cover(self) -> None:
+        self.tokens.require_cover()
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Queries and keys of a call under its mask.
+
+    Attributes:
+        mask: over global positions.
+        queries, keys: which of them each rank holds; equally many ranks.
+        seq_len: the length that the mask is told: positions of keys are below it.
+    """
+
+    mask: Mask
+    queries: Tokens
+    keys: Tokens
+    seq_len: int
+
+    @staticmethod
+    def of_sequence(mask: Mask, layout: Layout, seq_len: int, world_size: int) -> Geometry:
+        """Self-attention over one sequence."""
+        tokens = Sharded(layout, seq_len, world_size)
+        return Geometry(mask, tokens, tokens, seq_len)
+
+    @property
+    def world_size(self) -> int:
+        return self.keys.world_size
+
+    def parts(self, rank: int) -> tuple[Ends, ...]:
+        """The global ends ``(lo, hi)``, int64 ``[T]``, of each part of the mask, for the queries that ``rank`` holds.
+
+        Raises:
+            ValueError: the mask's ends are not what `Mask.ends` promises, or it has too many parts.
+        """
+        positions = self.queries.positions(rank)
+        parts = self.mask.parts(positions, self.seq_len)
+        if len(parts) > MOST_PARTS:
+            raise ValueError(
+                f"mask: {self.mask!r} gives the queries of rank {rank} {len(parts)} intervals of keys that cannot be "
+                f"joined; expected at most {MOST_PARTS}, since each is a pass of the kernel over the queries. Use a "
+                "mask of fewer parts, or one that allows more pairs"
+            )
+        for lo, hi in parts:
+            require_ends(self.mask, positions, lo, hi)
+        return tuple((lo.clamp(0, self.seq_len), hi.clamp(0, self.seq_len)) for lo, hi in parts)
+
+    def local(self, ends: Ends, source: int) -> Ends:
+        """Global ends as ends in the source's local key indices; an empty interval has ``hi == lo``."""
+        lo, hi = (self.keys.count_below(end, source) for end in ends)
+        return lo, torch.maximum(lo, hi)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What each rank's queries see of each rank's keys, known on every rank without asking any other.
+
+    Attributes:
+        pairs: int64 ``[W, W]``: how many allowed (query, key) pairs each rank (row) has with each source (column).
+        rows: ``rows[rank][source]``: the source's local keys that the rank's queries see, as ascending ranges; none
+            where there is no pair.
+    """
+
+    pairs: Tensor
+    rows: tuple[tuple[tuple[range, ...], ...], ...]
+
+    @staticmethod
+    def of(geometry: Geometry) -> Needs:
+        """Of all ranks.
+
+        Raises:
+            ValueError: the layout or the mask, which may be the user's own, breaks its promises.
+        """
+        for tokens in {id(t): t for t in (geometry.queries, geometry.keys)}.values():
+            tokens.require_cover()
+        ranks = range(geometry.world_size)
+        # All ranks' queries in one tensor, rank after rank: W small passes instead of W x W tiny ones.
+        parts = [geometry.parts(rank) for rank in ranks]
+        most = max(map(len, parts))
+        together = [_joined([_nth(own, n) for own in parts]) for n in range(most)]
+        stops = torch.tensor([0, *(geometry.queries.length(rank) for rank in ranks)]).cumsum(0)
+        table = [_seen([geometry.local(ends, source) for ends in together], stops) for source in ranks]
+        pairs = torch.stack([counts for counts, _ in table], 1)
+        return Needs(pairs, tuple(tuple(table[source][1][rank] for source in ranks) for rank in ranks))
+
+    def any_pair(self, rank: int, source: int) -> bool:
+        return bool(self.rows[rank][source])
+
+
+def _seen(parts: Sequence[Ends], stops: Tensor) -> tuple[Tensor, list[tuple[range, ...]]]:
+    """Pair counts ``[W]`` and the keys that each rank's queries see of one source, by their local ends."""
+    counts = torch.zeros(len(stops) - 1, dtype=torch.int64)
+    runs: list[list[range]] = [[] for _ in counts]
+    for lo, hi in parts:
+        sums = torch.cat([stops[:1], (hi - lo).cumsum(0)])[stops]
+        counts += sums.diff()
+        some = (hi > lo).nonzero().flatten()
+        if not len(some):
+            continue
+        lo, hi, rank = lo[some], hi[some], torch.searchsorted(stops, some, right=True) - 1
+        # Both ends ascend, so a query begins a new range where it sees nothing of what the query before has seen.
+        starts = torch.ones(len(some), dtype=torch.bool)
+        starts[1:] = (lo[1:] > hi[:-1]) | (rank[1:] != rank[:-1])
+        first = starts.nonzero().flatten()
+        last = torch.cat([first[1:], first.new_tensor([len(some)])]) - 1
+        for r, start, stop in zip(rank[first].tolist(), lo[first].tolist(), hi[last].tolist(), strict=True):
+            runs[r].append(range(start, stop))
+    return counts, [_merged(of_rank) for of_rank in runs]
+
+
+def _merged(runs: list[range]) -> tuple[range, ...]:
+    """The same keys as ascending ranges that do not touch, with small gaps filled in."""
+    runs = sorted(runs, key=lambda r: r.start)
+    merged = runs[:1]
+    for run in runs[1:]:
+        if run.start <= merged[-1].stop:
+            merged[-1] = range(merged[-1].start, max(merged[-1].stop, run.stop))
+        else:
+            merged.append(run)
+    return _without_gaps(merged)
+
+
+def _without_gaps(runs: list[range]) -> tuple[range, ...]:
+    """Ranges with the gaps filled in that are not worth a copy: all of them together at most 2% of the keys."""
+    spare = sum(map(len, runs)) // 50
+    gaps = sorted((b.start - a.stop, n) for n, (a, b) in enumerate(pairwise(runs)))
+    filled = set()
+    for gap, n in gaps:
+        spare -= gap
+        if spare < 0:
+            break
+        filled.add(n)
+    kept: list[range] = []
+    for n, run in enumerate(runs):
+        if n - 1 in filled:
+            kept[-1] = range(kept[-1].start, run.stop)
+        else:
+            kept.append(run)
+    return tuple(kept)
+
+
+def _nth(parts: tuple[Ends, ...], n: int) -> Ends:
+    """The n-th part; an empty one where a rank has fewer than others."""
+    nothing = torch.zeros_like(parts[0][0])
+    return parts[n] if n < len(parts) else (nothing, nothing)
+
+
+def _joined(ends: list[Ends]) -> Ends:
+    return torch.cat([lo for lo, _ in ends]), torch.cat([hi for _, hi in ends])
+
+
+def _sum(r: range) -> int:
+    return len(r) * (r[0] + r[-1]) // 2
+
+
+def require_ends(mask: Mask, positions: Tensor, lo: Tensor, hi: Tensor) -> None:
+    """Refuse ends by which keys would be left out silently: a mask of the user's own may break its promises."""
+    for name, end in (("lo", lo), ("hi", hi)):
+        if end.shape != positions.shape or end.dtype != torch.int64:
+            raise ValueError(
+                f"mask: {mask!r}.ends returned {name} as {end.dtype} {list(end.shape)}; expected int64 "
+                f"{list(positions.shape)}, one number per query"
+            )
+        falls = (end.diff() < 0).nonzero()
+        if len(falls):
+            n = int(falls[0])
+            raise ValueError(
+                f"mask: {mask!r}.ends returned {name} = {int(end[n])} for the query at {int(positions[n])} and "
+                f"{int(end[n + 1])} for that at {int(positions[n + 1])}; expected numbers that never decrease"
+            )
+    if wrapped(lo, hi):
+        raise ValueError(
+            f"mask: {mask!r}.ends returned {int(lo[-1])} <= key < {int(hi[0])}, which has wrapped around at int64's "
+            "limits; clamp large numbers before adding them to positions, and give an empty interval as lo = hi"
+        )

@@ -1,0 +1,68 @@
+"""What the launches of the GPU kernels share: strides as they take them, and how many heads to work on at a time.
+
+[Note: shapes] as in `distflash.kernels.base`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What blocks that run at the same time share should stay in the L2 cache (40 to 60 MB on the GPUs this is for).
+L2_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with its grid and arguments."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+
+    def run(self) -> None:
+        if self.programs:  # none where there are no rows
+            self.kernel[(self.programs,)](**self.arguments)
+
+    def compile(self) -> Any:
+        """The compiled kernel that `run` would launch."""
+        return self.kernel.run(grid=(self.programs,), warmup=True, **self.arguments)
+
+
+def aligned(x: Tensor, packed: bool) -> Tensor:
+    """``x``, copied if its rows are not contiguous or do not start at multiples of 16 bytes, or batches have gaps."""
+    fine = is_aligned(x) and (is_packed(x) or not packed)
+    return x if fine else x.clone(memory_format=torch.contiguous_format)
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether rows are contiguous and start at multiples of 16 bytes."""
+    steps = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
+    whole = all(s > 0 and s * x.element_size() % 16 == 0 for s in steps)
+    return whole and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+
+
+def is_packed(x: Tensor) -> bool:
+    """Whether each sequence of the batch begins where the one before ends."""
+    batch, row, _ = steps(x)
+    return x.numel() == 0 or batch == x.shape[1] * row
+
+
+def steps(x: Tensor) -> tuple[int, int, int]:
+    """The strides of batches, rows and heads of ``[B, rows, heads, dim]``.
+
+    That of a dimension of size 1 may be anything: in its place one with which the tensor is packed, if it can be.
+    """
+    B, T, H, D = x.shape
+    head = x.stride(2) if H > 1 else D
+    row = x.stride(1) if T > 1 else x.stride(0) if B > 1 else H * head
+    return x.stride(0) if B > 1 else T * row, row, head
+
+
+def heads_at_once(*shared: Tensor) -> int:
+    """How many heads of the shared tensors ``[B, rows, heads, dim]`` fit into the L2 cache together."""
+    head_bytes = sum(x.shape[1] * x.shape[3] * x.element_size() for x in shared)
+    return max(1, L2_BYTES // head_bytes)

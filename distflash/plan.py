@@ -1,0 +1,306 @@
+"""A plan is data: what one rank computes and what it sends and receives in a call, known before any tensor.
+
+A schedule makes plans (`schedules`), `overlap` rewrites them, and the engine carries them out. ``print(plan)`` is a
+table.
+
+[Note: stages] The transfers of a stage run while its passes compute. What arrives can be read in the stage ``until``
+and later. A buffer that is sent stays as it is up to then.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import cached_property
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from distflash.intervals import Intervals
+from distflash.liveness import LiveRows
+
+
+class What(Enum):
+    """What travels. Of a rank's tokens, all tensors of a kind travel together."""
+
+    KEYS = "keys"  # k and v
+    KEY_GRADIENTS = "dK, dV"  # float32, added up where the keys are
+    QUERIES = "queries"  # q; backward also out, lse and their gradients
+    QUERY_GRADIENTS = "dQ"  # float32, added up where the queries are
+    PARTIALS = "partial states"  # of the softmax, merged where the queries are
+
+
+# Tensors by what they are, and whose.
+Arrived = tuple[What, int]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Tensors on their way between this rank and one other.
+
+    Attributes:
+        sends: whether this rank sends them; otherwise it receives them.
+        what: what they are.
+        of: the rank whose keys or queries they belong to.
+        peer: the other rank.
+        count: how many tokens they are of.
+        until: the stage by whose beginning they have arrived.
+        rows: which of the tokens that this rank has at hand they are, as ascending ranges; None for all of them. For
+            gradients that arrive, those that they are added to.
+    """
+
+    sends: bool
+    what: What
+    of: int
+    peer: int
+    count: int
+    until: int
+    rows: tuple[range, ...] | None = None
+
+    def __str__(self) -> str:
+        towards = f"to {self.peer}" if self.sends else f"from {self.peer}"
+        return f"{self.what.value} of {self.of} ({self.count}) {towards}"
+
+
+class Gradients(Enum):
+    """What a backward pass computes."""
+
+    ALL = "dQ, dK, dV"
+    OF_KEYS = "dK, dV"
+    OF_QUERIES = "dQ"
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One kernel call: queries of one rank over keys of one source, or of two one after the other.
+
+    Attributes:
+        queries: whose queries.
+        sources: whose keys.
+        visible: which of the source's keys at hand each query sees, one for each source.
+        heads: the key heads; None for all.
+        begun: heads below this have taken the first source in an earlier pass, and take the second one only.
+        first: whether these queries and heads (but for those that have begun) start from nothing.
+        last: whether nothing follows for these queries and heads, so that the result is divided and rounded.
+        adds: backward, whether dK and dV are added to what is there; otherwise they overwrite it.
+        gradients: backward, which ones are computed.
+        live: forward, the rows that it works on, and which of them start and end in it; None where it is all of them,
+            by ``first`` and ``last``. A kernel that ignores it, in all passes, computes the same.
+    """
+
+    queries: int
+    sources: tuple[int, ...]
+    visible: tuple[Intervals, ...]
+    heads: range | None = None
+    begun: int = 0
+    first: bool = True
+    last: bool = True
+    adds: bool = False
+    gradients: Gradients = Gradients.ALL
+    live: LiveRows | None = None
+
+    @property
+    def pairs(self) -> int:
+        """Allowed pairs of a head that has not begun."""
+        return sum(rows.pairs for rows in self.visible)
+
+    def to(self, device: torch.device) -> Pass:
+        live = self.live and self.live.to(device)
+        return replace(self, visible=tuple(rows.to(device) for rows in self.visible), live=live)
+
+    def __str__(self) -> str:
+        keys = " + ".join(
+            f"keys of {source}{_of_part(rows)}" for source, rows in zip(self.sources, self.visible, strict=True)
+        )
+        words = [f"{keys}: {self.pairs} pairs"]
+        if self.heads is not None:
+            words.append(f"key heads {self.heads.start} to {self.heads.stop - 1}")
+        if self.begun:
+            words.append(f"heads 0 to {self.begun - 1} only the second")
+        if self.live is not None:
+            words.append(f"{self.live.count} rows")
+        if self.gradients is not Gradients.ALL:
+            words.append(self.gradients.value)
+        marks = [name for name, on in (("first", self.first), ("last", self.last), ("adds", self.adds)) if on]
+        return ", ".join(words + marks)
+
+
+def _of_part(rows: Intervals) -> str:
+    return f"[{rows.keys.start}:{rows.keys.stop}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """Transfers, and the passes that compute meanwhile. See [Note: stages]."""
+
+    transfers: tuple[Transfer, ...] = ()
+    passes: tuple[Pass, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What one rank does in a call: built once per mask, layout and length.
+
+    Attributes:
+        rank: this rank.
+        forward, backward: the stages, equally many on every rank.
+        lengths: local keys of every rank.
+        rows: for every other rank whose keys arrive here, which of its local keys they are, as ascending ranges.
+        pairs: int64 ``[W, W]``, allowed (query, key) pairs of each rank (row) with each source (column).
+    """
+
+    rank: int
+    forward: tuple[Stage, ...]
+    backward: tuple[Stage, ...]
+    lengths: tuple[int, ...]
+    rows: Mapping[int, tuple[range, ...]]
+    pairs: Tensor
+
+    @property
+    def world_size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def exchanges(self) -> int:
+        """How many times keys, queries or partial states move between ranks in forward."""
+        return len(self.forward) - 1
+
+    @cached_property
+    def passes(self) -> tuple[Pass, ...]:
+        """The kernel calls of the forward."""
+        return tuple(each for stage in self.forward for each in stage.passes)
+
+    @cached_property
+    def backward_passes(self) -> tuple[Pass, ...]:
+        """The kernel calls of the backward."""
+        return tuple(each for stage in self.backward for each in stage.passes)
+
+    def passes_of(self, queries: int) -> tuple[Pass, ...]:
+        """Those of one rank's queries, forward."""
+        return tuple(each for each in self.passes if each.queries == queries)
+
+    @cached_property
+    def merges(self) -> bool:
+        """Whether other ranks attend to their keys for this one's queries, and their partial states are merged."""
+        return any(transfer.sends for transfer in self._of_queries)
+
+    @cached_property
+    def moves_queries(self) -> bool:
+        """Whether this rank sends its queries to others, or is sent theirs."""
+        return bool(self._of_queries)
+
+    @cached_property
+    def _of_queries(self) -> tuple[Transfer, ...]:
+        return tuple(t for stage in self.forward for t in stage.transfers if t.what is What.QUERIES)
+
+    @cached_property
+    def keeps_partials(self) -> bool:
+        """Whether the softmax of this rank's queries is kept between passes."""
+        return self.merges or not all(each.first and each.last for each in self.passes_of(self.rank))
+
+    def keeps_sums(self, queries: int) -> bool:
+        """Whether dQ of one rank's queries is kept between passes."""
+        return not all(each.first and each.last for each in self.backward_passes if each.queries == queries)
+
+    def arrivals(self, what: What) -> int:
+        """How many times tensors of a kind arrive here in backward."""
+        return self._arrivals.get(what, 0)
+
+    @cached_property
+    def _arrivals(self) -> dict[What, int]:
+        return dict(Counter(t.what for stage in self.backward for t in stage.transfers if not t.sends))
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """Whose keys this rank works on, in order."""
+        return tuple(dict.fromkeys(source for each in self.passes for source in each.sources))
+
+    def moved(self, what: What, backward: bool = False) -> int:
+        """How many tokens this rank receives of a kind."""
+        stages = self.backward if backward else self.forward
+        return sum(t.count for stage in stages for t in stage.transfers if t.what is what and not t.sends)
+
+    def bytes(self, heads: int, kv_heads: int, d_qk: int, d_v: int, dtype: torch.dtype, backward: bool = False) -> int:
+        """How many bytes this rank receives of each sequence of a batch, forward or backward.
+
+        Plans of two schedules over the same tokens tell by this which of them moves less; see `PassQuery`.
+
+        Args:
+            heads, kv_heads: of this rank.
+            d_qk, d_v: head dims of queries and keys, and of values.
+            dtype: of queries, keys and values.
+        """
+        short, wide = dtype.itemsize, max(4, dtype.itemsize)
+        queries = heads * (d_qk * short + (2 * d_v * short + 2 * wide if backward else 0))
+        widths = {
+            What.KEYS: kv_heads * (d_qk + d_v) * short,
+            What.KEY_GRADIENTS: kv_heads * (d_qk + d_v) * wide,
+            What.QUERIES: queries,
+            What.QUERY_GRADIENTS: heads * d_qk * wide,
+            What.PARTIALS: heads * (d_v + 2) * wide,
+        }
+        return sum(self.moved(what, backward) * width for what, width in widths.items())
+
+    def to(self, device: torch.device) -> Plan:
+        """The same plan with all intervals on ``device``. Passes that share intervals go on sharing them."""
+        moved: dict[int, Intervals] = {}
+
+        def on_device(rows: Intervals) -> Intervals:
+            if id(rows) not in moved:
+                moved[id(rows)] = rows.to(device)
+            return moved[id(rows)]
+
+        def moved_pass(each: Pass) -> tuple[Pass]:
+            live = each.live and each.live.to(device)
+            return (replace(each, visible=tuple(map(on_device, each.visible)), live=live),)
+
+        return self.with_passes(moved_pass)
+
+    def with_passes(self, change: Callable[[Pass], Sequence[Pass]]) -> Plan:
+        """The same plan with every pass, forward and backward, replaced."""
+
+        def changed(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+            return tuple(
+                replace(stage, passes=tuple(new for each in stage.passes for new in change(each))) for stage in stages
+            )
+
+        return replace(self, forward=changed(self.forward), backward=changed(self.backward))
+
+    @cached_property
+    def done_with(self) -> tuple[tuple[frozenset[Arrived], ...], tuple[frozenset[Arrived], ...]]:
+        """Forward and backward, by stages: whose arrived keys and queries no later stage reads or sends."""
+        return self._done_with(self.forward), self._done_with(self.backward)
+
+    def _done_with(self, stages: tuple[Stage, ...]) -> tuple[frozenset[Arrived], ...]:
+        last: dict[Arrived, int] = {}
+        for number, stage in enumerate(stages):
+            for each in stage.passes:
+                last |= dict.fromkeys(((What.KEYS, source) for source in each.sources), number)
+                last[What.QUERIES, each.queries] = number
+            for transfer in stage.transfers:
+                if transfer.what in (What.KEYS, What.QUERIES):
+                    name = transfer.what, transfer.of
+                    last[name] = max(last.get(name, 0), transfer.until - 1)
+        others = {name: number for name, number in last.items() if name[1] != self.rank}
+        return tuple(frozenset(name for name, n in others.items() if n == number) for number in range(len(stages)))
+
+    def _words(self, each: Pass) -> str:
+        return str(each) if each.queries == self.rank else f"queries of {each.queries}, {each}"
+
+    def __str__(self) -> str:
+        """A table: one line a pass and a transfer, by stages."""
+        names = ("forward", self.forward), ("backward", self.backward)
+        every = [self._words(each) for _, stages in names for stage in stages for each in stage.passes]
+        width = max(map(len, [*every, "computes"])) + 2
+        lines = [f"Plan of rank {self.rank} of {self.world_size}: {int(self.pairs[self.rank].sum())} allowed pairs"]
+        for name, stages in names:
+            lines.append(f"{name:<11}{'computes':<{width}}meanwhile")
+            for number, stage in enumerate(stages):
+                computes = [self._words(each) for each in stage.passes] or ["-"]
+                meanwhile = [f"{'send' if t.sends else 'receive'} {t}" for t in stage.transfers] or ["-"]
+                for n, (left, right) in enumerate(zip_longest(computes, meanwhile, fillvalue="")):
+                    lines.append(f"  {f'stage {number}' if n == 0 else '':<9}{left:<{width}}{right}".rstrip())
+        return "\n".join(lines)

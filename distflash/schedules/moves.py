@@ -1,0 +1,53 @@
+"""What moves between ranks, as a schedule makes it: one list for all ranks, from which each takes its own transfers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from distflash.plan import Stage, Transfer, What
+
+Rows = tuple[range, ...]
+
+
+@dataclass(frozen=True)
+class Move:
+    """One transfer as both of its ranks see it. ``at_sender`` and ``at_receiver``: see `Transfer.rows`."""
+
+    what: What
+    stage: int
+    until: int
+    sender: int
+    receiver: int
+    of: int
+    count: int
+    at_sender: Rows | None = None
+    at_receiver: Rows | None = None
+
+    def seen_by(self, rank: int) -> Iterator[Transfer]:
+        if rank == self.sender:
+            yield Transfer(True, self.what, self.of, self.receiver, self.count, self.until, self.at_sender)
+        if rank == self.receiver:
+            yield Transfer(False, self.what, self.of, self.sender, self.count, self.until, self.at_receiver)
+
+
+def transfers(moves: Sequence[Move], rank: int, stage: int) -> tuple[Transfer, ...]:
+    """A rank's in one stage, in the order of ``moves``, which is the same on every rank."""
+    return tuple(transfer for move in moves if move.stage == stage for transfer in move.seen_by(rank))
+
+
+def in_order(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages, of whose passes the first of each rank's queries is marked as such, and the last."""
+    every = [each for stage in stages for each in stage.passes]
+    first = {each.queries: id(each) for each in reversed(every)}
+    last = {each.queries: id(each) for each in every}
+    return tuple(
+        replace(
+            stage,
+            passes=tuple(
+                replace(each, first=first[each.queries] == id(each), last=last[each.queries] == id(each))
+                for each in stage.passes
+            ),
+        )
+        for stage in stages
+    )

@@ -1,0 +1,91 @@
+"""Pass queries: keys stay where they are, queries travel, and what comes back is the state of their softmax.
+
+In step t a rank attends to its own keys for the queries of the rank t places before it, as in a ring. While it does,
+the queries of the next step arrive, and the partial states of the step before return to the queries' owner, which
+merges them (https://arxiv.org/abs/2411.01783). Backward queries travel with out, lse and their gradients, dQ comes back
+in float32, and dK and dV are added up where the keys are. States and dQ are merged in the order of the steps: the same
+bits in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from distflash.geometry import Geometry, Needs
+from distflash.plan import Pass, Plan, Stage, What
+from distflash.schedules.base import Schedule, passes_over
+from distflash.schedules.moves import Move, in_order, transfers
+
+
+@dataclass(frozen=True)
+class PassQuery(Schedule):
+    """For few queries over many keys: a chunk of a prompt over what is cached, decoding, cross-attention.
+
+    A rank sends its queries to those ranks of whose keys they see any, and to no other. All of its queries go, also
+    those that see nothing there.
+
+    For T queries that see all K keys of another rank, forward sends ``T H D`` elements there and ``T H (V + 2)``
+    float32 numbers back (H query heads, D and V head dims), where `Ring` sends ``K G (D + V)`` elements (G key heads).
+    In 16 bits and with D = V this is less where ``T / K < 2 G / (3 H)``, or a little below: queries fewer than two
+    thirds of the keys, than a sixth with four query heads for a key head. Under masks `Plan.bytes` counts exactly::
+
+        plans = [schedule.plan(geometry, rank) for schedule in (df.Ring(), df.PassQuery())]
+        ring, queries = (plan.bytes(heads, kv_heads, d_qk, d_v, torch.bfloat16) for plan in plans)
+    """
+
+    def plan(self, geometry: Geometry, rank: int) -> Plan:
+        needs = Needs.of(geometry)
+        steps = _steps(needs)
+        forward, backward = ([*_moves(geometry, steps, returned)] for returned in (What.PARTIALS, What.QUERY_GRADIENTS))
+        work = _work(geometry, rank, steps[rank])
+        if forward:
+            work.append(())  # the last states return
+        away = {move.of for move in forward if rank in (move.sender, move.receiver)}
+        return Plan(
+            rank=rank,
+            forward=_unfinished(_stages(forward, rank, work), away),
+            backward=_stages(backward, rank, work),
+            lengths=tuple(geometry.keys.length(r) for r in range(geometry.world_size)),
+            rows={},
+            pairs=needs.pairs,
+        )
+
+
+def _steps(needs: Needs) -> list[list[int | None]]:
+    """By ranks and steps, on whose queries each rank works; without the steps in which no rank does."""
+    ranks = range(len(needs.rows))
+    steps = [[(rank - n) % len(ranks) for n in ranks] for rank in ranks]
+    works = [[queries if needs.any_pair(queries, rank) else None for queries in steps[rank]] for rank in ranks]
+    made = [n for n in ranks if n == 0 or any(works[rank][n] is not None for rank in ranks)]
+    return [[works[rank][n] for n in made] for rank in ranks]
+
+
+def _moves(geometry: Geometry, steps: Sequence[Sequence[int | None]], returned: What) -> Iterator[Move]:
+    """Queries arrive in the step before a rank works on them; what it makes of them returns in the step after."""
+    for step in range(1, len(steps[0])):
+        for rank, of_rank in enumerate(steps):
+            queries = of_rank[step]
+            if queries is not None:
+                count = geometry.queries.length(queries)
+                yield Move(What.QUERIES, step - 1, step, queries, rank, queries, count)
+                yield Move(returned, step + 1, step + 2, rank, queries, queries, count)
+
+
+def _work(geometry: Geometry, rank: int, steps: Sequence[int | None]) -> list[tuple[Pass, ...]]:
+    """The passes of each step, over this rank's own keys: the first overwrites dK and dV, the others add to them."""
+    work = [() if queries is None else passes_over(geometry, queries, rank) for queries in steps]
+    first = next((passes[0] for passes in work if passes), None)
+    return [tuple(replace(each, adds=each is not first) for each in passes) for passes in work]
+
+
+def _stages(moves: Sequence[Move], rank: int, work: Sequence[tuple[Pass, ...]]) -> tuple[Stage, ...]:
+    return in_order([Stage(transfers(moves, rank, n), passes) for n, passes in enumerate(work)])
+
+
+def _unfinished(stages: Sequence[Stage], away: set[int]) -> tuple[Stage, ...]:
+    """The stages, after which the softmax of these ranks' queries is still to be merged."""
+    return tuple(
+        replace(s, passes=tuple(replace(each, last=each.last and each.queries not in away) for each in s.passes))
+        for s in stages
+    )

@@ -1,0 +1,133 @@
+"""Schedules in which queries stay and keys travel: the step in which a rank works on a source, and the way there.
+
+A message holds what its receiver needs and no more. Keys come by the `route` of the schedule where the rank on the way
+needs all of them itself, otherwise straight from their owner. So nothing is passed on for others, and the number of
+bytes follows from the mask alone. dK and dV go straight to the keys' owner, which adds them up in float32 in the order
+of the steps: the same order, and so the same bits, in every run.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from distflash.geometry import Geometry, Needs
+from distflash.plan import Pass, Plan, Stage, What
+from distflash.schedules.base import Schedule, passes_over
+from distflash.schedules.moves import Move, Rows, in_order, transfers
+
+
+class KeysTravel(Schedule):
+    """A schedule that says in which step each rank works on each source, and from whom the keys come."""
+
+    @abstractmethod
+    def sources(self, rank: int, world_size: int) -> tuple[tuple[int, ...], ...]:
+        """The sources by steps, equally many steps on every rank. The first step is of the rank's own keys only."""
+
+    def route(self, rank: int, source: int, world_size: int) -> int:
+        """The rank from which ``rank`` takes the source's keys, if that one has them in time; by default the source."""
+        return source
+
+    def ahead(self, rank: int, source: int, world_size: int) -> int:
+        """How many steps before ``rank`` works on them keys set out that come straight from the source."""
+        return 1
+
+    def plan(self, geometry: Geometry, rank: int) -> Plan:
+        needs = Needs.of(geometry)
+        travel = self._travel(needs)
+        work = [_passes(geometry, needs, rank, sources) for sources in travel.steps[rank]]
+        last = len(work) - 1
+        moves = [*travel.keys()]
+        forward = [Stage(transfers(moves, rank, n), passes) for n, passes in enumerate(work)]
+        returns = [*travel.gradients()]
+        stages = last + 2 if returns else last + 1
+        both = moves + returns
+        backward = [Stage(transfers(both, rank, n), work[n] if n <= last else ()) for n in range(stages)]
+        return Plan(
+            rank=rank,
+            forward=in_order(forward),
+            backward=in_order(backward),
+            lengths=tuple(geometry.keys.length(r) for r in range(geometry.world_size)),
+            rows={source: needs.rows[rank][source] for sources in travel.steps[rank][1:] for source in sources},
+            pairs=needs.pairs,
+        )
+
+    def _travel(self, needs: Needs) -> _Travel:
+        """What moves, without the steps that no rank needs."""
+        ranks = range(len(needs.rows))
+        every = [self.sources(rank, len(ranks)) for rank in ranks]
+        steps = [[tuple(s for s in sources if needs.any_pair(rank, s)) for sources in every[rank]] for rank in ranks]
+        made = [n for n in range(len(steps[0])) if n == 0 or any(steps[rank][n] for rank in ranks)]
+        return _Travel(self, needs, made, [[steps[rank][n] for n in made] for rank in ranks])
+
+
+@dataclass(frozen=True)
+class _Travel:
+    """All that moves between all ranks, in one order that every rank knows.
+
+    Attributes:
+        made: the schedule's steps in which any rank works; the n-th of them is stage n.
+        steps: the sources that each rank works on, by ranks and stages.
+    """
+
+    schedule: KeysTravel
+    needs: Needs
+    made: list[int]
+    steps: list[list[tuple[int, ...]]]
+
+    def remote(self) -> Iterator[tuple[int, int, int]]:
+        """``(step, rank, source)`` wherever a rank works on another one's keys."""
+        for step in range(1, len(self.steps[0])):
+            for rank, of_rank in enumerate(self.steps):
+                yield from ((step, rank, source) for source in of_rank[step])
+
+    def keys(self) -> Iterator[Move]:
+        for step, rank, source in self.remote():
+            wanted = self.needs.rows[rank][source]
+            peer, stage, held = self._from(step, rank, source, wanted)
+            count = sum(map(len, wanted))
+            yield Move(What.KEYS, stage, step, peer, rank, source, count, among(wanted, held), None)
+
+    def gradients(self) -> Iterator[Move]:
+        for step, rank, source in self.remote():
+            rows = self.needs.rows[rank][source]
+            count = sum(map(len, rows))
+            yield Move(What.KEY_GRADIENTS, step + 1, step + 2, rank, source, source, count, None, rows)
+
+    def _from(self, step: int, rank: int, source: int, wanted: Rows) -> tuple[int, int, Rows | None]:
+        """From whom keys come, in which stage, and which of the source's keys that rank has (None: all)."""
+        peer = self.schedule.route(rank, source, len(self.steps))
+        held = self.needs.rows[peer][source]
+        if peer != source and contains(held, wanted):
+            earlier = [n for n in range(1, step) if source in self.steps[peer][n]]
+            if earlier:
+                return peer, earlier[-1], held
+        departure = self.made[step] - self.schedule.ahead(rank, source, len(self.steps))
+        return source, max(0, bisect_right(self.made, departure) - 1), None
+
+
+def _passes(geometry: Geometry, needs: Needs, rank: int, sources: Sequence[int]) -> tuple[Pass, ...]:
+    each = [passes_over(geometry, rank, s, None if s == rank else needs.rows[rank][s]) for s in sources]
+    return tuple(p for passes in each for p in passes)
+
+
+def contains(held: Rows, wanted: Rows) -> bool:
+    """Whether all of ``wanted`` lies within ``held``."""
+    return all(any(h.start <= w.start and w.stop <= h.stop for h in held) for w in wanted)
+
+
+def among(wanted: Rows, held: Rows | None) -> Rows | None:
+    """``wanted``, which lies within ``held``, as ranges of the indices of ``held``; None where it is all of it."""
+    if held is None:
+        return wanted
+    if wanted == held:
+        return None
+    starts = [sum(map(len, held[:n])) for n in range(len(held))]
+    return tuple(
+        range(start + w.start - h.start, start + w.stop - h.start)
+        for w in wanted
+        for h, start in zip(held, starts, strict=True)
+        if h.start <= w.start and w.stop <= h.stop
+    )

@@ -34,8 +34,10 @@ class Attention:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
     """``(out, lse)``, see `engine.forward`."""
-    held = Held((q,), (k.contiguous(), v.contiguous()))
-    (q,), (k, v), _ = inward(attention.placements, held)
+    k, v = k.contiguous(), v.contiguous()
+    if not attention.placements:
+        return engine.forward(q, k, v, attention.call)
+    (q,), (k, v), _ = inward(attention.placements, Held((q,), (k, v)))
     out, lse = engine.forward(q, k, v, attention.call)
     seen = outward(attention.placements, Held(queries=(out,), numbers=(lse,)))
     return seen.queries[0], seen.numbers[0]
@@ -45,13 +47,15 @@ def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, attention: Attention
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``(dq, dk, dv, dsinks)``, see `engine.backward`."""
-    if attention.placements and dlse is None:  # what travels is alike on all ranks
-        dlse = torch.zeros_like(lse)
-    held = Held((q, out, dout), (k.contiguous(), v.contiguous()), (lse,) if dlse is None else (lse, dlse))
-    (q, out, dout), (k, v), (lse, *rest) = inward(attention.placements, held)
-    dq, dk, dv, dsinks = engine.backward(dout, rest[0] if rest else None, q, k, v, out, lse, attention.call)
+    dtype, k, v = k.dtype, k.contiguous(), v.contiguous()
+    if not attention.placements:
+        return engine.backward(dout, dlse, q, k, v, out, lse, attention.call)
+    dlse = torch.zeros_like(lse) if dlse is None else dlse  # what travels is alike on all ranks
+    held = Held((q, out, dout), (k, v), (lse, dlse))
+    (q, out, dout), (k, v), (lse, dlse) = inward(attention.placements, held)
+    dq, dk, dv, dsinks = engine.backward(dout, dlse, q, k, v, out, lse, attention.call)
     seen = outward(attention.placements, Held((dq,), (dk, dv)))
-    dk, dv = (x.to(held.keys[0].dtype) for x in seen.keys)
+    dk, dv = (x.to(dtype) for x in seen.keys)
     return seen.queries[0], dk, dv, _of_all_heads(dsinks, attention)
 
 

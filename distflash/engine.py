@@ -54,13 +54,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     own = Partial.empty(q, v.shape[-1], between=plan.keeps_partials)
     if not q.shape[0]:  # on every rank: nothing to attend to and nothing to send
         return own.final, own.lse
-    if not plan.passes_of(plan.rank):
+    if not plan.own_passes:
         own.fill_identity(call.scores.sinks, base)
     q = q.contiguous() if plan.moves_queries else q
     exchange = Exchange(plan, call.transport, {What.KEYS: (k, v), What.QUERIES: (q,)})
     exchange.at_hand |= {(What.KEYS, plan.rank): (k, v), (What.QUERIES, plan.rank): (q,)}
     exchange.derived[What.QUERIES, plan.rank] = own
-    of_others = replace(call.scores, sinks=None)  # which the queries' own rank takes in
+    # Sinks are taken in by the queries' own rank.
+    of_others = replace(call.scores, sinks=None) if plan.moves_queries else call.scores
     if own.running is not None:
         exchange.like[What.PARTIALS] = own.running.tensors
         exchange.on_arrival[What.PARTIALS] = lambda _, arrived: own.merge(arrived, base)

@@ -41,9 +41,11 @@ class Exchange:
     def walk(self, stages: Sequence[Stage], done_with: Sequence[frozenset[Arrived]]) -> Iterator[Stage]:
         """Each stage, while its transfers run."""
         for number, stage in enumerate(stages):
-            self._start(stage, number)
+            if stage.transfers:
+                self._start(stage, number)
             yield stage
-            self._finish(number + 1)
+            if self._under_way:
+                self._finish(number + 1)
             for name in done_with[number]:
                 self.at_hand.pop(name, None)
                 self.derived.pop(name, None)
@@ -51,6 +53,8 @@ class Exchange:
     def keys(self, source: int, some: range) -> tuple[Tensor, Tensor]:
         """K and v of some of a source's keys at hand."""
         k, v = self.at_hand[What.KEYS, source]
+        if len(some) == k.shape[1]:
+            return k, v
         return k[:, some.start : some.stop], v[:, some.start : some.stop]
 
     def _start(self, stage: Stage, number: int) -> None:

@@ -92,15 +92,14 @@ class Gradients:
     def _own_queries(self) -> Tensor:
         dtype = self.wide if self.plan.arrivals(What.QUERY_GRADIENTS) else self.q.dtype
         self._own = self.q.new_empty(self.q.shape, dtype=dtype)
-        return self._own if self.plan.passes_of(self.plan.rank) else self._own.zero_()
+        return self._own if self.plan.own_passes else self._own.zero_()
 
     def _own_keys(self) -> Tensors:
         """Buffers in the dtype in which this rank's own part is written: float32 where others are added to it."""
-        own = [each for each in self.plan.backward_passes if self.plan.rank in each.sources]
-        added = self.plan.arrivals(What.KEY_GRADIENTS) or any(each.adds for each in own)
-        buffers = tuple(x.new_empty(x.shape, dtype=self.wide if added else self.of_rounded_keys) for x in self.kv)
+        dtype = self.wide if self.plan.adds_to_own_keys else self.of_rounded_keys
+        buffers = tuple(x.new_empty(x.shape, dtype=dtype) for x in self.kv)
         self.exchange.at_hand[What.KEY_GRADIENTS, self.plan.rank] = buffers
-        return buffers if own else tuple(x.zero_() for x in buffers)
+        return buffers if self.plan.works_on_own_keys else tuple(x.zero_() for x in buffers)
 
     def _buffers(self, source: int) -> Tensors:
         """Where dK and dV of a source's keys at hand are written."""

@@ -178,6 +178,22 @@ class Plan:
         """The kernel calls of the backward."""
         return tuple(each for stage in self.backward for each in stage.passes)
 
+    @cached_property
+    def own_passes(self) -> tuple[Pass, ...]:
+        """Those of this rank's queries."""
+        return self.passes_of(self.rank)
+
+    @cached_property
+    def works_on_own_keys(self) -> bool:
+        """Whether a pass of the backward writes dK and dV of this rank's keys."""
+        return any(self.rank in each.sources for each in self.backward_passes)
+
+    @cached_property
+    def adds_to_own_keys(self) -> bool:
+        """Whether something is added to what that pass writes."""
+        own = (each for each in self.backward_passes if self.rank in each.sources)
+        return self.arrivals(What.KEY_GRADIENTS) > 0 or any(each.adds for each in own)
+
     def passes_of(self, queries: int) -> tuple[Pass, ...]:
         """Those of one rank's queries, forward."""
         return tuple(each for each in self.passes if each.queries == queries)
@@ -199,7 +215,7 @@ class Plan:
     @cached_property
     def keeps_partials(self) -> bool:
         """Whether the softmax of this rank's queries is kept between passes."""
-        return self.merges or not all(each.first and each.last for each in self.passes_of(self.rank))
+        return self.merges or not all(each.first and each.last for each in self.own_passes)
 
     def keeps_sums(self, queries: int) -> bool:
         """Whether dQ of one rank's queries is kept between passes."""

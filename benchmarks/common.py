@@ -103,6 +103,8 @@ def is_gpu(device: torch.device) -> bool:
 def finish() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        # gloo's threads let go of the last tensors, for which they need Python: one that exits would abort the process.
+        time.sleep(0.1)
 
 
 def ring() -> df.transport.Transport:

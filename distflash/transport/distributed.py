@@ -19,6 +19,8 @@ HEAD_START = 2**14  # cycles of a GPU, about 9 us
 
 # What `Work.wait` takes for the group's own timeout.
 _GROUPS_OWN = timedelta(0)
+# Of tensors of a collective that are kept until the next one, in bytes.
+_KEPT = 2**20
 # No message that is meant to arrive has this tag.
 _NEVER_SENT = 2**20
 
@@ -62,6 +64,7 @@ class Distributed:
     def __init__(self, group: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
         self.group = group
         self.timeout = timeout
+        self._kept: tuple[Tensor, ...] = ()
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         # "nccl", "gloo", or one for each kind of device such as "cpu:gloo,cuda:nccl".
@@ -144,12 +147,16 @@ class Distributed:
 
     def _all_gather_equal(self, x: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(x) for _ in range(self.world_size)]
-        self._finish(dist.all_gather(parts, x, group=self.group, async_op=True), x)
+        self._finish(dist.all_gather(parts, x, group=self.group, async_op=True), x, *parts)
         return parts
 
-    def _finish(self, work: dist.Work | None, x: Tensor) -> None:
+    def _finish(self, work: dist.Work | None, *tensors: Tensor) -> None:
         assert work is not None, "this rank belongs to the group"
-        work.wait(self._limit(x))
+        work.wait(self._limit(tensors[0]))
+        # A thread of gloo lets go of its tensors when it gets round to it. If they had no other owner by then, it would
+        # need Python for that, and Python that is about to exit ends the whole process with an abort.
+        small = sum(x.nbytes for x in tensors) <= _KEPT
+        self._kept = tensors if small and tensors[0].device.type == "cpu" else ()
 
     def _limit(self, x: Tensor) -> timedelta:
         """How long the host may wait for ``x``. A wait for a GPU's takes no time, and with a limit it would."""

@@ -87,7 +87,7 @@ class Bench:
         k, v = normal(shape.kv_heads, shape.d_qk), normal(shape.kv_heads, shape.d_v)
         mask = masks.Full() if shape.mask == "full" else masks.Causal()
         (rows,) = build(Geometry.of_sequence(mask, Contiguous(), shape.seq_len, 1), 0, 0)
-        self.only = Pass(0, (0,), (rows,)).to(self.q.device)
+        self.only = Pass(0, (0,), (rows.to(self.q.device),))
         self.keys = Keys(k, v, self.only.visible[0])
         self.scores = Scores(shape.d_qk**-0.5)
         self.into = Partial.empty(self.q, shape.d_v, between=False)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 
 import torch
@@ -50,7 +50,7 @@ class Tokens(ABC):
 
 @dataclass(frozen=True)
 class Sharded(Tokens):
-    """``length_of_all`` tokens from position ``start`` on, spread over the ranks by a layout."""
+    """``total`` tokens from position ``start`` on, spread over the ranks by a layout."""
 
     layout: Layout
     total: int
@@ -151,6 +151,7 @@ class Geometry:
     queries: Tokens
     keys: Tokens
     seq_len: int
+    _parts: dict[int, tuple[Ends, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
     def of_sequence(mask: Mask, layout: Layout, seq_len: int, world_size: int) -> Geometry:
@@ -165,9 +166,16 @@ class Geometry:
     def parts(self, rank: int) -> tuple[Ends, ...]:
         """The global ends ``(lo, hi)``, int64 ``[T]``, of each part of the mask, for the queries that ``rank`` holds.
 
+        Kept, since a plan asks for them once more for each source.
+
         Raises:
             ValueError: the mask's ends are not what `Mask.ends` promises, or it has too many parts.
         """
+        if rank not in self._parts:
+            self._parts[rank] = self._parts_of(rank)
+        return self._parts[rank]
+
+    def _parts_of(self, rank: int) -> tuple[Ends, ...]:
         positions = self.queries.positions(rank)
         parts = self.mask.parts(positions, self.seq_len)
         if len(parts) > MOST_PARTS:

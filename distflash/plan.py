@@ -107,10 +107,6 @@ class Pass:
         """Allowed pairs of a head that has not begun."""
         return sum(rows.pairs for rows in self.visible)
 
-    def to(self, device: torch.device) -> Pass:
-        live = self.live and self.live.to(device)
-        return replace(self, visible=tuple(rows.to(device) for rows in self.visible), live=live)
-
     def __str__(self) -> str:
         keys = " + ".join(
             f"keys of {source}{_of_part(rows)}" for source, rows in zip(self.sources, self.visible, strict=True)

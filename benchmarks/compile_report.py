@@ -27,8 +27,9 @@ from triton.runtime import driver
 from benchmarks.offline import TargetOnly, Tensors, assemble, table
 from benchmarks.ptx import unconditional_loads
 from distflash.kernels.base import KeyGradient, Keys, QueryGradient, Scores
+from distflash.kernels.decoding import Store, Table
 from distflash.kernels.launch import Launch
-from distflash.kernels.triton import launches
+from distflash.kernels.triton import decoding_launches, launches
 from distflash.plan import Pass
 
 
@@ -50,7 +51,8 @@ TARGETS = {
 }
 
 # How many tiles a kernel loads once, before any loop.
-IN_PLACE = {"forward": 1, "dkdv": 2, "dq": 2}
+IN_PLACE = {"forward": 1, "dkdv": 2, "dq": 2, "decode": 0, "message": 0, "merge": 0}
+DECODING = ("decode", "message", "merge")
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,17 @@ def shapes(quick: bool) -> Iterator[Shape]:
         yield Shape(kernel, 128, 128, torch.bfloat16, group=4, features=True)
         for d in (64, 128, 256):
             yield Shape(kernel, d, d, torch.float32)
+    for kernel in DECODING:
+        for d_qk, d_v, dtype in ((128, 128, torch.bfloat16), (192, 128, torch.bfloat16), (128, 128, torch.float32)):
+            yield Shape(kernel, d_qk, d_v, dtype, group=4)
+        if not quick:
+            yield Shape(kernel, 128, 128, torch.bfloat16, group=8, features=True)
 
 
 def make_launch(shape: Shape, family: str) -> Launch:
     """The launch that a call of this shape makes, on tensors without data."""
+    if shape.kernel in DECODING:
+        return decoding_launch(shape, family)
     t = Tensors.of(shape.d_qk, shape.d_v, shape.dtype, shape.group)
     per_head = t.per_head if shape.features else None
     scores = Scores(0.1, 30.0 if shape.features else 0.0, alibi_slopes=per_head, sinks=per_head)
@@ -126,6 +135,31 @@ def make_launch(shape: Shape, family: str) -> Launch:
     return launches.backward_queries(device, t.saved, keys, each, scores, gradient)
 
 
+def decoding_launch(shape: Shape, family: str) -> Launch:
+    """A step of one new token: by a rank alone, a rank's message, or the merge of two."""
+    t = Tensors.of(shape.d_qk, shape.d_v, shape.dtype, shape.group)
+
+    def integers(*size: int) -> torch.Tensor:
+        return torch.empty(*size, dtype=torch.int32, device="meta")
+
+    room, ranks = t.k.shape[1], 1 if shape.kernel == "decode" else 2
+    store = Store(t.k, t.v, integers(1, room), integers(1, ranks), integers(1), integers(1))
+    table = Table(0, integers(1, 2, 2 if shape.features else 1, room))
+    scores = Scores(0.1, 30.0 if shape.features else 0.0, t.per_head if shape.features else None)
+    sinks, new = t.per_head if shape.features else None, (t.q[:, :1], t.k[:, :1], t.v[:, :1])
+    dims = sum(triton.next_power_of_2(d) for d in (shape.d_qk, shape.d_v))
+    device = decoding_launches.Device(decoding_launches.choose(family, shape.dtype.itemsize, dims), processors=132)
+    if shape.kernel == "decode":
+        launch, *_ = decoding_launches.alone_launch(device, *new, store, table, scores, sinks)
+    else:
+        launch, message = decoding_launches.attend_launch(device, *new, store, table, scores, 0)
+        if shape.kernel == "merge":
+            results = t.q.new_empty(1, 1, t.q.shape[2], shape.d_v), t.per_head.view(1, 1, -1)
+            return decoding_launches.merge_launch(message.expand(2, *message.shape), store, sinks, *results)
+    launch.arguments["counters"] = integers(64)
+    return launch
+
+
 def compile_shape(shape: Shape, target: Target) -> Compiled:
     launch = make_launch(shape, target.family)
     made = launch.compile()
@@ -136,7 +170,7 @@ def compile_shape(shape: Shape, target: Target) -> Compiled:
         kernel=shape.kernel,
         dims=f"{shape.d_qk}/{shape.d_v}",
         dtype=str(shape.dtype).removeprefix("torch."),
-        tile=f"{a['BLOCK_M']}x{a['BLOCK_N']} w{a['num_warps']} s{a['num_stages']}",
+        tile=f"{a['BLOCK_M']}x{a.get('BLOCK_N', '-')} w{a['num_warps']} s{a.get('num_stages', '-')}",
         special=" ".join(["group"] * (shape.group > 1) + ["softcap", "alibi", "sinks"] * shape.features),
         shared=shared,
         over=shared > target.shared_limit,

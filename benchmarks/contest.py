@@ -94,7 +94,7 @@ def ours(cp: df.ContextParallel, seq_len: int) -> Candidate:
 def kernel_of(cp: df.ContextParallel, inputs: tuple[Tensor, ...]) -> Kernel:
     """The kernel that a call without further keywords takes."""
     q, k, v = inputs[:3]
-    kernel = cp._calls.kernel_for(Problem(q.device, q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3]))
+    kernel = cp.calls.kernel_for(Problem(q.device, q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3]))
     assert isinstance(kernel, Kernel), kernel
     return kernel
 

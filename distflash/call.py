@@ -18,14 +18,18 @@ from torch import Tensor
 from distflash import lengths, validation
 from distflash.agreement import Agreement, Fields
 from distflash.attend import Attention
+from distflash.chunks import Chunk
 from distflash.compiled import Data, Form, join
 from distflash.engine import Call
 from distflash.exact import Exact, Same
 from distflash.folding import Folding
 from distflash.geometry import Geometry, Sharded
+from distflash.horizon import Horizon
 from distflash.kernels import Hopper, Kernel, Problem, Reference, Triton
 from distflash.kernels.base import Scores
+from distflash.kernels.decoding import Decoding
 from distflash.layouts import Layout
+from distflash.ledger import Ledger
 from distflash.masks import Mask
 from distflash.messages import BACKWARD, FORWARD
 from distflash.overlap import overlap
@@ -40,6 +44,8 @@ from distflash.transport import Transport, preparing
 # Masks and lengths in use at a time: one or two in training, some more in evaluation. Bounds what device memory their
 # intervals hold.
 _PLANS = 16
+# Chunks of one prompt, which the layers of a model share; their plans must not push those of training out.
+_CHUNKS = 8
 _numbers = count(1)
 
 
@@ -77,6 +83,12 @@ class Calls:
         self.transport, self.layout, self.schedule, self.kernel = transport, layout, schedule, kernel
         self.agreement = agreement
         self.among = schedule.among(transport)
+        # Caches begin with this one ledger, so that those of all layers share what follows from it.
+        self.nothing = Ledger.empty(transport.world_size)
+        self.chunk_plan = lru_cache(_CHUNKS)(self._chunk_plan)
+        self.horizon = lru_cache(_PLANS)(self._horizon)
+        self.decoding = lru_cache(_PLANS)(self._decoding)
+        self.exact = lru_cache(_PLANS)(self._exact)
         self.plan_on_host = lru_cache(_PLANS)(self._plan_on_host)
         self.plan = lru_cache(_PLANS)(self._plan)
         self.prepare = lru_cache(_PLANS)(self._prepare)
@@ -120,6 +132,23 @@ class Calls:
 
     def _plan(self, mask: Exact, tokens: Tokens, device: torch.device) -> Plan:
         return self.plan_on_host(mask, tokens).to(device)
+
+    def _horizon(self, mask: Exact, start: int, count: int, device: torch.device) -> Horizon:
+        """What queries at ``count`` positions from ``start`` on see."""
+        return Horizon.of(mask.value, start, count, device)
+
+    def _decoding(self, kernel: Kernel, device: torch.device) -> Decoding:
+        """One object for all steps: it may own memory that they share."""
+        return kernel.decoding(device)
+
+    def _exact(self, mask: Same) -> Exact:
+        return Exact(mask.value)
+
+    def _chunk_plan(self, chunk: Chunk, kernel: Kernel) -> Plan:
+        """What this rank does for a chunk's queries, or ValueError where keys that they see are not there."""
+        if (problem := chunk.refusal()) is not None:
+            raise ValueError(problem)
+        return chunk.plan(self.schedule, kernel, self.transport.rank, self.transport.near)
 
     def _prepare(self, specification: Specification) -> Prepared:
         problem, mask = specification.problem, specification.mask.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from distflash.agreement import Agreement
 from distflash.layouts import Layout
-from distflash.transport import Transport
+from distflash.lengths import as_length, require_seq_len
+from distflash.transport import Message, Transport
 
 
 def take(x: Tensor, dim: int, ranges: tuple[range, ...]) -> Tensor:
@@ -41,10 +43,73 @@ def unshard(x: Tensor, dim: int, layout: Layout, agreement: Agreement) -> Tensor
     except ValueError:
         agreement.refuse("unshard", sure=True)
         raise
-    shape = tuple(0 if n == dim else size for n, size in enumerate(x.shape))
-    fields = {"dim": dim, "sizes of x but for dim": shape, "dtype": x.dtype, "layout": layout}
-    agreement.require("unshard", lambda: fields)
-    return _Unshard.apply(x, dim, layout, agreement)
+    agreement.require("unshard", lambda: {**like(x, dim), "layout": layout})
+    return _Unshard.apply(x, dim, layout, agreement, None)
+
+
+def gather(x: Tensor, dim: int, seq_len: int, layout: Layout, agreement: Agreement) -> Tensor:
+    """See `ContextParallel.gather`: `unshard` without a wait for the device, once the signature is known."""
+    transport = agreement.transport
+    try:
+        dim = dimension(x, dim)
+        expected = layout.length(require_seq_len(seq_len), transport.world_size, transport.rank)
+        if x.shape[dim] != expected:
+            raise ValueError(
+                f"x: {x.shape[dim]} tokens along dimension {dim}, but {layout!r} gives rank {transport.rank} of "
+                f"{transport.world_size} {expected} of seq_len={seq_len}"
+            )
+    except ValueError:
+        agreement.refuse("gather", sure=False)
+        raise
+    fields = {**like(x, dim), "seq_len": as_length(seq_len), "layout": layout}
+    agreement.require("gather", lambda: fields, key=tuple(fields.values()))
+    return _Unshard.apply(x, dim, layout, agreement, as_length(seq_len))
+
+
+def like(x: Tensor, dim: int) -> dict[str, object]:
+    """What the ranks' parts of one tensor have alike."""
+    return {"dim": dim, "sizes of x but for dim": tuple(with_rows(x, dim, 0)), "dtype": x.dtype}
+
+
+def with_rows(x: Tensor, dim: int, count: int) -> list[int]:
+    """The shape of ``x`` with so many rows along ``dim``."""
+    return [count if n == dim else size for n, size in enumerate(x.shape)]
+
+
+def whole_length(lengths: list[int], dim: int, layout: Layout) -> int:
+    """The global length, of what each rank holds; a ValueError if that is not what the layout gives it."""
+    seq_len = sum(lengths)
+    expected = [layout.length(seq_len, len(lengths), rank) for rank in range(len(lengths))]
+    if lengths != expected:
+        raise ValueError(
+            f"x: ranks hold {lengths} along dimension {dim}, but {layout!r} gives them {expected} of {seq_len}; "
+            "pass what was sharded by the same layout, along the same dimension"
+        )
+    return seq_len
+
+
+def exchange(sends: Sequence[Tensor], counts: Sequence[int], dim: int, transport: Transport, what: str) -> list[Tensor]:
+    """Rows from all other ranks for rows to them. All ranks must call.
+
+    Args:
+        sends: by rank, what is sent there, equal but for the number of rows along ``dim``; nothing to this rank itself.
+        counts: by rank, how many rows come from there.
+        what: what they are, for the words of an error.
+
+    Returns:
+        By rank, what has come from there.
+    """
+    received = [sends[0].new_empty(with_rows(sends[0], dim, count)) for count in counts]
+    outgoing, incoming = (
+        [
+            Message(x.contiguous(), peer, what)
+            for peer, x in enumerate(tensors)
+            if peer != transport.rank and x.shape[dim]
+        ]
+        for tensors in (sends, received)
+    )
+    transport.exchange(outgoing, incoming).wait()
+    return received
 
 
 def refuse_mean(transport: Transport) -> None:
@@ -62,46 +127,54 @@ def mean(loss_sum: Tensor, token_count: Tensor | int, transport: Transport, redu
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, layout: Layout, agreement: Agreement) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, layout: Layout, agreement: Agreement, seq_len: int | None) -> Tensor:
         transport = agreement.transport
-        parts = transport.all_gather(x.contiguous())
-        lengths = [part.shape[dim] for part in parts]
-        seq_len = sum(lengths)
-        W = transport.world_size
-        expected = [layout.length(seq_len, W, rank) for rank in range(W)]
-        if lengths != expected:
-            raise ValueError(
-                f"x: ranks hold {lengths} along dimension {dim}, but {layout!r} gives them {expected} of {seq_len}; "
-                "unshard what was sharded by the same layout, along the same dimension"
-            )
+        if seq_len is None:
+            parts = transport.all_gather(x.contiguous())
+            seq_len = whole_length([part.shape[dim] for part in parts], dim, layout)
+        else:
+            parts = _gather_known(x, dim, layout, seq_len, transport)
         ctx.how = dim, layout, agreement
         whole = x.new_empty((*x.shape[:dim], seq_len, *x.shape[dim + 1 :]))
         for rank, part in enumerate(parts):
             start = 0
-            for r in layout.ranges(seq_len, W, rank):
+            for r in layout.ranges(seq_len, transport.world_size, rank):
                 whole[_along(dim, r)] = part.narrow(dim, start, len(r))
                 start += len(r)
         return whole
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return _TakeOfSum.apply(grad, *ctx.how), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        return _TakeOfSum.apply(grad, *ctx.how), None, None, None, None
+
+
+def _gather_known(x: Tensor, dim: int, layout: Layout, seq_len: int, transport: Transport) -> list[Tensor]:
+    """Every rank's rows, where all know how many each has."""
+    lengths = [layout.length(seq_len, transport.world_size, rank) for rank in range(transport.world_size)]
+    padded = x.new_zeros(with_rows(x, dim, max(lengths)))
+    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
+    parts = transport.gather_equal(padded)
+    return [part.narrow(dim, 0, length) for part, length in zip(parts, lengths, strict=True)]
 
 
 class _TakeOfSum(torch.autograd.Function):
-    """This rank's slice of the sum of all ranks' tensors. Each of the two is the other's backward pass."""
+    """This rank's slice of the sum of all ranks' tensors (reduce-scatter). Each is the other's backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, layout: Layout, agreement: Agreement) -> Tensor:
         ctx.how = dim, layout, agreement
         shape, transport = tuple(x.shape), agreement.transport
+        W = transport.world_size
         agreement.require("unshard backward", lambda: {"shape": shape}, key=shape)
-        total = transport.all_reduce(x.contiguous())
-        return take(total, dim, layout.ranges(x.shape[dim], transport.world_size, transport.rank))
+        parts = [take(x, dim, layout.ranges(x.shape[dim], W, rank)) for rank in range(W)]
+        counts = [parts[transport.rank].shape[dim]] * W
+        summands = exchange(parts, counts, dim, transport, "gradients of an unshard")
+        summands[transport.rank] = parts[transport.rank]
+        return torch.stack(summands).sum(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return _Unshard.apply(grad, *ctx.how), None, None, None
+        return _Unshard.apply(grad, *ctx.how, None), None, None, None
 
 
 class _Mean(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distflash import collectives
-from distflash.api import ContextParallel
+from distflash.context import ContextParallel
 from distflash.differences import SIGMAS, Report, Row
 from distflash.meeting import gather_texts
 from distflash.recording import Event, Run

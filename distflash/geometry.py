@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, pairwise
 
 import torch
@@ -145,12 +146,16 @@ class Geometry:
         mask: over global positions.
         queries, keys: which of them each rank holds; equally many ranks.
         seq_len: the length that the mask is told: positions of keys are below it.
+        for_backward: whether intervals are wanted for columns too; a forward needs those of rows alone.
+        distances: whether positions of keys are wanted, for scores that depend on the distance (ALiBi).
     """
 
     mask: Mask
     queries: Tokens
     keys: Tokens
     seq_len: int
+    for_backward: bool = True
+    distances: bool = True
     _parts: dict[int, tuple[Ends, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
@@ -162,6 +167,11 @@ class Geometry:
     @property
     def world_size(self) -> int:
         return self.keys.world_size
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What each rank's queries see of each rank's keys; see `Needs.of`."""
+        return Needs.of(self)
 
     def parts(self, rank: int) -> tuple[Ends, ...]:
         """The global ends ``(lo, hi)``, int64 ``[T]``, of each part of the mask, for the queries that ``rank`` holds.

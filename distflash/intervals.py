@@ -20,6 +20,9 @@ from torch import Tensor
 
 from distflash.geometry import Geometry
 from distflash.masks import Ends
+from distflash.upload import upload
+
+_NOTHING = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,9 @@ class Intervals:
         keys: of the keys at hand, those that this is about. Indices of keys count from its start, and K is its length.
         row_lo, row_hi: int32 ``[T]``, non-decreasing: query ``i`` sees local keys ``row_lo[i] <= j < row_hi[i]``.
         col_lo, col_hi: int32 ``[K]``, non-decreasing: key ``j`` is seen by local queries
-            ``col_lo[j] <= i < col_hi[j]``.
-        q_positions, k_positions: int32 ``[T]``, ``[K]``, global positions, for what needs true distance (ALiBi).
+            ``col_lo[j] <= i < col_hi[j]``. Empty where no backward follows.
+        q_positions, k_positions: int32 ``[T]``, ``[K]``, global positions, for what needs true distance (ALiBi); the
+            keys' may be empty where nothing does.
         pairs: the exact number of allowed (query, key) pairs, known on the host.
         unseen: at most two ranges that together hold every key that no query sees, known on the host.
     """
@@ -49,7 +53,7 @@ class Intervals:
     def to(self, device: torch.device) -> Intervals:
         """The same intervals with every tensor on ``device``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {name: upload(x, device) for name, x in values.items() if isinstance(x, Tensor)}
         return replace(self, **moved)
 
 
@@ -67,15 +71,19 @@ def build(geometry: Geometry, rank: int, source: int, rows: tuple[range, ...] | 
         each other one about the keys from the first to the last that it allows.
     """
     local = [geometry.local(ends, source) for ends in geometry.parts(rank)]
-    k_positions = geometry.keys.positions(source)
+    length = geometry.keys.length(source) if rows is None else sum(map(len, rows))
+    k_positions = geometry.keys.positions(source) if geometry.distances else _NOTHING
     if rows is not None:
         local = [_among(ends, rows) for ends in local]
-        k_positions = torch.cat([k_positions[r.start : r.stop] for r in rows])
+        if geometry.distances:
+            k_positions = torch.cat([k_positions[r.start : r.stop] for r in rows])
     seen = [ends for ends in local if bool((ends[1] > ends[0]).any())] or local[:1]
     # The part of most pairs comes first: the others then are about few keys.
     seen.sort(key=lambda ends: int((ends[0] - ends[1]).sum()))
-    positions, whole = (geometry.queries.positions(rank), k_positions), range(len(k_positions))
-    return tuple(_intervals(positions, ends, _hull(ends) if n else whole) for n, ends in enumerate(seen))
+    positions, whole = (geometry.queries.positions(rank), k_positions), range(length)
+    return tuple(
+        _intervals(positions, ends, _hull(ends) if n else whole, geometry.for_backward) for n, ends in enumerate(seen)
+    )
 
 
 def _among(ends: Ends, rows: tuple[range, ...]) -> Ends:
@@ -98,13 +106,10 @@ def _hull(ends: Ends) -> range:
     return range(int(lo[0]), int(hi[-1]))
 
 
-def _intervals(positions: tuple[Tensor, Tensor], ends: Ends, keys: range) -> Intervals:
+def _intervals(positions: tuple[Tensor, Tensor], ends: Ends, keys: range, for_backward: bool) -> Intervals:
     """Of ``ends`` among the keys at hand, about ``keys``. positions: of the queries, and of the keys at hand."""
     row_lo, row_hi = ((end - keys.start).clamp(0, len(keys)) for end in ends)
-    columns = torch.arange(len(keys))
-    # The ends ascend, so the rows with row_lo[i] <= j are the first ones, and those with row_hi[i] > j the last ones.
-    col_hi = torch.searchsorted(row_lo, columns, right=True)
-    col_lo = torch.minimum(torch.searchsorted(row_hi, columns, right=True), col_hi)
+    col_lo, col_hi = _columns(row_lo, row_hi, len(keys)) if for_backward else (_NOTHING, _NOTHING)
     return Intervals(
         keys=keys,
         row_lo=row_lo.int(),
@@ -114,8 +119,16 @@ def _intervals(positions: tuple[Tensor, Tensor], ends: Ends, keys: range) -> Int
         q_positions=positions[0].int(),
         k_positions=positions[1][keys.start : keys.stop].int(),
         pairs=int((row_hi - row_lo).sum()),
-        unseen=_ranges_of(col_lo == col_hi),
+        unseen=_ranges_of(col_lo == col_hi) if for_backward else (),
     )
+
+
+def _columns(row_lo: Tensor, row_hi: Tensor, keys: int) -> Ends:
+    """The transpose: which queries see each key."""
+    columns = torch.arange(keys)
+    # The ends ascend, so the rows with row_lo[i] <= j are the first ones, and those with row_hi[i] > j the last ones.
+    col_hi = torch.searchsorted(row_lo, columns, right=True)
+    return torch.minimum(torch.searchsorted(row_hi, columns, right=True), col_hi), col_hi
 
 
 def _ranges_of(flags: Tensor) -> tuple[range, ...]:

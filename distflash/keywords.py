@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 KNOWN = (
-    *("mask", "cp", "seq_len", "q_start", "q_len", "kv_layout"),
+    *("mask", "cp", "seq_len", "q_start", "q_len", "kv_layout", "cache"),
     *("scale", "softcap", "alibi_slopes", "sinks", "dropout_p", "return_lse"),
 )
 
@@ -35,8 +35,16 @@ _INSTEAD = {
     ("max_seqlen", "max_seqlen_q", "max_seqlen_k", "max_length_q", "max_length_k"): (
         "leave it out: df.Documents(cu_seqlens) knows the lengths"
     ),
-    ("q_offset", "query_offset", "cache_seqlens", "cache_position", "start_pos"): (
-        "write q_start=, the position of the first query among the keys, and q_len=, how many queries all ranks hold"
+    ("q_offset", "query_offset", "start_pos"): (
+        "write q_start=, the position of the first query among the keys, and q_len=, how many queries all ranks hold; "
+        "with cache= write neither, the queries come behind the tokens that it has had"
+    ),
+    ("cache_seqlens", "cache_position", "k_cache", "v_cache", "past_key_values", "past_key_value", "kv_cache"): (
+        "write cache=, a df.Cache, which knows its length (docs/inference.md); or, where k and v hold all keys, "
+        "q_start=, the position of the first query among them, and q_len="
+    ),
+    ("q_positions", "positions"): (
+        "leave it out: cp.layout and the cache's length tell positions; rotate q and k by them before the call"
     ),
     ("segment_ids", "document_ids", "position_ids"): "write mask=df.Documents(cu_seqlens)",
     ("softmax_scale", "sm_scale", "scaling"): "write scale=",
@@ -63,5 +71,5 @@ def problem(unknown: Iterable[str]) -> str | None:
                 return f"{name}: attention has no such keyword; {words}"
         close = get_close_matches(name, KNOWN, n=1)
         guess = f"did you mean {close[0]}=? " if close else ""
-        return f"{name}: attention has no such keyword; {guess}It takes {', '.join(KNOWN)}"
+        return f"{name}: attention has no such keyword; {guess}it takes {', '.join(KNOWN)}"
     return None

@@ -110,16 +110,16 @@ def queries_problem(q_start: object, q_len: object, kv_layout: object) -> str | 
             )
     if kv_layout is not None and not isinstance(kv_layout, Layout):
         return f"kv_layout: expected a Layout such as df.Contiguous(), or None, got {came(kv_layout)}{hint(kv_layout)}"
-    return None if torch.compiler.is_compiling() else _hash_problem(kv_layout)
+    return None if torch.compiler.is_compiling() else hash_problem("kv_layout", kv_layout)
 
 
-def _hash_problem(kv_layout: Layout | None) -> str | None:
+def hash_problem(name: str, layout: Layout | None) -> str | None:
     """Whether plans can be kept by it: a layout of the user's own may hold a list, or be no frozen dataclass."""
     try:
-        hash(kv_layout)
+        hash(layout)
     except TypeError as error:
         return (
-            f"kv_layout: expected a layout that can be hashed, since plans are kept by it, got {came(kv_layout)} "
+            f"{name}: expected a layout that can be hashed, since plans are kept by it, got {came(layout)} "
             f"({error}); make it a frozen dataclass of numbers and tuples"
         )
     return None

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distflash.upload import upload
+
 GROUP_ROWS = 384  # a multiple of the number of rows in a block, of every kernel
 
 # What happens to a group of rows in a pass, as flags: its rows are worked on; from no key or the sinks; to the result.
@@ -37,7 +39,7 @@ class LiveRows:
     count: int
 
     def to(self, device: torch.device) -> LiveRows:
-        return LiveRows(self.groups.to(device), self.count)
+        return LiveRows(upload(self.groups, device), self.count)
 
 
 def all_rows(first: bool, last: bool, begun: bool) -> int:

@@ -67,6 +67,14 @@ class Mask:
         """
         return (self.ends(positions, seq_len),)
 
+    def cover(self, positions: Tensor, seq_len: int) -> tuple[Ends, ...]:
+        """Pairs of ends that together allow what `parts` do. They may have keys in common, and ``hi < lo`` where empty.
+
+        Each pair is there whether or not it is empty at these positions. So what any query from the first position to
+        the last sees lies in one of ``[lo[0], hi[-1])``.
+        """
+        return self.parts(positions, seq_len)
+
     @property
     def seq_len(self) -> int | None:
         """The global sequence length, where the mask knows it (as `Documents` does), else None."""
@@ -284,6 +292,10 @@ class And(_Pair):
         pairs = product(self.first.parts(positions, seq_len), self.second.parts(positions, seq_len))
         return _tidy([_both(a, b) for a, b in pairs])
 
+    def cover(self, positions: Tensor, seq_len: int) -> tuple[Ends, ...]:
+        pairs = product(self.first.cover(positions, seq_len), self.second.cover(positions, seq_len))
+        return tuple(_both(a, b) for a, b in pairs)
+
 
 @dataclass(frozen=True)
 class Or(_Pair):
@@ -297,6 +309,9 @@ class Or(_Pair):
         for a in first:
             rest = _tidy([outside for b in rest for outside in _less(b, a)])
         return _tidy([*first, *rest])
+
+    def cover(self, positions: Tensor, seq_len: int) -> tuple[Ends, ...]:
+        return (*self.first.cover(positions, seq_len), *self.second.cover(positions, seq_len))
 
 
 def _both(a: Ends, b: Ends) -> Ends:

@@ -13,8 +13,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from distflash import validation
-from distflash.api import ContextParallel, attention
-from distflash.masks import Causal, Mask
+from distflash.api import attention
+from distflash.cache import Cache
+from distflash.context import ALONE, ContextParallel
+from distflash.decode import decode
+from distflash.heads import pool_heads
+from distflash.masks import Causal, Full, Mask
+from distflash.prefill import cache_problem
+
+__all__ = ["RotaryEmbedding", "SelfAttention", "pool_heads"]
 
 
 class RotaryEmbedding(nn.Module):
@@ -130,13 +137,17 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(heads * self.head_dim, dim, bias=False)
         self.rope = None if rope_theta is None else RotaryEmbedding(self.head_dim, rope_theta)
 
-    def forward(self, x: Tensor, *, mask: Mask | None = None, seq_len: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, mask: Mask | None = None, seq_len: int | None = None, cache: Cache | None = None
+    ) -> Tensor:
         """Attend.
 
         Args:
             x: ``[B, T, dim]``, this rank's tokens in ascending global position.
             mask: instead of the module's own.
             seq_len: the global length; may be left out where all ranks hold equally many tokens or the mask knows it.
+            cache: this layer's keys and values of the tokens before. x is then the next chunk of every sequence,
+                sharded by itself, and ``seq_len`` the number of its tokens; see `attention`. No gradient.
 
         Returns:
             ``[B, T, dim]``.
@@ -145,26 +156,72 @@ class SelfAttention(nn.Module):
             ValueError: ``x`` was not sharded or has another shape, and whatever `attention` raises.
         """
         mask = self.mask if mask is None else mask
-        self._require_fit(x, mask)
+        self._require_fit(x, mask, cache)
+        q, k, v = self._project(x)
+        if self.rope is not None:
+            # A chunk's tokens come behind those of the cache; its mask is about all of them, the layout about it alone.
+            local = self._positions(x, mask if cache is None else Full(), seq_len)
+            q, k = self.rope(q, k, local if cache is None else cache.store.lengths[:, None] + local)
+        return self._join(attention(q, k, v, mask=mask, cp=self.cp, seq_len=seq_len, cache=cache))
+
+    def decode(self, x: Tensor, *, cache: Cache, mask: Mask | None = None) -> Tensor:
+        """Attend from a few new tokens, which every rank has whole, over the cache and themselves.
+
+        On GPUs nothing waits for the device, positions included, so that a step can be captured in a CUDA graph.
+
+        Args:
+            x: ``[B, n, dim]``, the same values on every rank.
+            cache: this layer's keys and values of the tokens before. Those of x are appended.
+            mask: instead of the module's own.
+
+        Returns:
+            ``[B, n, dim]``, the same bits on every rank.
+
+        Raises:
+            ValueError: ``x`` has another shape, and whatever `distflash.decode` raises.
+        """
+        mask = self.mask if mask is None else mask
+        self._require_fit(x, mask, cache, decoding=True)
+        q, k, v = self._project(x)
+        if self.rope is not None:
+            local = torch.arange(x.shape[1], device=x.device)
+            q, k = self.rope(q, k, cache.store.lengths[:, None] + local)
+        return self._join(decode(q, k, v, cache=cache, mask=mask))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         split = "batch tokens (heads dim) -> batch tokens heads dim"
         q, k, v = (rearrange(p(x), split, dim=self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.rope is not None:
-            positions = self._positions(x, mask, seq_len)
-            q, k = self.rope(q, k, positions)
-        out = attention(q, k, v, mask=mask, cp=self.cp, seq_len=seq_len)
+        return q, k, v
+
+    def _join(self, out: Tensor) -> Tensor:
         return self.o_proj(rearrange(out, "batch tokens heads dim -> batch tokens (heads dim)"))
 
-    def _require_fit(self, x: object, mask: object) -> None:
+    def _require_fit(self, x: object, mask: object, cache: object, decoding: bool = False) -> None:
         dim = self.q_proj.in_features
         problem = validation.mask_problem(mask) or validation.tokens_problem(x)
         if problem is None:
             assert isinstance(x, Tensor)
             if x.dim() != 3 or x.shape[2] != dim or not x.is_floating_point():
                 problem = f"x: expected a floating-point tensor [batch, seq_local, dim={dim}], got {validation.came(x)}"
+            elif decoding or cache is not None:
+                problem = self._cache_problem(x, cache)
         if problem is not None and self.cp is not None:
             self.cp.refuse(problem, in_attention=True)
         if problem is not None:
             raise ValueError(problem)
+
+    def _cache_problem(self, x: Tensor, cache: object) -> str | None:
+        """Whether positions can be told of it; `attention` and `decode` look at all else."""
+        if (problem := cache_problem(cache, own_keys=True)) is not None:
+            return problem
+        assert isinstance(cache, Cache)
+        if cache.cp is not (ALONE if self.cp is None else self.cp):
+            return f"cache: was made with {cache.cp!r}, the module with cp={self.cp!r}; make both with the same"
+        if cache.batch != x.shape[0]:
+            return (
+                f"x: is for {x.shape[0]} sequences, the cache for {cache.batch}; take one sequence of it with cache[n]"
+            )
+        return None
 
     def _positions(self, x: Tensor, mask: Mask, seq_len: int | None) -> Tensor:
         if self.cp is None:

@@ -1,8 +1,11 @@
 """What `import distflash` gives. A module of its own, so that the command line can answer without loading torch."""
 
 from distflash import kernels, nn, transport
-from distflash.api import ContextParallel, attention
+from distflash.api import attention
+from distflash.cache import Cache
 from distflash.checkpointing import checkpoint_policy, keep_attention
+from distflash.context import ContextParallel
+from distflash.decode import decode
 from distflash.differences import Report
 from distflash.layouts import Contiguous, Layout, Striped, Zigzag
 from distflash.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Window
@@ -15,6 +18,7 @@ from distflash.verification import verify
 __all__ = [
     "AllGather",
     "BlockCausal",
+    "Cache",
     "Causal",
     "Chunked",
     "Contiguous",
@@ -39,6 +43,7 @@ __all__ = [
     "Zigzag",
     "attention",
     "checkpoint_policy",
+    "decode",
     "keep_attention",
     "kernels",
     "nn",

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from distflash import groups
-from distflash.api import ContextParallel
 from distflash.comparison import Comparison, judge
+from distflash.context import ContextParallel
 from distflash.differences import Report
 from distflash.meeting import Meeting
 from distflash.recording import Recorder, Run, nudge, tensors_in

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma2Config,
@@ -20,8 +21,10 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PaliGemmaConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 # Weights so large that attention is far from uniform.
@@ -95,6 +98,55 @@ CONFIGS_OF_MASKS = {
     ),
     "hrm": lambda: HrmTextConfig(**{**SMALL, "num_key_value_heads": 4}, L_cycles=1, H_cycles=2),
 }
+# Models whose routers choose among experts.
+CONFIGS_OF_EXPERTS = {
+    "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4, router_aux_loss_coef=0.5),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, router_aux_loss_coef=0.5
+    ),
+}
+# Models that mix tokens by state spaces, gated delta nets or convolutions too; without experts.
+_MAMBA = dict(
+    **dict(mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8, mamba_d_conv=4),
+    **dict(mamba_expand=2, mamba_chunk_size=8, bos_token_id=1, eos_token_id=2),
+)
+_NO_ATTENTION = {name: SMALL[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range")}
+_TWO = ["linear_attention", "full_attention"]
+CONFIGS_OF_HYBRIDS = {
+    name: partial(AutoConfig.for_model, name, **sizes)
+    for name, sizes in {
+        "qwen3_next": dict(
+            **SMALL,
+            **dict(layer_types=_TWO, mlp_only_layers=[0, 1]),
+            **dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8),
+        ),
+        "lfm2": dict(**SMALL, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, conv_bias=True),
+        "bamba": dict(**SMALL, **_MAMBA, attn_layer_indices=[1]),
+        "falcon_h1": dict(**SMALL, **_MAMBA, mamba_d_ssm=64),
+        "jamba": dict(
+            **SMALL,
+            **dict(attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=8, mamba_dt_rank=4),
+        ),
+        "zamba2": dict(
+            **{**SMALL, "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]},
+            **dict(mamba_d_state=8, mamba_ngroups=1, n_mamba_heads=4, num_mem_blocks=1, chunk_size=8),
+            **dict(use_mem_rope=True, adapter_rank=4),
+        ),
+        "nemotron_h": dict(
+            **{**SMALL, "num_hidden_layers": 3, "layers_block_type": ["mamba", "attention", "mlp"]},
+            **dict(mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=1, chunk_size=8),
+        ),
+        "granitemoehybrid": dict(
+            **SMALL,
+            **_MAMBA,
+            **dict(layer_types=_TWO, num_local_experts=0, shared_intermediate_size=8),
+        ),
+        "recurrent_gemma": dict(**SMALL, block_types=["recurrent", "attention"], lru_width=32, attention_window_size=6),
+        "mamba": dict(**_NO_ATTENTION, state_size=8),
+        "mamba2": dict(**_NO_ATTENTION, state_size=8, num_heads=4, head_dim=16, n_groups=1, chunk_size=8),
+        "falcon_mamba": dict(**_NO_ATTENTION, state_size=8),
+    }.items()
+}
 
 
 def _images(n: int) -> list[int]:
@@ -143,7 +195,7 @@ class Case:
         torch.manual_seed(0)
         has_images = self.family in TYPES and self.family != "hrm"
         auto = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
-        config = {**CONFIGS, **CONFIGS_OF_MASKS}[self.family]()
+        config = {**CONFIGS, **CONFIGS_OF_MASKS, **CONFIGS_OF_EXPERTS, **CONFIGS_OF_HYBRIDS}[self.family]()
         return auto.from_config(config, attn_implementation=attention).to(self.dtype)
 
     def inputs(self) -> dict[str, Tensor]:

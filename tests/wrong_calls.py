@@ -223,8 +223,10 @@ KEYWORDS = [
     attend("deterministic", rf"deterministic: {NO} .*df.kernels.Hopper\(deterministic=True\)", deterministic=True),
     attend("tensor_layout",
         rf"tensor_layout: {NO} q, k and v are \[batch, seq_local, heads, head_dim\]", tensor_layout="HND"),
-    attend("a slip", f"sofcap: {NO} did you mean softcap=.*It takes mask, cp, seq_len", sofcap=30.0),
-    attend("nothing like it", f"frobnicate: {NO} It takes mask, cp, seq_len", frobnicate=1),
+    attend("a slip", f"sofcap: {NO} did you mean softcap=.*it takes mask, cp, seq_len", sofcap=30.0),
+    attend("a cache of another library", f"k_cache: {NO} write cache=, a df.Cache", k_cache=zeros(4, 8)),
+    attend("positions", f"q_positions: {NO} leave it out", q_positions=torch.arange(4)),
+    attend("nothing like it", f"frobnicate: {NO} it takes mask, cp, seq_len", frobnicate=1),
 ]  # fmt: skip
 
 MASKS_OF_A_CALL = [

@@ -80,7 +80,7 @@ CHUNKS = [
     planned("a kv_layout that loses tokens",
         r"layout: Loses\(\).*hold each of the 8 positions once", kv_layout=Loses()),
     attend("an offset", f"q_offset: {NO} write q_start=, .* and q_len=", q_offset=4),
-    attend("the cache's length", f"cache_seqlens: {NO} write q_start=", cache_seqlens=4),
+    attend("the cache's length", f"cache_seqlens: {NO} write cache=, .* q_start=", cache_seqlens=4),
     attend("a slip in q_start", rf"qstart: {NO} did you mean q_start=\?", qstart=4),
     Wrong("a plan of a chunk beyond the keys",
         lambda cp: cp.plan(df.Causal(), 8, q_start=5, q_len=4), f"q_start, q_len: queries at 5 to 9 {BEYOND}"),

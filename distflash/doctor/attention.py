@@ -16,7 +16,8 @@ from math import inf
 import torch
 from torch import Tensor
 
-from distflash.api import ContextParallel, attention
+from distflash.api import attention
+from distflash.context import ContextParallel
 from distflash.doctor.findings import Finding
 from distflash.kernels import Hopper, Kernel, Problem, Reference, Triton
 from distflash.masks import Causal, Documents, Mask, Window

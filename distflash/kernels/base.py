@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from torch import Tensor
 from distflash.intervals import Intervals
 from distflash.partial import Partial
 from distflash.plan import Pass
+
+if TYPE_CHECKING:
+    from distflash.kernels.decoding import Decoding
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,12 @@ class Kernel(ABC):
     def abilities(self, device: torch.device) -> Abilities:
         """By default none."""
         return Abilities()
+
+    def decoding(self, device: torch.device) -> Decoding:
+        """How a few new tokens attend to a cache; by default in plain torch. One object's steps follow one another."""
+        from distflash.kernels.reference_decoding import ReferenceDecoding
+
+        return ReferenceDecoding()
 
     @abstractmethod
     def forward(self, q: Tensor, keys: tuple[Keys, ...], each: Pass, scores: Scores, into: Partial) -> None:

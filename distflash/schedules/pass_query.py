@@ -35,7 +35,7 @@ class PassQuery(Schedule):
     """
 
     def plan(self, geometry: Geometry, rank: int) -> Plan:
-        needs = Needs.of(geometry)
+        needs = geometry.needs
         steps = _steps(needs)
         forward, backward = ([*_moves(geometry, steps, returned)] for returned in (What.PARTIALS, What.QUERY_GRADIENTS))
         work = _work(geometry, rank, steps[rank])
@@ -63,11 +63,12 @@ def _steps(needs: Needs) -> list[list[int | None]]:
 
 def _moves(geometry: Geometry, steps: Sequence[Sequence[int | None]], returned: What) -> Iterator[Move]:
     """Queries arrive in the step before a rank works on them; what it makes of them returns in the step after."""
+    lengths = [geometry.queries.length(rank) for rank in range(len(steps))]
     for step in range(1, len(steps[0])):
         for rank, of_rank in enumerate(steps):
             queries = of_rank[step]
             if queries is not None:
-                count = geometry.queries.length(queries)
+                count = lengths[queries]
                 yield Move(What.QUERIES, step - 1, step, queries, rank, queries, count)
                 yield Move(returned, step + 1, step + 2, rank, queries, queries, count)
 

@@ -35,7 +35,7 @@ class KeysTravel(Schedule):
         return 1
 
     def plan(self, geometry: Geometry, rank: int) -> Plan:
-        needs = Needs.of(geometry)
+        needs = geometry.needs
         travel = self._travel(needs)
         work = [_passes(geometry, needs, rank, sources) for sources in travel.steps[rank]]
         last = len(work) - 1

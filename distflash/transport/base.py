@@ -75,6 +75,10 @@ class Transport(Exchanges, Protocol):
         """Every rank's tensor, by rank; shapes may differ in any dimension. All ranks must call."""
         ...
 
+    def gather_equal(self, x: Tensor) -> Tensor:
+        """``[W, ...]``: every rank's tensor of this shape, by rank, without waiting for the device. All must call."""
+        ...
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, as a new tensor. All ranks must call."""
         ...

@@ -17,6 +17,8 @@ from distflash.transport.base import Message
 HEAD_START = 2**14  # cycles of a GPU, about 9 us
 
 
+# The name of 2.13, from which on the other one warns.
+_ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 # What `Work.wait` takes for the group's own timeout.
 _GROUPS_OWN = timedelta(0)
 # Of tensors of a collective that are kept until the next one, in bytes.
@@ -119,6 +121,12 @@ class Distributed:
         flat[: x.numel()] = x.flatten()
         parts = self._all_gather_equal(flat)
         return [p[: torch.Size(s).numel()].view(s) for p, s in zip(parts, shapes, strict=True)]
+
+    def gather_equal(self, x: Tensor) -> Tensor:
+        flat = x.flatten()
+        parts = x.new_empty(self.world_size * len(flat))  # gloo takes no other shape
+        self._finish(_ALL_GATHER(parts, flat, group=self.group, async_op=True), flat, parts)
+        return parts.view(self.world_size, *x.shape)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         total = x.to(self.device, copy=True)

@@ -126,6 +126,10 @@ class Guarded:
         with self._collective("the tensors of all ranks (all-gather)"):
             return self.inner.all_gather(x)
 
+    def gather_equal(self, x: Tensor) -> Tensor:
+        with self._collective("the partial results of all ranks (all-gather)"):
+            return self.inner.gather_equal(x)
+
     def all_reduce(self, x: Tensor) -> Tensor:
         with self._collective("the sum over all ranks (all-reduce)"):
             return self.inner.all_reduce(x)

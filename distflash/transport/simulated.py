@@ -238,5 +238,8 @@ class SimulatedTransport:
         theirs = {rank: self.simulator._take(rank, self.rank, collective=True) for rank in others}
         return [x if rank == self.rank else theirs[rank] for rank in range(self.world_size)]
 
+    def gather_equal(self, x: Tensor) -> Tensor:
+        return torch.stack(self.all_gather(x))
+
     def all_reduce(self, x: Tensor) -> Tensor:
         return torch.stack(self.all_gather(x)).sum(0)

@@ -1,9 +1,11 @@
 """Ranks as processes on gloo, kept from test to test."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from tests import trained_run
 from tests.ranks import Ranks
 
 
@@ -18,3 +20,12 @@ def ranks_of() -> Iterator[Callable[[int], Ranks]]:
     yield ranks_of
     for ranks in started.values():
         ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def trained(ranks_of: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two ranks; see `tests.trained_run`."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(trained_run.TEXT)
+    assert ranks_of(2).run(trained_run.train, folder / "run", folder / "text.txt") == [0, 0]
+    return folder / "run"

@@ -109,3 +109,84 @@ def test_without_rope_and_with_another_head_dim():
     attention = module(rope_theta=None, head_dim=5)
     assert attention(torch.randn(1, 3, DIM, dtype=torch.float64)).shape == (1, 3, DIM)
     assert attention.k_proj.weight.shape == (10, DIM)
+
+
+def make_cache(cp, batch=2, capacity=S):
+    return df.Cache(cp, batch=batch, kv_heads=2, d_qk=4, capacity=capacity, dtype=torch.float64)
+
+
+CHUNKS, STEPS = (9, 1, 2, 4), (1, 3, 1)  # together S; one token and fewer tokens than ranks are chunks too
+
+
+def through_a_cache(attention, x, cp):
+    """``[B, S, DIM]`` whole, chunk by chunk and then step by step."""
+    cache, parts, done = make_cache(cp), [], 0
+    for tokens in CHUNKS:
+        chunk = x[:, done : done + tokens]
+        out = attention(chunk if cp is None else cp.shard(chunk), seq_len=tokens, cache=cache)
+        parts.append(out if cp is None else cp.unshard(out))
+        done += tokens
+    for tokens in STEPS:
+        parts.append(attention.decode(x[:, done : done + tokens], cache=cache))
+        done += tokens
+    assert cache.length == done == S
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("layout", [df.Contiguous(), df.Zigzag(), df.Striped()], ids=repr)
+@pytest.mark.parametrize("mask", [df.Causal(), df.Causal() & df.Window(5, 0)], ids=["causal", "window"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_chunks_and_steps_through_a_cache_are_the_whole_sequence(world_size, mask, layout):
+    x = torch.randn(2, S, DIM, dtype=torch.float64)
+
+    @torch.no_grad()
+    def work(transport):
+        cp = df.ContextParallel(transport, layout)
+        return through_a_cache(module(cp, mask=mask), x, cp)
+
+    expected = module(mask=mask)(x).detach()
+    outs = Simulator(world_size).run(work)
+    torch.testing.assert_close(outs[0], expected, **CLOSE)
+    for out in outs[1:]:
+        assert torch.equal(out, outs[0])
+    with torch.no_grad():
+        torch.testing.assert_close(through_a_cache(module(mask=mask), x, None), expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_positions_in_a_cache_are_those_of_each_sequence():
+    """Prompts of 7 and 12 tokens, then steps of both together."""
+    x, attention, cache = torch.randn(2, S, DIM, dtype=torch.float64), module(), make_cache(None)
+    lengths, steps = (7, 12), 3
+    for n, length in enumerate(lengths):
+        attention(x[n : n + 1, :length], cache=cache[n])
+    new = torch.stack([x[n, length : length + steps] for n, length in enumerate(lengths)])
+    out = attention.decode(new, cache=cache)
+    for n, length in enumerate(lengths):
+        whole = attention(x[n : n + 1, : length + steps])
+        torch.testing.assert_close(out[n], whole[0, length:], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("cache", "words"),
+    [
+        (lambda cp: "a cache", "cache: expected a df.Cache, got 'a cache'"),
+        (lambda cp: make_cache(cp, batch=1), r"x: is for 2 sequences, the cache for 1; .* cache\[n\]"),
+        (lambda cp: make_cache(None), "cache: was made with .* make both with the same"),
+    ],
+)
+@pytest.mark.parametrize("decoding", [False, True])
+def test_a_cache_that_does_not_fit_is_refused_on_every_rank(cache, words, decoding):
+    def work(transport):
+        cp = df.ContextParallel(transport)
+        attention, x = module(cp), torch.randn(2, 2, DIM, dtype=torch.float64)
+        with torch.no_grad(), pytest.raises(ValueError, match=words):
+            attention.decode(x, cache=cache(cp)) if decoding else attention(x, seq_len=4, cache=cache(cp))
+        return True
+
+    assert all(Simulator(2).run(work))
+
+
+def test_a_gradient_through_a_cache_is_refused():
+    with pytest.raises(ValueError, match="require a gradient, which does not go through a cache"):
+        module()(torch.randn(2, 3, DIM, dtype=torch.float64), cache=make_cache(None))

@@ -16,7 +16,7 @@ LENGTHS = [S, 0, -1]
 
 
 def recipe_of(cp):
-    return cp._recipe(df.Causal(), Numbers())[0]
+    return cp.recipe(df.Causal(), Numbers())[0]
 
 
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "sinks and slopes"])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distflash.kernels.base import Abilities, Kernel, KeyGradient, Keys, Problem, QueryGradient, Saved, Scores
+from distflash.kernels.decoding import Decoding
 from distflash.kernels.hopper.tiles import KEYS, BackwardTile, ForwardTile, backward_tile, forward_tile, padded
 from distflash.kernels.triton import Triton
 from distflash.partial import Partial
@@ -73,6 +74,10 @@ class Hopper(Kernel):
         if self.deterministic:
             return Abilities(two_sources=True)
         return Abilities(two_sources=True, some_heads=True, enough_keys=ROUNDS * KEYS * self._programs(device))
+
+    def decoding(self, device: torch.device) -> Decoding:
+        """The portable kernel's: it is bound by memory, which needs nothing of Hopper's own."""
+        return Triton().decoding(device)
 
     def forward(self, q: Tensor, keys: tuple[Keys, ...], each: Pass, scores: Scores, into: Partial) -> None:
         from distflash.kernels.hopper import launches

@@ -20,6 +20,7 @@ from distflash.partial import Partial
 from distflash.plan import Gradients, Pass
 
 if TYPE_CHECKING:
+    from distflash.kernels.decoding import Decoding
     from distflash.kernels.triton.launches import Device
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,6 +59,11 @@ class Triton(Kernel):
 
     def abilities(self, device: torch.device) -> Abilities:
         return Abilities(separate_gradients=True)
+
+    def decoding(self, device: torch.device) -> Decoding:
+        from distflash.kernels.triton.decoding_launches import TritonDecoding
+
+        return TritonDecoding(interpret=self.interpret)
 
     def forward(self, q: Tensor, keys: tuple[Keys, ...], each: Pass, scores: Scores, into: Partial) -> None:
         from distflash.kernels.triton import launches

@@ -1,0 +1,66 @@
+"""Fewer key heads from more: the weights of grouped-query attention from those of attention with more key heads.
+
+Groups are of query heads, H / G' of them in a row for each of G' new key heads. The new head is the mean of what its
+query heads attended to, or what the first of them did (https://arxiv.org/abs/2305.13245). A key head that several query
+heads of a group share counts once for each, so that the old number need not be a multiple of the new one.
+
+[Note: shapes] H query heads, G key heads before, G' after, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Pooling = Literal["mean", "first"]
+
+
+def pool_heads(x: Tensor, heads: int, kv_heads: int, into: int, method: Pooling = "mean") -> Tensor:
+    """The rows of a key or value projection, its weight or its bias, for fewer key heads.
+
+    Args:
+        x: ``[kv_heads * D, ...]``, floating point; the rows of a head lie together. The whole tensor: a head that one
+            rank holds alone says nothing about its group.
+        heads: query heads H.
+        kv_heads: key heads G before, a divisor of H.
+        into: key heads G' after, a divisor of H and less than G.
+        method: "mean" over the query heads of a group, in float64; "first" takes the head of the first of them.
+
+    Returns:
+        ``[into * D, ...]``, in the dtype of x. Exactly the heads of a group where they are equal.
+
+    Raises:
+        ValueError: the numbers of heads do not fit one another or the tensor, or the method is another.
+    """
+    if (problem := heads_problem(heads, kv_heads, into)) is not None:
+        raise ValueError(problem)
+    if x.dim() == 0 or x.shape[0] % kv_heads or not x.is_floating_point():
+        raise ValueError(
+            f"x: expected floating-point rows of {kv_heads} key heads, got {x.dtype} of shape {list(x.shape)}; pass "
+            "the whole tensor, before it is sharded or quantized"
+        )
+    if method not in ("mean", "first"):
+        raise ValueError(f'method: expected "mean" or "first", got {method!r}')
+    # The key head of each query head, by groups of query heads.
+    sources = (torch.arange(heads, device=x.device) // (heads // kv_heads)).view(into, heads // into)
+    by_head = x.view(kv_heads, -1)
+    if method == "first":
+        pooled = by_head[sources[:, 0]]
+    else:
+        pooled = torch.stack([by_head[group].to(torch.float64).mean(0) for group in sources])
+    return pooled.to(x.dtype).view(-1, *x.shape[1:])
+
+
+def heads_problem(heads: int, kv_heads: int, into: int) -> str | None:
+    """Why the key heads of attention with so many query heads cannot become `into`; None if they can."""
+    if not isinstance(into, int) or isinstance(into, bool) or into < 1:
+        return f"kv_heads: expected an int of at least 1, got {into!r}"
+    if heads % into:
+        return f"kv_heads: {into} does not divide the {heads} query heads; choose a divisor"
+    if into >= kv_heads:
+        return f"kv_heads: {into} is not less than the {kv_heads} key heads that there are; choose a smaller divisor"
+    if heads % kv_heads:
+        return f"heads: the {kv_heads} key heads that there are do not divide the {heads} query heads"
+    return None

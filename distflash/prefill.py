@@ -1,0 +1,212 @@
+"""A chunk of a sequence through a cache: its keys are kept, its queries see all that is kept.
+
+[Note: shapes] B sequences, T local tokens of the chunk, H query heads, G key/value heads, D head dim of q and k, V of
+v.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distflash import engine, lengths
+from distflash.cache import Cache, mask_of
+from distflash.call import Numbers
+from distflash.chunks import Chunk
+from distflash.context import ContextParallel
+from distflash.engine import Call
+from distflash.exact import Same
+from distflash.kernels import Kernel, Problem
+from distflash.kernels.base import Scores
+from distflash.ledger import Ledger, Move
+from distflash.masks import Mask
+from distflash.plan import Plan
+from distflash.transport import Message, during, preparing
+from distflash.upload import upload
+from distflash.validation import came
+
+CHUNK = "attention over a cache"
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A chunk of all sequences.
+
+    Attributes:
+        cp: the group of the call.
+        cache: which the chunk goes through.
+        mask: of the whole sequence.
+        tokens: of the chunk, on all ranks.
+        numbers: see `attention`.
+        sinks, alibi_slopes: ``[H]`` or None.
+    """
+
+    cp: ContextParallel
+    cache: Cache
+    mask: Mask
+    tokens: int
+    numbers: Numbers
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
+
+
+@torch.compiler.disable
+def prefill(q: Tensor, k: Tensor, v: Tensor, forward: Forward) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of `attention` over a cache. q: ``[B, T, H, D]``, k: ``[B, T, G, D]``, v: ``[B, T, G, V]``.
+
+    Raises:
+        ValueError: on every rank, and the cache is as it was.
+    """
+    cache = forward.cache
+    if (problem := _problem(q, k, v, forward)) is not None:
+        cache.refuse(problem)
+    asked = _asked(q, k, v, forward)
+    calls = forward.cp.calls
+    kernel = calls.kernel_for(asked)
+    if isinstance(kernel, str):
+        cache.refuse(kernel)
+    _agree(q, kernel, asked, forward)
+    with preparing(forward.cp.transport):
+        before, after = _ledgers(forward)
+        plans = [
+            calls.chunk_plan(
+                Chunk(calls.exact(Same(mask_of(forward.mask, n))), *pair, forward.cp.layout, asked), kernel
+            )
+            for n, pair in enumerate(zip(before, after, strict=True))
+        ]
+    cache.shrink(before)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False), during(forward.cp.transport, "forward", q):
+        results = [
+            _one(n, q[n : n + 1], (k[n : n + 1], v[n : n + 1]), ledger, plan, kernel, forward)
+            for n, (ledger, plan) in enumerate(zip(after, plans, strict=True))
+        ]
+    cache.record(after)
+    return torch.cat([out for out, _ in results]), torch.cat([lse for _, lse in results])
+
+
+def _one(
+    n: int, q: Tensor, kv: tuple[Tensor, Tensor], ledger: Ledger, plan: Plan, kernel: Kernel, forward: Forward
+) -> tuple[Tensor, Tensor]:
+    """Sequence ``n`` alone: the messages about its keys are then pieces of memory as they are."""
+    store, numbers, count = forward.cache.store, forward.numbers, ledger.counts[forward.cp.rank]
+    _keep(n, kv, ledger, forward)
+    scale = q.shape[3] ** -0.5 if numbers.scale is None else numbers.scale
+    slopes = None if forward.alibi_slopes is None else forward.alibi_slopes.float().contiguous()
+    sinks = None if forward.sinks is None else forward.sinks.contiguous()
+    call = Call(plan, forward.cp.transport, kernel, Scores(scale, numbers.softcap, slopes, sinks))
+    return engine.forward(q, store.k[n : n + 1, :count], store.v[n : n + 1, :count], call)
+
+
+def _keep(n: int, kv: tuple[Tensor, Tensor], ledger: Ledger, forward: Forward) -> None:
+    """Write the chunk's keys behind those that there are: those that stay here, and those that others bring."""
+    store, rank = forward.cache.store, forward.cp.rank
+    start, count = ledger.total - forward.tokens, ledger.counts[rank]
+    old = int(torch.searchsorted(ledger.held[rank], start))
+    kept = ledger.held[rank][old:]
+    moves = [move for move in ledger.moves if rank in (move.sender, move.receiver)]
+    new = _levelled(kv, kept, start, moves, forward) if moves else [x[0] for x in kv]
+    store.k[n, old:count], store.v[n, old:count] = new
+    store.positions[n, old:count] = upload(kept, store.k.device)
+
+
+def _levelled(kv: tuple[Tensor, Tensor], kept: Tensor, start: int, moves: list[Move], forward: Forward) -> list[Tensor]:
+    """K and v ``[tokens, G, dim]`` of the tokens at positions ``kept``, once keys have moved between ranks."""
+    cp, device = forward.cp, kv[0].device
+    brought = (cp.layout.positions(forward.tokens, cp.world_size, cp.rank) + start).int()
+    here = [[x[0]] for x in kv]
+    positions, sends, receives = [brought], [], []
+    for move in moves:
+        if move.sender == cp.rank:
+            at = upload(torch.searchsorted(brought, move.positions), device)
+            sends += [Message(x[0].index_select(0, at), move.receiver, "keys that another rank keeps") for x in kv]
+        else:
+            room = [x.new_empty(len(move.positions), *x.shape[2:]) for x in kv]
+            receives += [Message(x, move.sender, "keys that this rank keeps") for x in room]
+            positions.append(move.positions)
+            for pieces, x in zip(here, room, strict=True):
+                pieces.append(x)
+    cp.transport.exchange(sends, receives).wait()
+    every = torch.cat(positions)
+    order = every.argsort()
+    at = upload(order[torch.searchsorted(every[order], kept)], device)
+    return [torch.cat(pieces).index_select(0, at) for pieces in here]
+
+
+def _ledgers(forward: Forward) -> tuple[list[Ledger], list[Ledger]]:
+    """Of each sequence: which keys are kept of those before the chunk, and which with it."""
+
+    def more(ledger: Ledger) -> Ledger:
+        return ledger.with_chunk(forward.cp.layout, forward.tokens)
+
+    before = [
+        forward.cache.with_room(ledger, mask_of(forward.mask, n), more, forward.tokens)
+        for n, ledger in enumerate(forward.cache.ledgers())
+    ]
+    return before, list(map(more, before))
+
+
+def cache_problem(cache: object, own_keys: bool) -> str | None:
+    """Whether it is a cache, in a call whose queries are the keys' tokens."""
+    if not isinstance(cache, Cache):
+        return f"cache: expected a df.Cache, got {came(cache)}"
+    if not own_keys:
+        return (
+            "cache: with a cache queries are the tokens of the chunk, behind those that it keeps; leave q_start, q_len "
+            "and kv_layout out"
+        )
+    return None
+
+
+def _problem(q: Tensor, k: Tensor, v: Tensor, forward: Forward) -> str | None:
+    cp, cache, layout = forward.cp, forward.cache, forward.cp.layout
+    problem = lengths.seq_len_problem(forward.tokens) or cache.problem(q, k, v, forward.sinks, cp)
+    problem = problem or lengths.rows_problem(forward.mask, cache.batch, 1)
+    if problem is not None:
+        return problem
+    expected = layout.length(forward.tokens, cp.world_size, cp.rank)
+    if q.shape[1] != expected:
+        return (
+            f"q: {q.shape[1]} local tokens, but {layout!r} gives rank {cp.rank} of {cp.world_size} {expected} of "
+            f"seq_len={forward.tokens}; with a cache seq_len is the number of the chunk's tokens, which are sharded by "
+            "themselves, with cp.shard(chunk)"
+        )
+    if max(cache.lengths) + forward.tokens > lengths.MAX_SEQ_LEN:
+        return f"seq_len: {forward.tokens} tokens after {cache.length}; expected positions below {lengths.MAX_SEQ_LEN}"
+    return None
+
+
+def _asked(q: Tensor, k: Tensor, v: Tensor, forward: Forward) -> Problem:
+    alibi, sinks = forward.alibi_slopes is not None, forward.sinks is not None
+    sizes = (q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    return Problem(q.device, q.dtype, *sizes, forward.numbers.softcap, alibi, sinks, forward.numbers.dropout_p)
+
+
+def _agree(q: Tensor, kernel: Kernel, asked: Problem, forward: Forward) -> None:
+    """Have the ranks compare the call. Lengths grow from call to call and are no part of its signature."""
+    numbers, cp = forward.numbers, forward.cp
+    key = (asked, q.shape[0], cp.calls.exact(Same(forward.mask)), numbers)
+    cp.agreement.require(
+        CHUNK,
+        lambda: {
+            "batch": q.shape[0],
+            "tokens of the chunk (seq_len)": forward.tokens,
+            "tokens in the cache (cache.lengths)": forward.cache.lengths,
+            "capacity": forward.cache.capacity,
+            "heads": asked.heads,
+            "kv_heads": asked.kv_heads,
+            "head_dim": asked.d_qk,
+            "value head_dim": asked.d_v,
+            "dtype": asked.dtype,
+            "mask": forward.mask,
+            "scale": numbers.scale,
+            "softcap": numbers.softcap,
+            "sinks": asked.sinks,
+            "alibi_slopes": asked.alibi,
+            "layout": cp.layout,
+            "schedule": cp.schedule,
+            "kernel": kernel,
+        },
+        key=key,
+    )

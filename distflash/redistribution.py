@@ -1,0 +1,127 @@
+"""Rows of a sequence that other ranks hold: the rows before a rank's own ones, and all of another layout.
+
+[Note: fetch and return] To fetch is to send rows to those who want them; its gradient returns, to each row's rank, the
+gradients of whoever had it. Each of the two is the other's backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distflash import collectives
+from distflash.agreement import Agreement
+from distflash.integers import as_int
+from distflash.layouts import Layout
+from distflash.lengths import hash_problem
+from distflash.masks import Documents
+from distflash.routes import Route, halo_route, relayout_route
+from distflash.validation import came, hint
+
+
+def relayout(x: Tensor, dim: int, target: Layout, source: Layout, agreement: Agreement) -> Tensor:
+    """See `ContextParallel.relayout`."""
+    problem = _layout_problem("layout", target) or _layout_problem("source", source)
+    dim, seq_len = _require("relayout", x, dim, source, agreement, problem, {"layout": target})
+    transport = agreement.transport
+    route = relayout_route(source, target, seq_len, transport.world_size, transport.rank, x.device)
+    return _Fetch.apply(x, dim, route, "relayout", agreement)
+
+
+def halo(
+    x: Tensor, left: int, dim: int, documents: Documents | None, layout: Layout, agreement: Agreement
+) -> tuple[Tensor, Tensor]:
+    """See `ContextParallel.halo`."""
+    problem = _left_problem(left) or _documents_problem(documents) or _layout_problem("layout of cp", layout)
+    fields = {"left": left, "documents": documents}
+    dim, seq_len = _require("halo", x, dim, layout, agreement, problem, fields)
+    if documents is not None and documents.seq_len != seq_len:  # on all ranks alike, who have agreed on both
+        raise ValueError(f"documents: cu_seqlens end at {documents.seq_len}, but the ranks hold {seq_len} tokens")
+    count, transport = as_int(left) or 0, agreement.transport
+    route, places = halo_route(count, documents, layout, seq_len, transport.world_size, transport.rank, x.device)
+    return _Fetch.apply(x, dim, route, "halo", agreement), places
+
+
+def _require(
+    kind: str,
+    x: Tensor,
+    dim: int,
+    layout: Layout,
+    agreement: Agreement,
+    problem: str | None,
+    fields: Mapping[str, object],
+) -> tuple[int, int]:
+    """``dim`` from the front and the global length, where nothing is wrong on any rank; else all ranks raise."""
+    try:
+        dim = collectives.dimension(x, dim)
+        if problem is not None:
+            raise ValueError(problem)
+        if agreement.transport.world_size > 1 and not agreement.transport.carries(x.device):
+            raise ValueError(f"x: is on {x.device}, but the group is on {agreement.transport.device}; move it there")
+    except ValueError:
+        agreement.refuse(kind, sure=True)
+        raise
+    agreement.require(kind, lambda: {**collectives.like(x, dim), "layout it has": layout, **fields})
+    lengths = [length for (length,) in agreement.transport.gather_ints([x.shape[dim]])]
+    return dim, collectives.whole_length(lengths, dim, layout)
+
+
+class _Fetch(torch.autograd.Function):
+    """See [Note: fetch and return]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, route: Route, kind: str, agreement: Agreement) -> Tensor:
+        ctx.how = dim, route, kind, agreement
+        sent = [x.index_select(dim, rows) for rows in route.sends]
+        received = collectives.exchange(sent, route.receives, dim, agreement.transport, f"rows of a {kind}")
+        nothing = x.new_zeros(collectives.with_rows(x, dim, 1))
+        return torch.cat([x, *received, nothing], dim).index_select(dim, route.index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        return _Return.apply(grad, *ctx.how), None, None, None, None
+
+
+class _Return(torch.autograd.Function):
+    """See [Note: fetch and return]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, route: Route, kind: str, agreement: Agreement) -> Tensor:
+        ctx.how = dim, route, kind, agreement
+        sizes = collectives.like(x, dim)
+        agreement.require(f"{kind} backward", lambda: sizes, key=tuple(sizes.values()))
+        counts = [route.held, *route.receives, 1]
+        pool = x.new_zeros(collectives.with_rows(x, dim, sum(counts))).index_add_(dim, route.index, x)
+        held, *had, _ = pool.split(counts, dim)
+        sizes_back = [len(rows) for rows in route.sends]
+        returned = collectives.exchange(had, sizes_back, dim, agreement.transport, f"gradients of a {kind}")
+        total = held.clone()
+        for rows, gradient in zip(route.sends, returned, strict=True):
+            total.index_add_(dim, rows, gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        return _Fetch.apply(grad, *ctx.how), None, None, None, None
+
+
+def _layout_problem(name: str, layout: object) -> str | None:
+    if not isinstance(layout, Layout):
+        return f"{name}: expected a Layout such as df.Contiguous(), got {came(layout)}{hint(layout)}"
+    return hash_problem(name, layout)
+
+
+def _left_problem(left: object) -> str | None:
+    count = as_int(left)
+    if count is None or count < 0:
+        return f"left: expected a number of rows, an int of at least 0, got {came(left)}; k - 1 for k taps"
+    return None
+
+
+def _documents_problem(documents: object) -> str | None:
+    if documents is None or isinstance(documents, Documents):
+        return None
+    return f"documents: expected df.Documents(cu_seqlens) or None, got {came(documents)}{hint(documents)}"

@@ -1,0 +1,127 @@
+"""Which rows of a sequence a rank is sent, and which ones it sends, to have rows at any positions.
+
+A rank wants rows at some global positions, in any order, also more than once. It holds some of them itself. Each other
+one it is sent once, by the rank that holds it. A `Route` depends on layouts, documents and lengths only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from distflash.layouts import Layout
+from distflash.masks import Documents
+from distflash.upload import upload
+
+# Stands for a row that no token is at: zeros.
+NOWHERE = -1
+
+# A step's layers ask for the same few routes again and again.
+_ROUTES = 32
+
+
+@dataclass(frozen=True)
+class Route:
+    """How one rank comes to the rows that it wants.
+
+    Attributes:
+        held: how many rows this rank holds.
+        sends: by rank, int64: which of the rows that this rank holds are sent there. Empty for this rank.
+        receives: by rank, how many rows come from there.
+        index: int64 ``[wanted]``: the place of each wanted row among this rank's own rows, those received, by rank, and
+            one of zeros, in this order.
+    """
+
+    held: int
+    sends: tuple[Tensor, ...]
+    receives: tuple[int, ...]
+    index: Tensor
+
+    def to(self, device: torch.device) -> Route:
+        """The same with every tensor on ``device``."""
+        sends = tuple(upload(rows, device) for rows in self.sends)
+        return replace(self, sends=sends, index=upload(self.index, device))
+
+
+def route(wanted: Sequence[Tensor], layout: Layout, seq_len: int, rank: int) -> Route:
+    """The route of ``rank``, on the CPU.
+
+    Args:
+        wanted: by rank, int64: the global positions of the rows that it wants, `NOWHERE` for zeros.
+        layout: which rows each rank holds.
+        seq_len: the global length.
+    """
+    world_size = len(wanted)
+    held = layout.positions(seq_len, world_size, rank)
+    foreign = [_others(positions, layout, seq_len, world_size, each) for each, positions in enumerate(wanted)]
+    sends = tuple(_place(_held(positions, held), held) for positions in foreign)
+    received = [_held(foreign[rank], layout.positions(seq_len, world_size, source)) for source in range(world_size)]
+    pool, order = torch.cat([held, *received]).sort()
+    index = torch.full_like(wanted[rank], len(pool))
+    somewhere = wanted[rank] != NOWHERE
+    index[somewhere] = order[_place(wanted[rank][somewhere], pool)]
+    return Route(len(held), sends, tuple(map(len, received)), index)
+
+
+@lru_cache(_ROUTES)
+def relayout_route(
+    source: Layout, target: Layout, seq_len: int, world_size: int, rank: int, device: torch.device
+) -> Route:
+    """From one layout to another."""
+    wanted = [target.positions(seq_len, world_size, each) for each in range(world_size)]
+    return route(wanted, source, seq_len, rank).to(device)
+
+
+@lru_cache(_ROUTES)
+def halo_route(
+    left: int,
+    documents: Documents | None,
+    layout: Layout,
+    seq_len: int,
+    world_size: int,
+    rank: int,
+    device: torch.device,
+) -> tuple[Route, Tensor]:
+    """The route to a rank's rows with ``left`` rows before each run of them, and the places of its own ones in it."""
+    held = [layout.positions(seq_len, world_size, each) for each in range(world_size)]
+    wanted = [_with_halo(positions, left, documents, seq_len) for positions in held]
+    places = upload(wanted[rank][1], device)
+    return route([positions for positions, _ in wanted], layout, seq_len, rank).to(device), places
+
+
+def _with_halo(held: Tensor, left: int, documents: Documents | None, seq_len: int) -> tuple[Tensor, Tensor]:
+    """Positions of a rank's rows with a halo, and the places of its own ones among them.
+
+    A run is of consecutive tokens of one document. Where its document has no row before it there are zeros.
+    """
+    starts = torch.zeros_like(held) if documents is None else documents.ends(held, seq_len)[0]
+    begins = torch.ones_like(held, dtype=torch.bool)
+    begins[1:] = (held.diff() != 1) | (held[1:] == starts[1:])
+    places = torch.arange(len(held)) + left * begins.cumsum(0)
+    positions = torch.full((len(held) + left * int(begins.sum()),), NOWHERE)
+    positions[places] = held
+    back = torch.arange(-left, 0)
+    before = held[begins, None] + back
+    positions[places[begins, None] + back] = torch.where(before >= starts[begins, None], before, NOWHERE)
+    return positions, places
+
+
+def _others(positions: Tensor, layout: Layout, seq_len: int, world_size: int, rank: int) -> Tensor:
+    """Of the positions that a rank wants, those that it does not hold, ascending, each once."""
+    wanted = torch.unique(positions[positions != NOWHERE])
+    held = layout.positions(seq_len, world_size, rank)
+    return wanted[~torch.isin(wanted, held)]
+
+
+def _held(positions: Tensor, held: Tensor) -> Tensor:
+    """Of some positions, those that are held by a rank."""
+    return positions[torch.isin(positions, held)]
+
+
+def _place(positions: Tensor, held: Tensor) -> Tensor:
+    """Where each position is among ascending ones, which it is one of."""
+    return torch.searchsorted(held, positions)

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,15 +19,21 @@ from launch import manifest
 from launch.config import ModelConfig, TrainConfig
 from launch.together import Refused, gather, on_lead, together
 
+STEP = re.compile(r"step-\d{8,}")
 # Options of the model that say what is kept in memory, not what is computed.
 MEMORY_ONLY = ("checkpoint_activations", "recompute_attention")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoint that a run resumes from, and the newer ones that are damaged, each with the reason."""
+    """The checkpoint that a job reads, and the newer ones that are damaged, each with the reason.
+
+    writer: the program that wrote it. stored: what it says of its model, see `read_shape`.
+    """
 
     source: Path
+    writer: str
+    stored: dict[str, Any]
     damaged: tuple[tuple[Path, str], ...] = ()
 
     @property
@@ -53,19 +59,22 @@ class Checkpoints:
     def complete(self) -> list[Path]:
         """All that were written to their end, the newest first. Folders of other names are not the run's."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
-        named = (path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
+        named = (path for path in found if STEP.fullmatch(path.name) and path.is_dir())
         return sorted(named, key=step_of, reverse=True)
 
     @contextmanager
-    def writing(self, step: int, shape: ModelConfig, writer: str) -> Iterator[Path]:
-        """A folder to write a checkpoint to, which is `step-*` once all ranks have left the block. All ranks call."""
+    def writing(self, step: int, shape: ModelConfig, writer: str, seq_len: int | None = None) -> Iterator[Path]:
+        """A folder to write a checkpoint to, which is `step-*` once all ranks have left the block. All ranks call.
+
+        seq_len: with which the model was trained, for those that ask how it does beyond.
+        """
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".writing-{final.name}"
 
         def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)  # left over from an interrupted write
             partial.mkdir(parents=True)
-            (partial / "model.json").write_text(json.dumps(asdict(shape)))
+            (partial / "model.json").write_text(json.dumps(asdict(shape) | {"seq_len": seq_len}))
 
         on_lead(begin)
         yield partial
@@ -90,21 +99,47 @@ class Checkpoints:
         Raises:
             Refused: on every rank, where none is whole, or where it is of another model or another program.
         """
-        damaged: list[tuple[Path, str]] = []
-        for path in gather(self.complete())[0]:
-            try:
-                found = manifest.check(path)
-                stored = together(lambda path=path: read_shape(path))[0]  # type: ignore[misc]
-            except Refused as refusal:
-                damaged.append((path, str(refusal)))
-                continue
-            if found.writer != writer:
-                raise Refused(f"--resume: {path} was written by {found.writer}; resume with it, or name another --out")
-            together(lambda path=path, stored=stored: check_shape(path, stored, shape))  # type: ignore[misc]
-            return Choice(path, tuple(damaged))
-        remedy = "restore a checkpoint there, or start anew with --overwrite or another --out"
-        reasons = [f"--resume: {reason}" for _, reason in damaged] or [f"--resume: {self.folder} holds no checkpoint"]
-        raise Refused({f"{reason}; {remedy}": 0 for reason in reasons})
+        choice, damaged = newest_whole(gather(self.complete())[0])
+        if choice is None:
+            remedy = "restore a checkpoint there, or start anew with --overwrite or another --out"
+            reasons = damaged or [f"{self.folder} holds no checkpoint"]
+            raise Refused({f"--resume: {reason}; {remedy}": 0 for reason in reasons})
+        if choice.writer != writer:
+            raise Refused(
+                f"--resume: {choice.source} was written by {choice.writer}; resume with it, or name another --out"
+            )
+        together(lambda: check_shape(choice.source, choice.stored, shape))
+        return choice
+
+
+def newest_whole(paths: Sequence[Path]) -> tuple[Choice | None, list[str]]:
+    """The first of these checkpoints that is whole, if any is, and what is wrong with those before. All ranks call."""
+    damaged: list[tuple[Path, str]] = []
+    for path in paths:
+        try:
+            found = manifest.check(path)
+            stored = together(lambda path=path: read_shape(path))[0]  # type: ignore[misc]
+        except Refused as refusal:
+            damaged.append((path, str(refusal)))
+            continue
+        return Choice(path, found.writer, stored, tuple(damaged)), [reason for _, reason in damaged]
+    return None, [reason for _, reason in damaged]
+
+
+def find_trained(folder: Path, writer: str) -> Choice:
+    """The newest checkpoint that is whole of the run in a folder, or the one that the folder is. All ranks call.
+
+    Raises:
+        Refused: on every rank, where there is none, or where another program wrote it.
+    """
+    paths = [folder] if STEP.fullmatch(folder.name) else Checkpoints(folder / "checkpoints", keep=1).complete()
+    choice, damaged = newest_whole(gather(paths)[0])
+    if choice is None:
+        reasons = damaged or [f"{folder} holds no checkpoint; name the --out of a run of {writer}"]
+        raise Refused({f"--checkpoint: {reason}": 0 for reason in reasons})
+    if choice.writer != writer:
+        raise Refused(f"--checkpoint: {choice.source} was written by {choice.writer}; expected one of {writer}")
+    return choice
 
 
 def checkpoints_of(config: TrainConfig) -> Checkpoints:
@@ -134,6 +169,23 @@ def read_shape(source: Path) -> dict[str, Any]:
     if not isinstance(stored, dict) or not names <= stored.keys():
         raise ValueError(f"{path} is damaged: it does not describe a model")
     return stored
+
+
+def model_of(choice: Choice) -> ModelConfig:
+    """The model that a checkpoint is of; a ValueError where there can be none such."""
+    names = asdict(ModelConfig()).keys() - set(MEMORY_ONLY)
+    try:
+        return ModelConfig(**{name: choice.stored[name] for name in names})
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{choice.source / 'model.json'} is damaged: it does not describe a model ({error})"
+        ) from error
+
+
+def trained_length(choice: Choice) -> int | None:
+    """The sequence length that the model was trained with; None where the checkpoint does not say."""
+    length = choice.stored.get("seq_len")
+    return length if type(length) is int and length > 0 else None
 
 
 def check_shape(source: Path, stored: dict[str, Any], shape: ModelConfig) -> None:

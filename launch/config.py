@@ -7,25 +7,11 @@ minutes. From the root of the repository, without further options:
 """
 
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-import distflash as df
-from launch.together import printable
-
-
-def require(condition: bool, argument: str, came: object, expected: str) -> None:
-    """Raise a ValueError for `argument` in the words of the command line unless `condition` holds."""
-    if not condition:
-        raise ValueError(f"{argument}: got {came}, expected {expected}")
-
-
-def positive(argument: str, came: float) -> None:
-    require(0 < came < math.inf, argument, came, "a positive, finite number")
+from launch.options import Placed, positive, printable, require
 
 
 @dataclass(frozen=True)
@@ -113,7 +99,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Placed):
     """Train a byte-level decoder with every sequence sharded over all ranks, or over those of a data-parallel group."""
 
     data: Path | None = None
@@ -177,32 +163,4 @@ class TrainConfig:
         shown = printable(self.out)
         require(shown == str(self.out), "--out", shown, "a name in UTF-8")
         require(not (self.resume and self.overwrite), "--resume", "--overwrite beside it", "one of the two")
-        cuda = torch.cuda.is_available()
-        require(self.device != "cuda" or cuda, "--device", "cuda", "cpu or auto: torch sees no GPU on this machine")
-        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        require(
-            self.device_type == "cpu" or ranks <= gpus,
-            "--nproc-per-node",
-            ranks,
-            f"at most {gpus}, a GPU for each rank of a host; or pass --device cpu",
-        )
-
-    @property
-    def device_type(self) -> str:
-        if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        return self.device
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        if self.dtype == "auto":
-            return torch.bfloat16 if self.device_type == "cuda" else torch.float32
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
-
-    def make_layout(self) -> df.Layout:
-        layouts: dict[str, df.Layout] = {
-            "zigzag": df.Zigzag(),
-            "contiguous": df.Contiguous(),
-            "striped": df.Striped(),
-        }
-        return layouts[self.layout]
+        self.check_device()

@@ -72,31 +72,43 @@ class Corpus:
 
 def open_corpus(data: Path | None, seq_len: int) -> Corpus:
     """The corpus of `--data`; a ValueError where there is none, or where it is shorter than a sequence."""
-    files = standard_library() if data is None else text_files(data)
+    return corpus_of(standard_library() if data is None else text_files(data), data, seq_len, "--data")
+
+
+def open_held_out(data: Path | None, seq_len: int) -> Corpus:
+    """The corpus of `--held-out`, which no run has trained on; by default what the default of `--data` leaves out."""
+    files = standard_library(tests=True) if data is None else text_files(data, "--held-out")
+    return corpus_of(files, data or "this Python", seq_len, "--held-out")
+
+
+def corpus_of(files: tuple[Path, ...], source: object, seq_len: int, option: str) -> Corpus:
+    """The files as documents; a ValueError for the option where they are fewer or shorter than a sequence needs."""
     if not files:
-        raise ValueError(f"--data: {data} holds no text file; give a text file or a folder of text files")
+        raise ValueError(f"{option}: {source} holds no text file; give a text file or a folder of text files")
     ends = tuple(accumulate(file.stat().st_size + 1 for file in files))
     if ends[-1] < seq_len + 1:
+        remedy = f" or set --seq-len to at most {ends[-1] - 1}" if ends[-1] > 1 else ""
         raise ValueError(
-            f"--seq-len: {seq_len} tokens need {seq_len + 1} bytes of text (the last token has a label too), "
-            f"but --data has {ends[-1]}, separators included; give more text or set --seq-len to at most {ends[-1] - 1}"
+            f"--seq-len: {seq_len} tokens need {seq_len + 1} bytes of text (the last token has a label too), but "
+            f"{option} has {ends[-1]}, separators included; give more text{remedy}"
         )
     return Corpus(files, ends)
 
 
-def standard_library() -> tuple[Path, ...]:
-    """The source of the running Python's standard library without its tests: real text that is on every machine."""
+def standard_library(*, tests: bool = False) -> tuple[Path, ...]:
+    """The source of the running Python's standard library, either its tests or all else. It is on every machine."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    return tuple(sorted(file for file in root.rglob("*.py") if not skipped & set(file.relative_to(root).parts)))
+    parts = {file: set(file.relative_to(root).parts) for file in root.rglob("*.py")}
+    own = (file for file, folders in parts.items() if not folders & {"site-packages", "dist-packages"})
+    return tuple(sorted(file for file in own if bool(parts[file] & {"test", "tests", "idle_test"}) == tests))
 
 
-def text_files(data: Path) -> tuple[Path, ...]:
+def text_files(data: Path, option: str = "--data") -> tuple[Path, ...]:
     """`data` itself if it is a file, else the text files below it in the order of their paths, hidden ones left out."""
     if data.is_file():
         return (data,)
     if not data.is_dir():
-        raise ValueError(f"--data: {data} does not exist; give a text file or a folder of text files")
+        raise ValueError(f"{option}: {data} does not exist; give a text file or a folder of text files")
     visible = (
         file for file in data.rglob("*") if not any(part.startswith(".") for part in file.relative_to(data).parts)
     )

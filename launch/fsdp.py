@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from launch.model import Decoder
@@ -24,6 +24,12 @@ def shard_model(model: Decoder, compute_dtype: torch.dtype) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=blocks)
     fully_shard(model, mesh=mesh)
+
+
+def end_forward(model: Decoder) -> None:
+    """Shard again what a forward without a backward leaves whole: zero_grad would miss the sharded gradients."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 class ShardedGradients:

@@ -58,7 +58,7 @@ def loop(
         stopped, done = stop.agreed(), number + 1
         due = config.checkpoint_every and done % config.checkpoint_every == 0
         if stopped or due or done == config.steps:
-            with checkpoints.writing(done, config.model, writer) as folder:
+            with checkpoints.writing(done, config.model, writer, config.seq_len) as folder:
                 save(folder)
             report.print(f"checkpoint: {checkpoints.folder / f'step-{done:08d}'}")
             proven = False

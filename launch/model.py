@@ -4,6 +4,7 @@ Nothing here knows of ranks: `cp` is handed to the attention, and everything els
 Shapes: B sequences, T tokens on this rank, V entries of the vocabulary.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -51,8 +52,12 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim)
         self.ffn = SwiGLU(config.dim, config.ffn_dim)
 
-    def forward(self, x: Tensor, seq_len: int, mask: df.Mask | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), seq_len=seq_len, mask=mask)
+    def forward(self, x: Tensor, seq_len: int, mask: df.Mask | None = None, cache: df.Cache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), seq_len=seq_len, mask=mask, cache=cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+    def decode(self, x: Tensor, cache: df.Cache) -> Tensor:
+        x = x + self.attention.decode(self.attention_norm(x), cache=cache)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -64,7 +69,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, cp: df.ContextParallel | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.cp = config, cp
         self.embedding = nn.Embedding(VOCABULARY, config.dim)
         self.blocks = nn.ModuleList(Block(config, cp) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim)
@@ -83,6 +88,31 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = self.run(block, x, seq_len, mask)
         return self.head(self.norm(x))
+
+    def caches(self, capacity: int, dtype: torch.dtype, batch: int = 1) -> list[df.Cache]:
+        """Empty ones of all blocks, for sequences of up to `capacity` tokens: what `prefill` and `decode` fill."""
+        sizes = dict(batch=batch, kv_heads=self.config.kv_heads, d_qk=self.config.head_dim, capacity=capacity)
+        device = self.embedding.weight.device
+        return [df.Cache(self.cp, **sizes, dtype=dtype, device=device) for _ in self.blocks]
+
+    def prefill(self, tokens: Tensor, seq_len: int, caches: list[df.Cache]) -> Tensor:
+        """The next `seq_len` tokens of each sequence, sharded by themselves [B, T], to logits [B, T, V]."""
+        x = self.embedding(tokens)
+        for block, cache in self.with_caches(caches):
+            x = block(x, seq_len, cache=cache)
+        return self.head(self.norm(x))
+
+    def decode(self, tokens: Tensor, caches: list[df.Cache]) -> Tensor:
+        """A few tokens [B, n] that every rank has, to logits [B, n, V], the same bits on every rank."""
+        x = self.embedding(tokens)
+        for block, cache in self.with_caches(caches):
+            x = block.decode(x, cache)
+        return self.head(self.norm(x))
+
+    def with_caches(self, caches: list[df.Cache]) -> Iterator[tuple[Block, df.Cache]]:
+        for block, cache in zip(self.blocks, caches, strict=True):
+            assert isinstance(block, Block)
+            yield block, cache
 
     def run(self, block: nn.Module, x: Tensor, seq_len: int, mask: df.Mask | None) -> Tensor:
         """One block, with what the options say about what it keeps for backward."""

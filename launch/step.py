@@ -29,6 +29,12 @@ class Step:
 
     def __call__(self, model: Decoder, step: int) -> Tensor:
         """Add this rank's share to the gradients; the mean loss over all tokens of all ranks."""
+        loss = self.loss(model, step)
+        loss.backward()
+        return loss.detach()
+
+    def loss(self, model: Decoder, step: int) -> Tensor:
+        """The mean loss over all tokens of all ranks, before its backward."""
         config = self.config
         positions = torch.arange(config.seq_len) if self.cp is None else self.cp.positions(config.seq_len)
         tokens, labels = self.corpus.batch(
@@ -44,8 +50,5 @@ class Step:
             logits = model(tokens.to(self.device), config.seq_len)
         total = loss_sum(logits, labels.to(self.device))
         if self.cp is None:
-            loss = total / labels.numel()
-        else:
-            loss = self.cp.mean(total, labels.numel(), reduction=self.reduction, group=dist.group.WORLD)
-        loss.backward()
-        return loss.detach()
+            return total / labels.numel()
+        return self.cp.mean(total, labels.numel(), reduction=self.reduction, group=dist.group.WORLD)

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from launch.options import printable
+
 Result = TypeVar("Result")
 
 
@@ -93,8 +95,3 @@ def explain(error: ValueError | OSError) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def printable(text: object) -> str:
-    """The text with an escape for every byte of a file name that is no UTF-8, which terminals and logs do not take."""
-    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -13,9 +13,14 @@ if __name__ == "__main__":
     # way of others. From the repository's root they are `launch.data` and `launch.model`.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+    from launch.config import TrainConfig
+    from launch.options import parse
+
+    config = parse(TrainConfig, None)  # before torch is loaded: `--help` needs none
+
     from launch.trainer import main
 
-    code = main()
+    code = main(config)
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads of torch's communication and of autograd outlive the group now and then, and abort an ordinary exit.

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
     from launch.deepspeed_config import DeepSpeedConfig
-    from launch.trainer import parse
+    from launch.options import parse
 
     config = parse(DeepSpeedConfig, None)
     os.environ["DS_ACCELERATOR"] = config.device_type  # which DeepSpeed reads when it is imported

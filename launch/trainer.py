@@ -7,59 +7,53 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import tyro
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import distflash as df
 from launch.checkpoint import Choice, checkpoints_of
-from launch.config import TrainConfig, require
+from launch.config import TrainConfig
 from launch.data import Corpus, open_corpus
 from launch.fsdp import ShardedGradients, shard_model
 from launch.loop import StopSignals, loop
 from launch.model import Decoder, flops_per_token
 from launch.optimizer import Gradients, adamw, learning_rate
+from launch.options import Placed, require
 from launch.reporting import Metrics, Reporter, peak_memory_gib, plot_loss, read_metrics
 from launch.step import Step
 from launch.together import Refused, end, on_lead, together
 from launch.verify import headline, show, verify_step
 from launch.weights import WRITER, load_state, save_state
 
-Options = TypeVar("Options")
+# What looks on: the model, what made its steps, and how many are done.
+Watch = Callable[[Decoder, Step, int], None]
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(config: TrainConfig) -> int:
     """Run the job and return the exit code: 0 done or stopped by a signal, else that of `launch.together`."""
-    config = parse(TrainConfig, arguments)
     return run(config, lambda corpus, device: train(config, corpus, device))
 
 
 def run(config: TrainConfig, job: Callable[[Corpus, torch.device], int]) -> int:
     """The exit code of `job` on the ranks of the launcher, all of which have the corpus."""
+    return on_ranks(config, lambda device: job(agree(config), device))
+
+
+def on_ranks(config: Placed, job: Callable[[torch.device], int]) -> int:
+    """The exit code of `job` on the ranks of the launcher, each on its device."""
     if config.threads:
         torch.set_num_threads(config.threads)
     device = join_group(config)
-    code = end(lambda: job(agree(config), device))
+    code = end(lambda: job(device))
     # Only here, at an orderly end: after an error on one rank there is nobody to say goodbye to, and trying hangs.
     dist.barrier()
     dist.destroy_process_group()
     return code
 
 
-def parse(options: type[Options], arguments: list[str] | None) -> Options:
-    first = int(os.environ.get("RANK", 0)) == 0
-    try:
-        return tyro.cli(options, args=arguments, config=(tyro.conf.OmitArgPrefixes,), console_outputs=first)
-    except SystemExit as refusal:
-        if refusal.code and not first:
-            time.sleep(10)  # the launcher ends all ranks with the first one that leaves: let it be the one that speaks
-        raise
-
-
-def join_group(config: TrainConfig) -> torch.device:
+def join_group(config: Placed) -> torch.device:
     """Join the default process group, one of its own for a process without a launcher; the device of this rank."""
     device = torch.device(config.device_type)
     if device.type == "cuda":
@@ -83,13 +77,17 @@ def agree(config: TrainConfig) -> Corpus:
         check_out(config)
         return corpora[0].fingerprint()
 
-    found = together(look)
-    others = [rank for rank, fingerprint in enumerate(found) if fingerprint != found[0]]
+    check_same(together(look), "--data")
+    return corpora[0]
+
+
+def check_same(fingerprints: list[str], option: str) -> None:
+    """A Refused on all ranks where one of them reads other text. fingerprints: of all ranks' corpora."""
+    others = [rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]]
     if others:
         raise Refused(
-            {"--data: file names or sizes differ from those on rank 0; give every rank the same text": others[0]}
+            {f"{option}: file names or sizes differ from those on rank 0; give every rank the same text": others[0]}
         )
-    return corpora[0]
 
 
 def check_ranks(config: TrainConfig) -> None:
@@ -129,19 +127,18 @@ def check_folder(path: Path) -> None:
         raise ValueError(f"--out: {there} may not be written to; change its permissions, or name another --out")
 
 
-def train(config: TrainConfig, corpus: Corpus, device: torch.device) -> int:
+def no_watch(model: Decoder, forward_backward: Step, done: int) -> None:
+    """What `train` calls unless it is told otherwise."""
+
+
+def train(config: TrainConfig, corpus: Corpus, device: torch.device, watch: Watch = no_watch) -> int:
+    """Train as the options say. watch: called on all ranks before the first step and after each one."""
     stop = StopSignals(device)
     choice = checkpoints_of(config).choose(config.model, WRITER) if config.resume else None
     lead = dist.get_rank() == 0
-
-    shape = (config.data_parallel, dist.get_world_size() // config.data_parallel)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "context"))
+    mesh = mesh_of(config, device)
     cp = df.ContextParallel(mesh["context"], layout=config.make_layout(), schedule=df.Ring())
-    torch.manual_seed(config.seed)  # drawn on the CPU: the same weights on every rank and every device
-    model = Decoder(config.model, cp).to(device)
-    if config.fsdp:
-        shard_model(model, config.compute_dtype)
-    optimizer = adamw(model, config.optimizer)
+    model, optimizer = build(config, cp, device)
     if choice:
         load_state(choice.source, model, optimizer)
     on_lead(lambda: prepare_out(config, choice))
@@ -157,13 +154,33 @@ def train(config: TrainConfig, corpus: Corpus, device: torch.device) -> int:
         if config.verify:
             verified = verify_step(forward_backward, model, cp, first, None if config.fsdp else "sum")
             show(verified, report)
-        step = partial(optimizer_step, forward_backward, model, gradients, optimizer)
+
+        def step(number: int) -> Metrics:
+            metrics = optimizer_step(forward_backward, model, gradients, optimizer, number)
+            watch(model, forward_backward, number + 1)
+            return metrics
+
+        watch(model, forward_backward, first)
         loop(config, first, step, partial(save_state, model=model, optimizer=optimizer), WRITER, report, stop)
     if lead:
         print(f"loss plot: {plot_loss(config.out, title(config, cp))}")
         if verified is not None:
             print(headline(verified), flush=True)
     return 0
+
+
+def mesh_of(config: TrainConfig, device: torch.device) -> DeviceMesh:
+    shape = (config.data_parallel, dist.get_world_size() // config.data_parallel)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("data", "context"))
+
+
+def build(config: TrainConfig, cp: df.ContextParallel, device: torch.device) -> tuple[Decoder, torch.optim.AdamW]:
+    """The model with its first weights, sharded if it is to be, and its optimizer."""
+    torch.manual_seed(config.seed)  # drawn on the CPU: the same weights on every rank and every device
+    model = Decoder(config.model, cp).to(device)
+    if config.fsdp:
+        shard_model(model, config.compute_dtype)
+    return model, adamw(model, config.optimizer)
 
 
 def optimizer_step(

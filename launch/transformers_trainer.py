@@ -22,9 +22,10 @@ from launch.fsdp import whole
 from launch.loop import check_finite
 from launch.model import VOCABULARY, flops_per_token
 from launch.optimizer import adamw, learning_rate
+from launch.options import parse
 from launch.reporting import Metrics, Reporter, peak_memory_gib, plot_loss
 from launch.together import on_lead
-from launch.trainer import parse, prepare_out, ranks_of, run
+from launch.trainer import prepare_out, ranks_of, run
 from launch.transformers_model import (
     Attention,
     CausalLM,

@@ -6,6 +6,7 @@ which tensor a file holds, and no other metadata. What is no tensor (learning ra
 a run takes it from its command line.
 """
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +14,13 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.tensor import DTensor
 
 from launch.together import NotFinite, Refused, gather, together
@@ -38,20 +45,45 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         raise failed(folder, error) from error
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, anew: Collection[str] = ()) -> None:
     """Read into the model and an optimizer that has not stepped, however they are sharded. All ranks call.
+
+    anew: parameters that are not read. They keep their values, and their moments and counts of steps are 0.
 
     Raises:
         Refused: on every rank, where one of them does not find what it needs.
     """
-    weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
-    state = tensors(weights, moments)
+    weights, moments = get_state_dict(model, optimizer, options=OPTIONS)  # which makes a step, of nothing, to see them
+    left_out = {f"model.{name}" for name in anew}
+    for name, value in moments.items():
+        if isinstance(value, Tensor) and name.removeprefix("state.").rpartition(".")[0] in anew:
+            value.zero_()
+            left_out.add(f"optimizer.{name}")
+    read(folder, {name: x for name, x in tensors(weights, moments).items() if name not in left_out})
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=OPTIONS)
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Read into a model alone, however it is sharded. All ranks call; raises as `load_state`."""
+    weights = get_model_state_dict(model)
+    read(folder, tensors(weights, {}))
+    set_model_state_dict(model, weights)
+
+
+def read_whole(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Parameters of these names and shapes, float32, whole on every rank and on the CPU. All ranks call."""
+    whole = {name: torch.empty(shape) for name, shape in shapes.items()}
+    read(folder, {f"model.{name}": x for name, x in whole.items()})
+    return whole
+
+
+def read(folder: Path, state: dict[str, Tensor]) -> None:
+    """Read into the tensors of `state`. All ranks call; raises as `load_state`."""
     together(lambda: check_names(folder, state))
     try:
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     except CheckpointException as error:
         raise failed(folder, error) from error
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=OPTIONS)
 
 
 def tensors(weights: dict, moments: dict) -> dict[str, Tensor]:
@@ -69,9 +101,9 @@ def check_names(folder: Path, state: dict[str, Tensor]) -> None:
             with safe_open(path, framework="pt") as shard:
                 found.update(shard.keys())
         except SafetensorError as error:
-            raise ValueError(f"--resume: {path} is no file of safetensors ({error})") from error
+            raise ValueError(f"{path} is no file of safetensors ({error})") from error
     if missing := sorted(state.keys() - found):
-        raise ValueError(f"--resume: {folder} holds no {missing[0]}")
+        raise ValueError(f"{folder} holds no {missing[0]}")
 
 
 def check_finite(state: dict[str, Tensor]) -> None:

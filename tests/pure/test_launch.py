@@ -20,8 +20,9 @@ from launch.data import Corpus, open_corpus
 from launch.deepspeed_config import DeepSpeedConfig
 from launch.model import Decoder, flops_per_token
 from launch.optimizer import Gradients, learning_rate
+from launch.options import parse
 from launch.together import Refused
-from launch.trainer import check_out, parse
+from launch.trainer import check_out
 
 
 @pytest.fixture

@@ -1,0 +1,105 @@
+"""Losses by how many bytes a prediction has before it: as numbers, as a table and as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Bits per byte of predictions from `first` to `last` bytes of context. error: standard error over sequences."""
+
+    first: int
+    last: int
+    bits: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class ByContext:
+    """Losses of N sequences in B ranges of context.
+
+    edges: int64 [B + 1], ascending: range b is of predictions from edges[b] to edges[b + 1] - 1 bytes.
+    sums: float64 [N, B], in nats, over the predictions of a range.
+    """
+
+    edges: Tensor
+    sums: Tensor
+
+    def mean(self, first: int, stop: int) -> Mean:
+        """Over contexts of `first` to `stop - 1` bytes, both of which are edges."""
+        begin, end = (int(torch.searchsorted(self.edges, edge)) for edge in (first, stop))
+        bits = self.sums[:, begin:end].sum(1) / (stop - first) / math.log(2)
+        error = float(bits.std() / len(bits) ** 0.5) if len(bits) > 1 else None
+        return Mean(first, stop - 1, float(bits.mean()), error)
+
+    def between(self, edges: list[int]) -> list[Mean]:
+        return [self.mean(first, stop) for first, stop in pairwise(edges)]
+
+    @property
+    def whole(self) -> Mean:
+        return self.mean(1, int(self.edges[-1]))
+
+    def fine(self) -> list[Mean]:
+        return self.between(self.edges.tolist())
+
+    def coarse(self, trained: int | None) -> list[Mean]:
+        """A few ranges, each four times as long as the one before, parted where training ended."""
+        return self.between(edges_of(int(self.edges[-1]) - 1, trained, per_octave=0.5).tolist())
+
+
+def edges_of(seq_len: int, trained: int | None, per_octave: float = 4) -> Tensor:
+    """The edges of ranges of 1 to `seq_len` bytes of context, so many an octave, none of which reaches over `trained`.
+
+    int64, for `ByContext`.
+    """
+    steps = range(1, math.ceil(math.log2(seq_len) * per_octave))
+    last = {round(2 ** (step / per_octave)) for step in steps} | {0, seq_len}
+    if trained is not None and trained < seq_len:
+        last.add(trained)
+    return torch.tensor(sorted(last)) + 1
+
+
+def table(means: list[Mean]) -> Iterator[str]:
+    """A line for each range."""
+    width = len(f"{means[-1].last:,}")
+    for mean in means:
+        yield f"  after {mean.first:{width},} to {mean.last:{width},} bytes: {with_error(mean)}"
+
+
+def with_error(mean: Mean) -> str:
+    return f"{mean.bits:.3f}" if mean.error is None else f"{mean.bits:.3f} +- {mean.error:.3f}"
+
+
+def plot(measured: ByContext, trained: int | None, title: str, path: Path) -> None:
+    """Draw bits per byte against bytes of context, with twice the standard error as a band."""
+    import matplotlib  # only the first rank draws
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    means = measured.fine()
+    context = [(mean.first * mean.last) ** 0.5 for mean in means]
+    low, high = ([mean.bits + sign * 2 * (mean.error or 0.0) for mean in means] for sign in (-1, 1))
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.fill_between(context, low, high, color="#9ecae1", linewidth=0, label="twice the standard error")
+    axes.plot(context, [mean.bits for mean in means], color="#08519c", linewidth=2, label="mean over sequences")
+    if trained is not None:
+        axes.axvline(trained, color="#d94801", linestyle="--", linewidth=1.5, label=f"length in training: {trained:,}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel("bytes of context")
+    axes.set_ylabel("bits per byte")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

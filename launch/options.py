@@ -1,0 +1,93 @@
+"""What the command lines of all jobs share: how they are read, and what follows from options of the same name.
+
+Nothing here loads torch before an option needs it, so that `--help` of a job whose options need nothing else is quick.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+import tyro
+
+import distflash as df
+
+if TYPE_CHECKING:
+    import torch
+
+Options = TypeVar("Options")
+
+
+def parse(options: type[Options], arguments: list[str] | None) -> Options:
+    """The options of the command line, or of `arguments`. Refusals are printed by the first rank alone."""
+    first = int(os.environ.get("RANK", 0)) == 0
+    try:
+        return tyro.cli(options, args=arguments, config=(tyro.conf.OmitArgPrefixes,), console_outputs=first)
+    except SystemExit as refusal:
+        if refusal.code and not first:
+            time.sleep(10)  # the launcher ends all ranks with the first one that leaves: let it be the one that speaks
+        raise
+
+
+def require(condition: bool, argument: str, came: object, expected: str) -> None:
+    """Raise a ValueError for `argument` in the words of the command line unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{argument}: got {came}, expected {expected}")
+
+
+def positive(argument: str, came: float) -> None:
+    require(0 < came < math.inf, argument, came, "a positive, finite number")
+
+
+def printable(text: object) -> str:
+    """The text with an escape for every byte of a file name that is no UTF-8, which terminals and logs do not take."""
+    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+class Placed:
+    """What follows from the options --device, --dtype and --layout, which are fields of a job's own dataclass."""
+
+    device: str
+    dtype: str
+    threads: int
+    layout: str
+
+    def check_device(self) -> None:
+        """A ValueError where this host has no such device, or not one for each of its ranks."""
+        import torch
+
+        cuda = torch.cuda.is_available()
+        require(self.device != "cuda" or cuda, "--device", "cuda", "cpu or auto: torch sees no GPU on this machine")
+        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        require(
+            self.device_type == "cpu" or ranks <= gpus,
+            "--nproc-per-node",
+            ranks,
+            f"at most {gpus}, a GPU for each rank of a host; or pass --device cpu",
+        )
+
+    @property
+    def device_type(self) -> str:
+        import torch
+
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        import torch
+
+        if self.dtype == "auto":
+            return torch.bfloat16 if self.device_type == "cuda" else torch.float32
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+    def make_layout(self) -> df.Layout:
+        layouts: dict[str, df.Layout] = {
+            "zigzag": df.Zigzag(),
+            "contiguous": df.Contiguous(),
+            "striped": df.Striped(),
+        }
+        return layouts[self.layout]

@@ -94,6 +94,8 @@ def over_ranks(family: Family, cp: df.ContextParallel) -> Results:
     """Over the ranks that ``cp`` is registered for: logits of all tokens, and the mean of losses and gradients."""
     name = dft.OTHER_NAME if family.model_type in WITHOUT_FLASH else dft.NAME
     model, batch = family.model(name), family.batch()
+    if family.model_type in dft.MIXERS:
+        dft.gather_layers(model, cp)
     out = model(**dft.shard_batch(batch, cp))
     if family.head == "causal":
         loss = out.loss

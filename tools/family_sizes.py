@@ -34,8 +34,10 @@ _DEEPSEEK = {**_LATENT, "head_dim": 8, "n_group": 1, "topk_group": 1, "first_k_d
 _INDEXER = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 8}
 _DEEPSEEK_INDEXED = {**_DEEPSEEK, **_INDEXER}
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+_ALTERNATING = {"layer_types": ["linear_attention", "full_attention"]}
+_CONVOLUTIONS = {"layer_types": ["conv", "full_attention"]}
 _DELTA = {
-    "layer_types": ["linear_attention", "full_attention"],
+    **_ALTERNATING,
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
 }
@@ -52,7 +54,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_DEEPSEEK, "topk_method": "greedy"},
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "hy_v4"), _DEEPSEEK_INDEXED),
     **dict.fromkeys(("youtu", "longcat_flash"), _LATENT),
-    "kimi_linear": {**_LATENT, "linear_head_dim": 8, "linear_num_heads": 4},
+    "kimi_linear": {**_LATENT, **_ALTERNATING, "linear_head_dim": 8, "linear_num_heads": 4},
     "minicpm3": {**_LATENT, "head_dim": 16},
     "dots1": {"n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {**_LATENT, "n_shared_experts": 1},
@@ -72,7 +74,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ngram_vocab_size_base": 64,
     },
     **dict.fromkeys(("inkling_text", "inkling2_text"), _SHORT_WINDOWS),
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm2_moe": {**_CONVOLUTIONS, "num_dense_layers": 1},
+    **dict.fromkeys(("lfm2", "lfm3"), _CONVOLUTIONS),
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "minimax": _ALTERNATING,
+    "bailing_hybrid": _ALTERNATING,
     "cohere_compass_text": {
         "layer_types": _LAYER_TYPES,
         "rope_parameters": dict.fromkeys(_LAYER_TYPES, _ROPE),

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from distflash.api import ContextParallel, attention
+from distflash.api import attention
+from distflash.context import ContextParallel
 from distflash.masks import Mask
 from distflash.rows import Rows
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distflash.api import ContextParallel
+from distflash.context import ContextParallel
 from distflash.masks import Documents
 
 # What the ranks of a ring compare once a batch.

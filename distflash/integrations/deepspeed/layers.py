@@ -15,7 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distflash.api import ContextParallel
+from distflash.context import ContextParallel
 from distflash.integrations.deepspeed.topology import Topology
 from distflash.masks import Causal, Documents, Mask
 

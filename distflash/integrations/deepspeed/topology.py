@@ -9,7 +9,7 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from distflash.api import ContextParallel
+from distflash.context import ContextParallel
 from distflash.kernels import Kernel
 from distflash.layouts import Layout, Zigzag
 from distflash.schedules import Ring, Schedule

@@ -5,30 +5,38 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation import GenerationMixin
 
-from distflash.api import ContextParallel, attention
-from distflash.integrations.transformers.batch import KIND, PASS_ALL, Shard
+from distflash.api import attention
+from distflash.context import ContextParallel
+from distflash.integrations.transformers.batch import (
+    KIND,
+    OUR_CACHE,
+    PASS_ALL,
+    Shard,
+    group_problem,
+    require_same_batch,
+)
+from distflash.integrations.transformers.cached_layer import CachedLayer, layer_of, too_many_tokens
 from distflash.integrations.transformers.hooks import ModelHooks
 from distflash.integrations.transformers.masks import LayerMask, describe_mask
-from distflash.integrations.transformers.rope import rope_problem
+from distflash.integrations.transformers.one_rank import clock_problem, generating
+from distflash.integrations.transformers.rope import cached_rope_problem, rope_problem
 from distflash.integrations.transformers.scales import rescaled
 
 # Keywords that layers pass on, and what they mean here. All others would be dropped in silence, so they are refused.
 _HARMLESS = {
-    *("is_causal", "sliding_window", "output_hidden_states", "return_dict"),
-    *("labels", "shift_labels", "num_items_in_batch"),
+    *("is_causal", "sliding_window", "output_hidden_states", "output_router_logits", "return_dict"),
+    *("labels", "shift_labels", "num_items_in_batch", "tokenizer"),
 }
 _REFUSED = {
-    "use_cache": "a KV cache would hold this rank's tokens only; pass use_cache=False, as shard_batch does",
+    "use_cache": "a KV cache would hold this rank's tokens only; pass use_cache=False, as shard_batch does, or "
+    f"{OUR_CACHE} to generate",
     "output_attentions": "no rank computes the matrix of attention weights; leave it out, or use eager attention",
-    "output_router_logits": "the router's auxiliary loss would be that of this rank's tokens only; leave it out",
 }
 
 
@@ -62,21 +70,46 @@ class Attention:
     ) -> tuple[Tensor, None]:
         """``query [B, H, T, D]``, ``key, value [B, G, T, D]`` to ``[B, T, H, D]``; there are no attention weights."""
         others.setdefault("output_attentions", _asks_for_weights(module))
-        problem = _layer_problem(query, key, attention_mask, dropout, others)
+        layer = layer_of(key)
+        if layer is not None:
+            layer.awaits_attention = False
+        problem = _layer_problem(query, key, attention_mask, dropout, others, layer)
         if problem is None and isinstance(distflash, Shard):
             problem = attention_mask.problem_with(distflash)
-        if not self._has_checked(distflash, position_ids):
+        if layer is not None and distflash is None:
+            self._check_step(module, layer, position_ids, problem, query.shape[2])
+        elif not self._has_checked(distflash, position_ids):
             self._check(module, distflash, position_ids, problem)
         elif problem is not None:
             self.cp.refuse(problem, in_attention=True)
-        distflash.trace.note(module)
-        query = rescaled(module, query, distflash)
+        if distflash is not None:
+            distflash.trace.note(module)
+            query = rescaled(module, query, distflash)
         q, k, v = (_in_compute_dtype(x).transpose(1, 2) for x in (query, key, value))
-        mask = attention_mask.within(distflash.documents)
-        out = attention(
-            q, k, v, mask=mask, cp=self.cp, seq_len=distflash.seq_len, scale=scaling, softcap=softcap, sinks=s_aux
-        )
+        mask = attention_mask.within(None if distflash is None else distflash.documents)
+        seq_len = None if distflash is None else distflash.seq_len
+        if layer is not None:
+            return layer.attend(q, k, v, mask, seq_len, scale=scaling, softcap=softcap, sinks=s_aux), None
+        out = attention(q, k, v, mask=mask, cp=self.cp, seq_len=seq_len, scale=scaling, softcap=softcap, sinks=s_aux)
         return out, None
+
+    @torch.compiler.disable
+    def _check_step(
+        self, module: nn.Module, layer: CachedLayer, position_ids: Tensor | None, problem: str | None, tokens: int
+    ) -> None:
+        """Of tokens that every rank has: whether they are those that come next, once a forward."""
+        sequences = layer.sequences
+        if problem is None and not sequences.checked:
+            problem = (
+                _other_group_problem(sequences.cp, self.cp)
+                or _positions_problem(layer, position_ids, tokens)
+                or too_many_tokens(tokens)
+                or cached_rope_problem(module.config, layer.lengths, tokens)
+                or clock_problem(self.cp)
+            )
+        if problem is not None:
+            self.cp.refuse(problem, in_attention=True)
+        sequences.checked = True
 
     def _has_checked(self, shard: Any, position_ids: Tensor | None) -> bool:
         if torch.compiler.is_compiling():  # where values cannot be read
@@ -88,40 +121,54 @@ class Attention:
         problem = self._batch_problem(module, shard, position_ids) or problem
         if problem is not None:
             self.cp.refuse(problem, KIND)
-        try:
-            self.cp.agree(KIND, seq_len=shard.seq_len, documents=shard.documents, **dict(shard.contents))
-        except ValueError as difference:
-            raise ValueError(
-                f"{difference}. Every rank of a context-parallel group has to be given the same whole batch: samplers "
-                "go by the data-parallel rank, and shard_batch is called once, on what they return"
-            ) from None
+        require_same_batch(shard, self.cp)
         self._checked = (shard, position_ids)
 
     def _batch_problem(self, module: nn.Module, shard: Any, position_ids: Tensor | None) -> str | None:
         if not isinstance(shard, Shard):
             return _no_shard(module)
-        cp = self.cp
-        if (shard.layout, shard.world_size, shard.rank) != (cp.layout, cp.world_size, cp.rank):
-            return (
-                f"batch: was sharded for rank {shard.rank} of {shard.world_size}, {shard.layout!r}, but {cp!r} is "
-                "registered; pass shard_batch the same cp as register"
-            )
+        if (problem := group_problem(shard, self.cp)) is not None:
+            return problem
         if position_ids is not None:
             expected = shard.position_ids(position_ids.device)
             fits = position_ids.dim() <= 2 and position_ids.shape[-1] == len(expected)
             if not fits or not bool((position_ids == expected).all()):
                 return f"position_ids: are not those of this rank's tokens in the whole sequence; {PASS_ALL}"
-        return rope_problem(getattr(module, "config", None), shard)
+        config = getattr(module, "config", None)
+        return rope_problem(config, shard) or cached_rope_problem(config, (shard.start,), shard.seq_len)
+
+
+def _other_group_problem(of_cache: ContextParallel, registered: ContextParallel) -> str | None:
+    if of_cache is registered:
+        return None
+    return f"past_key_values: the ShardedCache was made with {of_cache!r}, but {registered!r} is registered; use one cp"
+
+
+def _positions_problem(layer: CachedLayer, position_ids: Tensor | None, tokens: int) -> str | None:
+    """Whether new tokens are at other positions than those behind what the cache has had."""
+    if position_ids is None:
+        return None
+    starts = torch.tensor(layer.lengths, device=position_ids.device)
+    expected = starts[:, None] + torch.arange(tokens, device=position_ids.device)
+    fits = position_ids.dim() == 2 and len(position_ids) in (1, len(expected)) and position_ids.shape[1] == tokens
+    if fits and bool((position_ids == expected).all()):
+        return None
+    return (
+        f"position_ids: of {tokens} new tokens are not those behind what the ShardedCache has had, {layer.lengths} "
+        "tokens of its sequences. Pass model.generate the same input_ids as cache.prefill, and the same attention_mask "
+        "if prompts are padded, or input_ids that begin with what the cache has had"
+    )
 
 
 def _no_shard(module: nn.Module) -> str:
     """Why a layer was not given the batch's Shard."""
-    generate = inspect.unwrap(GenerationMixin.generate).__code__
-    if any(frame.frame.f_code is generate for frame in inspect.stack(context=0)):
+    if generating() is not None:
         return (
-            "generate: is not supported, since a rank would hold its tokens' keys only and choose the next token by "
-            'itself. Generate on one process with the whole prompt: model.set_attn_implementation("sdpa") before, and '
-            '"distflash" again after it'
+            "generate: goes through no other cache than a ShardedCache, since a rank would hold its tokens' keys only "
+            "and choose the next token by itself: cache = ShardedCache(cp); cache.prefill(model, input_ids); "
+            "model.generate(input_ids, past_key_values=cache). If you passed one: the library has dropped it, as Phi-3 "
+            "does where its RoPE goes over to other frequencies, at original_max_position_embeddings; or this is a "
+            "second model beside yours (an assistant, which needs another attention; guidance is not supported)"
         )
     return (
         f"batch: nothing that shard_batch adds has reached the attention of {type(module).__name__}; {PASS_ALL}. If "
@@ -129,24 +176,31 @@ def _no_shard(module: nn.Module) -> str:
     )
 
 
-def _layer_problem(query: Tensor, key: Tensor, mask: Any, dropout: float, others: Mapping[str, Any]) -> str | None:
+def _layer_problem(
+    query: Tensor, key: Tensor, mask: Any, dropout: float, others: Mapping[str, Any], layer: CachedLayer | None
+) -> str | None:
     """What a layer asks for that is not done here; None if nothing."""
     if not isinstance(mask, LayerMask):
         return (
             f"attention_mask: expected the mask that the model asked the library for, got {type(mask).__name__}; "
             f"matrices, and layers that make no mask, are not supported: {PASS_ALL}"
         )
-    if mask.problem is not None:
-        return mask.problem
+    if (problem := mask.problem or (mask.uncached if layer is None else None)) is not None:
+        return problem
+    if layer is not None and mask.blocks:
+        return (
+            "mask: the model makes blocks (of images, or of a prefix) of its tokens' types, which are not supported "
+            "with a cache"
+        )
     for name, given in others.items():
-        if given is None or given is False or name in _HARMLESS:
+        if given is None or given is False or name in _HARMLESS or (name == "use_cache" and layer is not None):
             continue
         reason = _REFUSED.get(name, "it is not known here and may change the attention; leave it out of the call")
         return f"{name}: not supported; {reason}"
     if dropout:
         return f"dropout: attention dropout is not supported, got {dropout}; set config.attention_dropout = 0.0"
     if key.shape[2] != query.shape[2]:
-        return f"key: {key.shape[2]} keys for {query.shape[2]} queries; a KV cache is not supported"
+        return f"key: {key.shape[2]} keys for {query.shape[2]} queries; a KV cache is not supported, except {OUR_CACHE}"
     return None
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distflash.api import ContextParallel
+from distflash.context import ContextParallel
 from distflash.layouts import Layout
 from distflash.masks import Documents
 
@@ -44,6 +44,7 @@ _KNOWN = (*_PER_TOKEN, *_WHOLE, *_BOUNDARIES, *_DERIVED, "position_ids", "num_it
 # What the ranks compare once a batch.
 KIND = "Transformers batch"
 
+OUR_CACHE = "past_key_values=distflash.integrations.transformers.ShardedCache(cp)"
 PASS_ALL = "pass the model all that shard_batch(batch, cp) returns: model(**shard_batch(batch, cp))"
 _LABELS_READ = (
     "labels: this model's loss reads `labels`, and would shift them within each rank's part, or not at all. The "
@@ -84,7 +85,7 @@ class Shard:
     """Which part of which batch a rank holds.
 
     documents: where packed documents end; None for one. contents: digests, by name, of what all ranks must have alike.
-    trace: what has become of it.
+    start: the position of its first token, behind those that a cache has had. trace: what has become of it.
     """
 
     layout: Layout
@@ -93,6 +94,7 @@ class Shard:
     seq_len: int
     documents: Documents | None
     contents: tuple[tuple[str, str], ...] = ()
+    start: int = 0
     trace: _Trace = field(default_factory=_Trace, compare=False, repr=False)
 
     @property
@@ -108,7 +110,7 @@ class Shard:
         """int64 ``[T]``: the place of each of this rank's tokens in its document."""
         positions = self.layout.positions(self.seq_len, self.world_size, self.rank).to(device)
         if self.documents is None:
-            return positions
+            return positions + self.start
         return positions - self.documents.ends(positions, self.seq_len)[0]
 
     def require_attended(self) -> None:
@@ -119,6 +121,27 @@ class Shard:
                 'each rank attended to its own tokens only; give the model attn_implementation="distflash" after '
                 "register(cp). The library may have put another in its place: see model.config._attn_implementation"
             )
+
+
+def group_problem(shard: Shard, cp: ContextParallel) -> str | None:
+    """Whether a batch was sharded for another group or rank."""
+    if (shard.layout, shard.world_size, shard.rank) == (cp.layout, cp.world_size, cp.rank):
+        return None
+    return (
+        f"batch: was sharded for rank {shard.rank} of {shard.world_size}, {shard.layout!r}, but {cp!r} is registered; "
+        "pass shard_batch the same cp as register"
+    )
+
+
+def require_same_batch(shard: Shard, cp: ContextParallel) -> None:
+    """Raise on every rank if they were given different batches. All ranks must call."""
+    try:
+        cp.agree(KIND, seq_len=shard.seq_len, documents=shard.documents, **dict(shard.contents))
+    except ValueError as difference:
+        raise ValueError(
+            f"{difference}. Every rank of a context-parallel group has to be given the same whole batch: samplers "
+            "go by the data-parallel rank, and shard_batch is called once, on what they return"
+        ) from None
 
 
 def shard_batch(batch: Mapping[str, Any], cp: ContextParallel, whole: Sequence[str] = ()) -> dict[str, Any]:
@@ -155,7 +178,7 @@ def shard_batch(batch: Mapping[str, Any], cp: ContextParallel, whole: Sequence[s
     documents = _documents(given, S)
     labels = _shifted_labels(given)
     compared = {"input_ids": ids, "labels": labels, **{name: given.get(name) for name in _TYPES}}
-    contents = tuple((name, "" if x is None else _digest(x)) for name, x in compared.items())
+    contents = tuple((name, "" if x is None else digest(x)) for name, x in compared.items())
     shard = Shard(cp.layout, cp.world_size, cp.rank, S, documents, contents)
     per_token = {name: given[name] for name in _PER_TOKEN if given.get(name) is not None}
     part: dict[str, Any] = {name: x if name in as_is else cp.shard(x) for name, x in per_token.items()}
@@ -362,5 +385,6 @@ def _shift(labels: Tensor) -> Tensor:
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
-def _digest(x: Tensor) -> str:
+def digest(x: Tensor) -> str:
+    """A few words that differ where tensors do."""
     return hashlib.blake2b(x.detach().cpu().contiguous().numpy().tobytes(), digest_size=7).hexdigest()

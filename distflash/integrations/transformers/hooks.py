@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedModel
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, PreTrainedModel
 
-from distflash.api import ContextParallel
-from distflash.integrations.transformers.batch import KIND, NAME, NAMES, Shard
+from distflash.context import ContextParallel
+from distflash.integrations.transformers.batch import KIND, NAME, NAMES, OUR_CACHE, Shard
+from distflash.integrations.transformers.gathering import gathered, is_gathered
 from distflash.integrations.transformers.models import (
     attendance_problem,
     model_problem,
     name_problem,
     output_problem,
 )
+from distflash.integrations.transformers.one_rank import follow, logits_of
 from distflash.integrations.transformers.rope import rope_problem
+from distflash.integrations.transformers.router_loss import router_loss_problem, wants_router_loss, with_router_loss
+from distflash.integrations.transformers.sharded_cache import ShardedCache
 
 
 class ModelHooks:
@@ -30,12 +35,15 @@ class ModelHooks:
 
     def __init__(self, cp: ContextParallel) -> None:
         self.cp = cp
-        self._known: WeakSet[nn.Module] = WeakSet()
+        # With the layers that `gather_layers` had changed then.
+        self._known: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
         self._attended: WeakSet[nn.Module] = WeakSet()
-        self._handles = (
+        self._known_losses: WeakSet[nn.Module] = WeakSet()
+        self._handles = [
             torch_module.register_module_forward_pre_hook(self._before),
             torch_module.register_module_forward_hook(self._after, with_kwargs=True),
-        )
+        ]
+        self._own_handles: list[RemovableHandle] = []
 
     def remove(self) -> None:
         """Take the hooks back."""
@@ -43,32 +51,56 @@ class ModelHooks:
             handle.remove()
             # torch forgets this one, and would take it for a hook that is still there.
             torch_module._global_forward_hooks_with_kwargs.pop(handle.id, None)
+        for handle in self._own_handles:
+            handle.remove()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling() or not isinstance(module, PreTrainedModel):
             return
         if (problem := name_problem(module)) is not None:  # which may change
             self.cp.refuse(problem, KIND)
-        if module in self._known or module.config._attn_implementation not in NAMES:
+        if self._is_known(module) or module.config._attn_implementation not in NAMES:
             return
         if (problem := model_problem(module)) is not None:
             self.cp.refuse(problem, KIND)
-        self._known.add(module)
+        if module not in self._known:
+            # Only a hook of the module itself may change keywords.
+            self._own_handles.append(module.register_forward_pre_hook(only_new_tokens, with_kwargs=True))
+        self._known[module] = gathered(module)
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    def _is_known(self, model: nn.Module) -> bool:
+        return model in self._known and all(map(is_gathered, self._known[model]))
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """The output, if it is to be another one."""
         if torch.compiler.is_compiling() or not isinstance(module, PreTrainedModel):
-            return
-        shard = kwargs.get(NAME)
+            return None
+        shard, cache = kwargs.get(NAME), kwargs.get("past_key_values")
+        if isinstance(cache, ShardedCache):
+            cache.require_attended()
+            if shard is None and (logits := logits_of(output)) is not None:
+                follow(logits, self.cp)
         if not isinstance(shard, Shard):
-            return
+            return None
         problem = (
-            self._attendance_problem(module, shard)
-            or output_problem(module, output, shard)
+            _cache_problem(cache)
+            or self._attendance_problem(module, shard)
+            or (None if isinstance(cache, ShardedCache) else output_problem(module, output, shard))
             # The first layer has asked this, too, but not where layers are compiled, or had the batch before.
             or rope_problem(module.config, shard)
         )
         if problem is not None:
             self.cp.refuse(problem, KIND)
+        if wants_router_loss(module, kwargs.get("output_router_logits")):
+            return self._with_router_loss(module, kwargs.get("attention_mask"), output)
+        return None
+
+    def _with_router_loss(self, model: PreTrainedModel, attention_mask: Tensor | None, output: Any) -> Any:
+        if model not in self._known_losses:
+            if (problem := router_loss_problem(model, output, attention_mask)) is not None:
+                self.cp.refuse(problem, KIND)
+            self._known_losses.add(model)
+        return with_router_loss(model, output, attention_mask, self.cp)
 
     def _attendance_problem(self, model: PreTrainedModel, shard: Shard) -> str | None:
         layers = shard.trace.layers
@@ -79,3 +111,26 @@ class ModelHooks:
         if problem is None:
             self._attended.add(model)
         return problem
+
+
+def only_new_tokens(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Take tokens that a `ShardedCache` has had out of a call: assisted generation begins with the whole prompt."""
+    cache, ids, positions = (kwargs.get(name) for name in ("past_key_values", "input_ids", "position_ids"))
+    if not isinstance(cache, ShardedCache) or kwargs.get(NAME) is not None:
+        return None
+    cache.forget_unfinished()
+    if not isinstance(ids, Tensor) or not isinstance(positions, Tensor) or positions.dim() != 2 or not cache.lengths:
+        return None
+    new = 1 if ids.shape[1] == 1 else int(positions[0, -1]) + 1 - cache.lengths[0]
+    if not 0 < new < ids.shape[1]:
+        return None
+    return args, {**kwargs, "input_ids": ids[:, -new:], "position_ids": positions[:, -new:]}
+
+
+def _cache_problem(cache: Any) -> str | None:
+    if not isinstance(cache, Cache) or isinstance(cache, ShardedCache):
+        return None
+    return (
+        f"past_key_values: a {type(cache).__name__} would hold this rank's tokens only; pass {OUR_CACHE}, and prefill "
+        "it with cache.prefill(model, input_ids)"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from distflash.api import ContextParallel
+from distflash.context import ContextParallel
 from distflash.integrations.transformers.batch import IGNORED, PASS_ALL, Shard
 
 
@@ -18,7 +18,7 @@ def loss_function(
     cp: ContextParallel,
     reduction: Literal["sum", "mean"] = "mean",
     group: dist.ProcessGroup | DeviceMesh | None = None,
-) -> Callable[..., Tensor]:
+) -> CausalLMLoss:
     """Make a loss for ``model.loss_function``: the mean over all ranks' labels, the same on every rank.
 
     Args:
@@ -28,8 +28,19 @@ def loss_function(
     Returns:
         ``(logits [B, T, V], labels, vocab_size, shift_labels [B, T]) -> scalar``, cross-entropy in float32.
     """
+    return CausalLMLoss(cp, reduction, group)
 
-    def causal_lm_loss(
+
+@dataclass(frozen=True)
+class CausalLMLoss:
+    """What `loss_function` makes."""
+
+    cp: ContextParallel
+    reduction: Literal["sum", "mean"]
+    group: dist.ProcessGroup | DeviceMesh | None
+
+    def __call__(
+        self,
         logits: Tensor,
         labels: Any = None,
         vocab_size: int | None = None,
@@ -43,6 +54,4 @@ def loss_function(
         distflash.require_attended()
         targets = shift_labels.to(logits.device).flatten()
         total = F.cross_entropy(logits.float().flatten(0, -2), targets, ignore_index=IGNORED, reduction="sum")
-        return cp.mean(total, (targets != IGNORED).sum(), reduction=reduction, group=group)
-
-    return causal_lm_loss
+        return self.cp.mean(total, (targets != IGNORED).sum(), reduction=self.reduction, group=self.group)

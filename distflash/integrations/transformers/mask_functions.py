@@ -126,8 +126,7 @@ def _window_both_ways(variables: Mapping[str, Any]) -> Mask:
 
 
 def _chunks(variables: Mapping[str, Any]) -> Mask:
-    if bool(torch.as_tensor(variables["left_padding"]).any()):
-        raise NotReadable("attention_mask: begins with zeros; padding is not supported")
+    # Padding shifts the chunks with the tokens, whose positions are counted without it.
     return Chunked(_count(variables["chunk_size"], least=1))
 
 

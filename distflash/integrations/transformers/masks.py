@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distflash.integrations.transformers.batch import PASS_ALL, Misuse, Shard
+from distflash.integrations.transformers.batch import OUR_CACHE, PASS_ALL, Misuse, Shard
 from distflash.integrations.transformers.mask_functions import BlocksSource, MaskFunction, NotReadable, read_mask
 from distflash.masks import And, Chunked, Documents, Mask, Or
 
@@ -37,11 +37,13 @@ class LayerMask:
     Code that reads it as a tensor is told that this is not supported. Its shape may be read, by which the library
     tells masks that have been made already from those that it is to make one of.
 
-    blocks: of what tokens the mask's blocks were made, if it has any. shape: that of the library's matrix.
+    uncached: why it is not the mask of a call without a ShardedCache. blocks: of what tokens the mask's blocks were
+    made, if it has any. shape: that of the library's matrix.
     """
 
     mask: Mask | None = None
     problem: str | None = None
+    uncached: str | None = None
     blocks: tuple[BlocksSource, ...] = ()
     shape: tuple[int, ...] = ()
 
@@ -67,15 +69,15 @@ class LayerMask:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what Python, copy, pickle and torch.compile ask of any object
             raise AttributeError(name)
-        raise Misuse(self.problem or _OWN_ATTENTION)
+        raise Misuse(self.problem or self.uncached or _OWN_ATTENTION)
 
     def __getitem__(self, _: Any) -> Any:
-        raise Misuse(self.problem or _OWN_ATTENTION)
+        raise Misuse(self.problem or self.uncached or _OWN_ATTENTION)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [*args, *(kwargs or {}).values()]
-        raise Misuse(next(x.problem for x in given if isinstance(x, cls)) or _OWN_ATTENTION)
+        raise Misuse(next(x.problem or x.uncached for x in given if isinstance(x, cls)) or _OWN_ATTENTION)
 
 
 def _split_block(blocks: BlocksSource, documents: Documents | None) -> tuple[int, int] | None:
@@ -119,18 +121,18 @@ def describe_mask(
     if isinstance(attention_mask, LayerMask):
         return attention_mask
     shape = (batch_size, 1, q_length, kv_length)
+    uncached = None
     if kv_length != q_length:
-        problem = (
-            f"attention_mask: {kv_length} keys for {q_length} queries; a KV cache is not supported (pass "
-            f"use_cache=False), and a mask of the whole sequence has no place here: {PASS_ALL}"
+        uncached = (
+            f"attention_mask: {kv_length} keys for {q_length} queries; a KV cache is not supported, except "
+            f"{OUR_CACHE}, and a mask of the whole sequence has no place here: {PASS_ALL}"
         )
-        return LayerMask(problem=problem, shape=shape)
-    if attention_mask is not None and not bool(attention_mask.all()):
-        return LayerMask(problem=f"attention_mask: has zeros; padding is not supported: {PASS_ALL}", shape=shape)
+    elif attention_mask is not None and not bool(attention_mask.all()):
+        uncached = f"attention_mask: has zeros; padding is not supported: {PASS_ALL}"
     try:
         mask, blocks = read_mask(mask_function)
     except NotReadable as reason:
         # Without attention_mask the library looks for packed documents in the positions of this rank's tokens.
         hint = f". attention_mask was left out of the call: {PASS_ALL}" if attention_mask is None else ""
-        return LayerMask(problem=f"{reason}{hint}", shape=shape)
-    return LayerMask(mask, blocks=blocks, shape=shape)
+        return LayerMask(problem=uncached or f"{reason}{hint}", shape=shape)
+    return LayerMask(mask, uncached=uncached, blocks=blocks, shape=shape)

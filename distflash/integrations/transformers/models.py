@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distflash.integrations.transformers.batch import NAME, NAMES, OTHER_NAME, Shard
+from distflash.integrations.transformers.gathering import gathered
 from distflash.integrations.transformers.scales import scale_problem
 
 # Types of layers that mix tokens by attention, or not at all. Others (convolutions, linear attention) would see this
@@ -30,6 +31,9 @@ _LAYER_TYPES = {
     "dense",
     "sparse",
 }
+# Of these, those that do not mix tokens; and types of layers that `gather_layers` knows, which do not attend.
+_PER_TOKEN = {"mlp", "moe", "dense", "sparse"}
+_WITHOUT_ATTENTION = {"linear_attention", "conv"}
 _POOLING = re.compile(r"For(SequenceClassification|MultipleChoice|NextSentencePrediction)|DoubleHeads")
 
 
@@ -87,7 +91,8 @@ def _position_problem(model: PreTrainedModel) -> str | None:
                 "this rank's tokens cannot tell; it is not supported"
             )
     is_innermost = not any(isinstance(module, PreTrainedModel) for module in model.modules() if module is not model)
-    if is_innermost and "position_ids" not in inspect.signature(type(model).forward).parameters:
+    attends = not gathered(model) or not set(_layer_types(model)) <= _WITHOUT_ATTENTION
+    if is_innermost and attends and "position_ids" not in inspect.signature(type(model).forward).parameters:
         return (
             f"model: {name}.forward takes no position_ids: it would count this rank's tokens from 0 instead of using "
             "their positions in the whole sequence; it is not supported"
@@ -96,19 +101,26 @@ def _position_problem(model: PreTrainedModel) -> str | None:
 
 
 def _mixer_problem(model: PreTrainedModel) -> str | None:
-    if others := set(getattr(model.config, "layer_types", None) or ()) - _LAYER_TYPES:
+    if (others := set(_layer_types(model)) - _LAYER_TYPES) and not gathered(model):
         return (
             f"model: has layers of type {', '.join(sorted(others))}, which are not supported: they mix tokens by other "
-            "means than full, sliding or chunked attention, and would see this rank's tokens only"
+            "means than full, sliding or chunked attention, and would see this rank's tokens only. "
+            "dft.gather_layers(model, cp) lets them see the whole sequence"
         )
+    within = {inner for layer in gathered(model) for inner in layer.modules()}
+    own = set(_own_modules(model)) - within
     for path, module in model.named_modules():
-        if isinstance(module, nn.Conv1d) and module.kernel_size != (1,) and module in set(_own_modules(model)):
+        if isinstance(module, nn.Conv1d) and module.kernel_size != (1,) and module in own:
             owner = type(model.get_submodule(path.rpartition(".")[0])).__name__
             return (
                 f"model: {owner} mixes tokens by a convolution ({path}), which would see this rank's tokens only; "
-                "models with such layers are not supported"
+                "models with such layers are not supported, but for those that dft.gather_layers(model, cp) knows"
             )
     return None
+
+
+def _layer_types(model: PreTrainedModel) -> Sequence[str]:
+    return getattr(model.config, "layer_types", None) or ()
 
 
 def attendance_problem(model: PreTrainedModel, attended: Container[nn.Module]) -> str | None:
@@ -129,9 +141,11 @@ def attendance_problem(model: PreTrainedModel, attended: Container[nn.Module]) -
     for layers in model.modules():
         if not isinstance(layers, nn.ModuleList):
             continue
-        uses = [any(isinstance(module, kinds) for module in layer.modules()) for layer in layers]
+        types = _layer_types(model) if len(_layer_types(model)) == len(layers) else [""] * len(layers)
+        mixing = [layer for layer, kind in zip(layers, types, strict=True) if kind not in _PER_TOKEN]
+        uses = [any(isinstance(module, kinds) for module in layer.modules()) for layer in mixing]
         if any(uses) and not all(uses):
-            other = type(layers[uses.index(False)]).__name__
+            other = type(mixing[uses.index(False)]).__name__
             return (
                 f"model: has layers of {other} beside those that attend, which have not used distflash: they would "
                 "see this rank's tokens only, and are not supported"

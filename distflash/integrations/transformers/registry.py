@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, modeling_flash_attention_utils
 
-from distflash.api import ContextParallel
+from distflash.context import ContextParallel
 from distflash.integrations.transformers.attention import Attention
 from distflash.integrations.transformers.batch import NAME, NAMES
 

@@ -43,6 +43,27 @@ def rope_problem(config: Any, shard: Shard) -> str | None:
     return None
 
 
+def cached_rope_problem(config: Any, lengths: tuple[int, ...], tokens: int) -> str | None:
+    """Why sequences of these lengths cannot go on by ``tokens``: their keys have been rotated by other frequencies."""
+    kinds = {parameters["rope_type"]: parameters for parameters in _rope_parameters(config)}
+    longest = max(lengths, default=0)
+    if "longrope" in kinds:
+        limit = kinds["longrope"].get("original_max_position_embeddings") or config.max_position_embeddings
+        if any(0 < length <= limit < length + tokens for length in lengths):
+            return (
+                f"rope_type: 'longrope' goes over to other frequencies behind {limit} tokens, by which the keys of the "
+                f"{longest} that the ShardedCache has had are not rotated. Prefill a longer prompt in one chunk, or "
+                f"stop at {limit} tokens (max_length)"
+            )
+    if "dynamic" in kinds and longest + tokens > config.max_position_embeddings:
+        return (
+            f"rope_type: 'dynamic' has other frequencies for every length above {config.max_position_embeddings} "
+            "tokens, by which the keys of earlier ones are not rotated; with a ShardedCache it is not supported. Use a "
+            "rope_type whose frequencies are fixed (yarn, linear, llama3)"
+        )
+    return None
+
+
 def _rope_parameters(config: Any) -> Iterator[Mapping[str, Any]]:
     """The parameters of each of the model's rotary embeddings: one for all layers, or one for each type of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}

@@ -24,16 +24,16 @@ _SCALES = "torch.log1p(torch.floor((positions.float()+1.0)/self.floor_scale))*se
 
 def rescaled(layer: nn.Module, query: Tensor, shard: Shard) -> Tensor:
     """``query [B, H, T, D]`` as the layer would have scaled it by the positions of ``shard``; others as they are."""
-    if not _scales_queries(layer):
+    if not scales_queries(layer):
         return query
-    counted = torch.arange(query.shape[2], device=query.device)
+    counted = torch.arange(query.shape[2], device=query.device) + shard.start
     ratio = _scale(layer, shard.position_ids(query.device)) / _scale(layer, counted)
     return (query * ratio[:, None]).to(query.dtype)
 
 
 def scale_problem(model: nn.Module) -> str | None:
     """Why it is not known by what a model's layers scale their queries; None if it is, or if they do not."""
-    for kind in {type(module) for module in model.modules() if _scales_queries(module)}:
+    for kind in {type(module) for module in model.modules() if scales_queries(module)}:
         if not _is_known(kind):
             return (
                 f"attn_temperature_tuning: {kind.__name__} scales queries by their position in another way than the "
@@ -51,7 +51,8 @@ def _is_known(kind: type[nn.Module]) -> bool:
     return _COUNTS in code and _SCALES in code
 
 
-def _scales_queries(layer: Any) -> bool:
+def scales_queries(layer: Any) -> bool:
+    """Whether a layer scales queries by their position."""
     return bool(getattr(layer, "attn_temperature_tuning", False)) and not getattr(layer, "use_rope", True)
 
 

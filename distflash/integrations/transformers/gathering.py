@@ -1,0 +1,317 @@
+"""Layers that mix the sequence by something else than attention: each sees all of it, and keeps this rank's part.
+
+A state-space layer, a gated delta net or a convolution reads tokens that other ranks hold. `gather_layers` lets each
+such layer run, unchanged, on the hidden states of the whole sequence, and keeps this rank's part of the result. A
+rank's loss depends on the layer through its own tokens only. So the gradients of weights add up over ranks to those of
+one process, and those of hidden states are reduced and scattered. The price is that every rank does the layer's whole
+work.
+
+[Note: shapes] B batch, T local tokens, S global tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from distflash.context import ContextParallel
+from distflash.integrations.transformers.batch import (
+    KIND,
+    NAME,
+    PASS_ALL,
+    Shard,
+    group_problem,
+    require_same_batch,
+)
+from distflash.integrations.transformers.mixers import mixers_of
+
+# Where a gathered layer keeps what `gather_layers` has made of it.
+_MARK = "_distflash_gathered"
+
+# What a layer is given of the batch that is no matter of its tokens, or not read by it.
+_IGNORED = ("labels", "shift_labels", "num_items_in_batch")
+_MASK = "attention_mask"
+_MASKS = (_MASK, "padding_mask")
+_ROTARY = "position_embeddings"
+_CACHES = ("cache_params", "past_key_values", "past_key_value")
+
+
+@dataclass(frozen=True)
+class GatheredLayers:
+    """What `gather_layers` has done. names: of the layers, in the model."""
+
+    names: tuple[str, ...]
+    handles: tuple[RemovableHandle, ...]
+    layers: tuple[nn.Module, ...] = field(repr=False)
+
+    def remove(self) -> None:
+        """Let the layers see this rank's tokens only, as they did before."""
+        for handle in self.handles:
+            handle.remove()
+        for layer in self.layers:
+            delattr(layer, _MARK)
+
+
+def gather_layers(
+    model: nn.Module, cp: ContextParallel, classes: Sequence[str | type[nn.Module]] | None = None
+) -> GatheredLayers:
+    """Let a model's layers that mix the sequence by something else than attention see the whole of it.
+
+        dft.register(cp)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="distflash")
+        dft.gather_layers(model, cp)
+
+    Call it before the model is wrapped (FSDP, DDP). Hooks of the layers do it; parameters, their names and the config
+    stay as they are. Packed documents are run one by one, those that this rank has tokens of.
+
+    Args:
+        model: a model of the library.
+        cp: the group that `register` was given.
+        classes: the layers' classes, or their names. None for those that are known of the model's type. Of a family
+            that is not known, all have to be named that mix tokens, but for attention: a class that is missing computes
+            something else, and nobody notices.
+
+    Raises:
+        ValueError: the family is not known, or the model has no such layer.
+    """
+    if not isinstance(cp, ContextParallel):
+        raise ValueError(f"cp: expected the ContextParallel that register was given, got {type(cp).__name__}")
+    names = _names(model, classes)
+    found = {path: module for path, module in model.named_modules() if type(module).__name__ in names}
+    missing = set(names) - {type(module).__name__ for module in found.values()}
+    if missing:
+        raise ValueError(f"classes: {type(model).__name__} has no layer of class {', '.join(sorted(missing))}")
+    if any(is_gathered(module) for module in found.values()):
+        raise ValueError(
+            "model: its layers are gathered already; call gather_layers once, or remove() what it returned"
+        )
+    batches = _Batches(cp)
+    parents = {path.rpartition(".")[0] for path in found}
+    handles = [handle for path in _above(found) for handle in batches.watch(model.get_submodule(path), path in parents)]
+    for module in found.values():
+        handles += _Gathered(batches).hook(module)
+    return GatheredLayers(tuple(found), tuple(handles), tuple(found.values()))
+
+
+def is_gathered(module: nn.Module) -> bool:
+    """Whether a layer sees the whole sequence."""
+    return hasattr(module, _MARK)
+
+
+def gathered(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that do."""
+    return [module for module in model.modules() if is_gathered(module)]
+
+
+def _names(model: Any, classes: Any) -> tuple[str, ...]:
+    if classes is None:
+        return mixers_of(model)
+    if isinstance(classes, str) or not isinstance(classes, Sequence) or not classes:
+        raise ValueError(f"classes: expected classes of layers, or their names, in a list, got {classes!r}")
+    return tuple(each if isinstance(each, str) else each.__name__ for each in classes)
+
+
+def _above(paths: Mapping[str, nn.Module]) -> list[str]:
+    """The paths of all modules that hold one of these, the model itself first."""
+    above = {""}
+    for path in paths:
+        parts = path.split(".")
+        above |= {".".join(parts[:n]) for n in range(1, len(parts))}
+    return sorted(above)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch, and the mask of ones that `shard_batch` has made for it."""
+
+    shard: Shard
+    mask: Tensor | None
+
+
+class _Batches:
+    """Of which batch the layers at work are.
+
+    Some layers are given the batch's Shard. Otherwise it is that of the module around them whose forward runs. Under
+    activation checkpointing a layer runs again when no such forward runs. Then it is known by the batch's mask, which
+    models pass to their layers. Where a model passes None for a mask of ones, the module around is given that mask.
+    """
+
+    def __init__(self, cp: ContextParallel) -> None:
+        self.cp = cp
+        self._running: list[_Batch] = []
+        self._by_mask = WeakTensorKeyDictionary()
+        self._compared: Shard | None = None
+
+    def watch(self, module: nn.Module, holds_layer: bool) -> list[RemovableHandle]:
+        """Know of the batches of a module's forward. holds_layer: whether it calls a gathered layer itself."""
+        return [
+            module.register_forward_pre_hook(partial(self._enter, holds_layer), with_kwargs=True),
+            module.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def of(self, given: Mapping[str, Any]) -> Shard:
+        """The Shard of a layer that is called with this, which all ranks have compared."""
+        shard: Shard | None = given.get(NAME)
+        if not isinstance(shard, Shard):
+            mask = given.get(_MASK)
+            known = self._by_mask.get(mask) if isinstance(mask, Tensor) else None
+            shard = known or (self._running[-1].shard if self._running else None)
+        problem = _no_shard() if shard is None else group_problem(shard, self.cp)
+        if problem is not None:
+            self.cp.refuse(problem, KIND)
+        assert shard is not None
+        if shard is not self._compared:
+            require_same_batch(shard, self.cp)
+            self._compared = shard
+        return shard
+
+    @torch.compiler.disable
+    def _enter(self, holds_layer: bool, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        shard, mask = kwargs.get(NAME), kwargs.get(_MASK)
+        if isinstance(shard, Shard):
+            is_ones = isinstance(mask, Tensor) and mask.shape[1:] == (shard.seq_local,)
+            before = self._running[-1].mask if self._running else None
+            self._running.append(_Batch(shard, mask if is_ones else before))
+            if is_ones:
+                self._by_mask[mask] = shard
+        elif self._running:
+            self._running.append(self._running[-1])
+        if holds_layer and self._running and _MASK in kwargs and mask is None:
+            return args, {**kwargs, _MASK: self._running[-1].mask}
+        return None
+
+    @torch.compiler.disable
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._running:  # not where nothing was known of a batch, or another hook has raised before `_enter`
+            self._running.pop()
+
+
+class _Gathered:
+    """One layer."""
+
+    def __init__(self, batches: _Batches) -> None:
+        self._batches, self._cp = batches, batches.cp
+        # Between the two hooks: what the layer is called with for the other documents, and which rows are kept.
+        self._others: list[dict[str, Any]] = []
+        self._kept = torch.empty(0)
+
+    def hook(self, layer: nn.Module) -> list[RemovableHandle]:
+        """Run a layer on the whole sequence."""
+        setattr(layer, _MARK, self)
+        return [
+            layer.register_forward_pre_hook(self._before, with_kwargs=True),
+            layer.register_forward_hook(self._after, prepend=True),
+        ]
+
+    @torch.compiler.disable
+    def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        parameters = list(inspect.signature(layer.forward).parameters)
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        shard = self._batches.of(given)
+        shard.trace.note(layer)
+        if _ROTARY not in parameters:
+            given.pop(_ROTARY, None)  # which layers around it pass on to all that they hold
+        problem = _problem(layer, given, parameters[0], shard)
+        if problem is not None:
+            self._cp.refuse(problem, KIND)
+        whole = {name: self._whole(given[name], shard.seq_len) for name in (parameters[0], _ROTARY) if name in given}
+        documents = _documents(shard)
+        calls = [_call({**given, **whole}, (*whole,), document) for document in documents]
+        positions = shard.layout.positions(shard.seq_len, shard.world_size, shard.rank)
+        self._kept = _place_within(positions, documents).to(whole[parameters[0]].device)
+        self._others = calls[1:]
+        return (), calls[0]
+
+    def _whole(self, x: Any, seq_len: int) -> Any:
+        if isinstance(x, tuple):
+            return tuple(self._whole(each, seq_len) for each in x)
+        return self._cp.gather(x, 1, seq_len)
+
+    @torch.compiler.disable
+    def _after(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        outputs = [output, *(layer.forward(**call) for call in self._others)]
+        self._others = []
+        if isinstance(output, tuple):
+            return tuple(self._part(each) for each in zip(*outputs, strict=True))
+        return self._part(outputs)
+
+    def _part(self, outputs: Sequence[Any]) -> Any:
+        """Of one result for each document ``[B, tokens, ...]``, this rank's part; what is no tensor is as it was."""
+        if not isinstance(outputs[0], Tensor):
+            return outputs[0]
+        return torch.cat(list(outputs), 1).index_select(1, self._kept)
+
+
+def _documents(shard: Shard) -> list[range]:
+    """The positions of each document that this rank has tokens of."""
+    ends = (0, shard.seq_len) if shard.documents is None else shard.documents.cu_seqlens
+    bounds = torch.tensor(ends)
+    below = shard.layout.count_below(bounds, shard.seq_len, shard.world_size, shard.rank).tolist()
+    return [range(*each) for each, (a, b) in zip(pairwise(ends), pairwise(below), strict=True) if b > a]
+
+
+def _place_within(positions: Tensor, documents: Sequence[range]) -> Tensor:
+    """Where each position is in the documents, end to end."""
+    starts = torch.tensor([document.start for document in documents])
+    lengths = torch.tensor([len(document) for document in documents])
+    document = torch.searchsorted(starts, positions, right=True) - 1
+    return positions - starts[document] + (lengths.cumsum(0) - lengths)[document]
+
+
+def _call(given: Mapping[str, Any], per_token: Sequence[str], document: range) -> dict[str, Any]:
+    """What a layer is called with for one document, of what it is given for the whole sequence."""
+    call = {**given, **{name: _slice(given[name], document) for name in per_token}}
+    call |= dict.fromkeys(name for name in _MASKS if name in given)  # none is padding, see shard_batch
+    hidden = call[per_token[0]]
+    if given.get("position_ids") is not None:
+        call["position_ids"] = torch.arange(len(document), device=hidden.device).expand(len(hidden), -1)
+    return call
+
+
+def _slice(x: Any, document: range) -> Any:
+    return tuple(_slice(each, document) for each in x) if isinstance(x, tuple) else x[:, document.start : document.stop]
+
+
+def _problem(layer: nn.Module, given: Mapping[str, Any], hidden: str, shard: Shard) -> str | None:
+    """Why a layer cannot be run on the whole sequence by what it is given; None if it can."""
+    name, x = type(layer).__name__, given.get(hidden)
+    if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[1] != shard.seq_local:
+        came = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        return (
+            f"{hidden}: {name} was called with {came}, expected [batch, {shard.seq_local}, ...], this rank's tokens; "
+            "classes of gather_layers take hidden states first"
+        )
+    if any(given.get(cache) is not None for cache in _CACHES):
+        return f"past_key_values: {name} cannot go on from a cache over several ranks; pass use_cache=False"
+    known = {hidden, "position_ids", _ROTARY, NAME, *_MASKS, *_IGNORED}
+    for other, value in given.items():
+        if other not in known and _holds_tensors(value):
+            return (
+                f"{other}: {name} is given a tensor that gather_layers does not know how to make whole; it knows "
+                f"{hidden}, position_ids, position_embeddings and masks. Name the class of a module within or around it"
+            )
+    return None
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_holds_tensors, value)))
+
+
+def _no_shard() -> str:
+    return (
+        "batch: nothing that shard_batch adds has reached the layers that gather_layers has changed; "
+        f"{PASS_ALL}. If you did: activation checkpointing runs them again for a backward pass, and the model passes "
+        "them neither its keywords nor its attention_mask, which is not supported. To use the model on one process, "
+        "call remove() on what gather_layers returned"
+    )

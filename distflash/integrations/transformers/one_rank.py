@@ -1,0 +1,106 @@
+"""What the library decides by chance or by the clock is decided by rank 0 alone, so that ranks never part.
+
+With the same logits and the same random state every rank chooses the same tokens, and stops at the same one. Both are
+rank 0's: they are sent with every step, since ranks may be seeded at any time, and may round differently.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MaxTimeCriteria, StoppingCriteria
+from transformers.generation import GenerationMixin
+
+from distflash.context import ContextParallel
+from distflash.transport import Message, Transport
+
+
+class DecidedByOneRank(StoppingCriteria):
+    """A criterion of ``generate(stopping_criteria=[...])`` that rank 0 decides for all: a clock, a user who interrupts.
+
+        model.generate(ids, past_key_values=cache, stopping_criteria=[DecidedByOneRank(MaxTimeCriteria(60.0), cp)])
+
+    Criteria that go by the tokens alone need it not.
+
+    Args:
+        criterion: asked on rank 0 only.
+        cp: the group that `register` was given.
+    """
+
+    def __init__(self, criterion: StoppingCriteria, cp: ContextParallel) -> None:
+        self.criterion, self.cp = criterion, cp
+
+    def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Tensor:
+        """Bool ``[B]``: which sequences are done."""
+        done = torch.zeros(len(input_ids), dtype=torch.uint8, device=self.cp.transport.device)
+        if self.cp.rank == 0:
+            done[:] = torch.as_tensor(self.criterion(input_ids, scores, **others), device=done.device)
+        return _of_rank_zero(done, self.cp.transport, "whether to stop").bool().to(input_ids.device)
+
+
+def follow(logits: Tensor | None, cp: ContextParallel) -> None:
+    """Take over rank 0's logits, in place, and its random state. All ranks call."""
+    if logits is not None:
+        logits.copy_(_of_rank_zero(logits.detach(), cp.transport, "logits"))
+    follow_random_state(cp)
+
+
+def follow_random_state(cp: ContextParallel) -> None:
+    """Take over the random state of rank 0, of the CPU and of the device. All ranks call."""
+    if cp.world_size == 1:
+        return
+    device = cp.transport.device
+    own = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else own[:0]
+    state = _of_rank_zero(torch.cat([own, on_device]).to(device), cp.transport, "random state")
+    if cp.rank == 0:
+        return
+    cpu, gpu = state.cpu().split([len(own), len(on_device)])
+    torch.set_rng_state(cpu.clone())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(gpu.clone(), device)
+
+
+def generating() -> FrameType | None:
+    """The library's ``generate``, if it is running."""
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame
+
+
+def clock_problem(cp: ContextParallel) -> str | None:
+    """Whether a running ``generate`` stops by the clock, which every rank has for itself."""
+    frame = generating() if cp.world_size > 1 else None
+    if frame is None:
+        return None
+    config, criteria = frame.f_locals.get("generation_config"), frame.f_locals.get("stopping_criteria") or ()
+    if getattr(config, "max_time", None) is None and not any(isinstance(each, MaxTimeCriteria) for each in criteria):
+        return None
+    return (
+        "max_time: every rank has a clock of its own, so that one would stop while the others wait for it. Pass "
+        "stopping_criteria=[DecidedByOneRank(MaxTimeCriteria(seconds), cp)], or max_new_tokens"
+    )
+
+
+def _of_rank_zero(x: Tensor, transport: Transport, what: str) -> Tensor:
+    if transport.world_size == 1:
+        return x
+    if transport.rank == 0:
+        x = x.contiguous()
+        transport.exchange([Message(x, peer, what) for peer in range(1, transport.world_size)], []).wait()
+        return x
+    into = torch.empty_like(x, memory_format=torch.contiguous_format)
+    transport.exchange([], [Message(into, 0, what)]).wait()
+    return into
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """A model's logits, if it makes any."""
+    logits = getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else None

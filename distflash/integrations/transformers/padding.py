@@ -1,0 +1,65 @@
+"""Padded batches: their sequences laid end to end without padding, as documents of one sequence, and back again.
+
+For a causal model that is the same: no token sees padding, nor another sequence. Labels are those of each sequence by
+itself, since the first token of a sequence is no label of the last one before it.
+
+[Note: shapes] B batch, S padded tokens, N tokens that are not padding, V entries of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distflash.integrations.transformers.batch import IGNORED
+
+# What a padded batch of text holds. With anything else it is left padded, and refused with its reason.
+_KNOWN = {"input_ids", "labels", "attention_mask"}
+
+
+def is_padded(batch: Mapping[str, Any]) -> bool:
+    """Whether `without_padding` is needed, and possible."""
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not batch.keys() <= _KNOWN or not mask.any():
+        return False
+    return bool((mask == 0).any()) and bool(((mask == 0) | (mask == 1)).all())
+
+
+def unpadded(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`without_padding` of a padded batch, others as they are."""
+    return without_padding(batch) if is_padded(batch) else batch
+
+
+def without_padding(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokens ``[1, N]`` of a padded batch ``[B, S]``, with the ``cu_seqlens`` of its sequences.
+
+    Raises:
+        ValueError: a label stands on padding.
+    """
+    kept = batch["attention_mask"].bool()
+    lengths = kept.sum(1)
+    ends = lengths[lengths > 0].cumsum(0)
+    flat = {
+        "input_ids": batch["input_ids"][kept][None],
+        "cu_seqlens": torch.cat([ends.new_zeros(1), ends]),
+    }
+    labels = batch.get("labels")
+    if labels is None:
+        return flat
+    if bool((labels[~kept] != IGNORED).any()):
+        raise ValueError(
+            f"labels: some stand on padding, where attention_mask is 0, and would count; set them to {IGNORED}"
+        )
+    labels = labels[kept][None].clone()
+    labels[:, flat["cu_seqlens"][:-1]] = IGNORED
+    return {**flat, "labels": labels}
+
+
+def padded_again(x: Tensor, attention_mask: Tensor) -> Tensor:
+    """``x [1, N, V]`` as ``[B, S, V]``, zero on padding."""
+    whole = x.new_zeros(*attention_mask.shape, *x.shape[2:])
+    whole[attention_mask.bool()] = x[0]
+    return whole

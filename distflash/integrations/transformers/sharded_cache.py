@@ -1,0 +1,184 @@
+"""The library's cache for generation, over a group of ranks: `ShardedCache`.
+
+[Note: shapes] B batch, S tokens of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from distflash.context import ContextParallel
+from distflash.integers import as_int
+from distflash.integrations.transformers import prefilling
+from distflash.integrations.transformers.cached_layer import CachedLayer, Sequences
+from distflash.integrations.transformers.one_rank import follow_random_state
+
+
+class ShardedCache(Cache):
+    """Keys and values of a model's layers, spread over the ranks of ``cp``, for ``model.generate``.
+
+        cache = ShardedCache(cp)
+        cache.prefill(model, ids)                                # all but the last token, sharded over the ranks
+        out = model.generate(ids, past_key_values=cache)         # every rank has the same tokens
+
+    Every rank calls both, with the same whole ``ids``. A later turn passes ``ids`` that begin with what the cache has
+    had. Left-padded prompts need their attention_mask in both calls. The model has ``attn_implementation="distflash"``.
+
+    What is sampled is rank 0's: the other ranks take over its logits and its random state with every step.
+
+    Args:
+        cp: the group that `register` was given.
+        capacity: how many tokens of a sequence there may be, for which memory is then allocated at once. None lets
+            memory grow as the sequences do. Layers with a window need no more than that in either case.
+
+    Raises:
+        ValueError: an argument is of another kind.
+    """
+
+    def __init__(self, cp: ContextParallel, capacity: int | None = None) -> None:
+        if not isinstance(cp, ContextParallel):
+            raise ValueError(f"cp: expected the ContextParallel that register was given, got {type(cp).__name__}")
+        if capacity is not None and (as_int(capacity) is None or capacity < 1):
+            raise ValueError(f"capacity: expected a number of tokens, at least 1, or None, got {capacity!r}")
+        self.sequences = Sequences(cp, capacity)
+        super().__init__(layer_class_to_replicate=partial(CachedLayer, self.sequences))  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"ShardedCache({self.sequences.cp!r}, layers={len(self.layers)}, lengths={self.lengths})"
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many tokens each sequence has had, without padding."""
+        return self.layers[0].lengths if self.layers else (0,) * self.sequences.batch
+
+    @property
+    def nbytes(self) -> int:
+        """Of device memory on this rank."""
+        return sum(layer.cache.nbytes for layer in self.layers if layer.cache is not None)
+
+    @property
+    def batch_size(self) -> int:
+        """How many sequences; -1 before the first."""
+        return self.sequences.batch or -1
+
+    @torch.no_grad()
+    def prefill(
+        self, model: PreTrainedModel, ids: Tensor, chunk: int | None = None, attention_mask: Tensor | None = None
+    ) -> None:
+        """Run the model over what the cache has not had of ``ids``, but for the last token, sharded over the ranks.
+
+        The last one is the first step of ``model.generate(ids, past_key_values=cache)``, whose logits all ranks have.
+        Prompts of unequal length are run one by one.
+
+        Args:
+            ids: int64 ``[B, S]``, the whole of it, the same on every rank. They begin with what the cache has had.
+            chunk: how many tokens are run at once, on all ranks together; None for all. Fewer need less memory for
+                activations, and more time.
+            attention_mask: ``[B, S]``, zeros where prompts are padded on the left.
+
+        Raises:
+            ValueError: on every rank, if an argument is wrong, or ranks have different tokens.
+        """
+        prefilling.prefill(self, model, ids, chunk, attention_mask)
+        follow_random_state(self.sequences.cp)
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What a layer calls with its new keys and values. A prompt that is given n times is kept n times."""
+        if self.sequences.row is None:
+            self.require_batch(key_states.shape[0])
+        new = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._require_in_step(layer_idx, self.layers[layer_idx].lengths)
+        return new
+
+    def require_batch(self, batch: int) -> None:
+        """Have as many sequences, by repeating each one, as ``generate`` does for beams and several results."""
+        had = self.sequences.batch
+        if had == batch:
+            return
+        if not had:
+            self.sequences.batch = batch
+        elif batch % had == 0:
+            self.batch_repeat_interleave(batch // had)
+        else:
+            self.sequences.cp.refuse(
+                f"input_ids: {batch} sequences, and the ShardedCache has {had}; expected as many, or a multiple. "
+                "cache.batch_select_indices(indices) keeps some of them, cache.reset() forgets them",
+                in_attention=True,
+            )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many tokens there have been, padding included."""
+        if layer_idx < len(self.layers):
+            return super().get_seq_length(layer_idx)
+        return self.sequences.padding[0] if self.sequences.padding and self.sequences.row is None else 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Of the library's matrix, which nobody makes."""
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence n becomes what sequence ``beam_idx[n]`` was: the beams that go on."""
+        indices = beam_idx.tolist()
+        super().reorder_cache(indices)
+        self.sequences.prompt = None
+        self._take_padding(indices)
+
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
+        """Keep some of the sequences, also more than once, in this order."""
+        if isinstance(indices, Tensor):
+            indices = (indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist()
+        super().batch_select_indices(indices)
+        self.sequences.batch, self.sequences.prompt = len(indices), None
+        self._take_padding(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence so many times, one behind the other."""
+        self.batch_select_indices([n for n in range(self.sequences.batch) for _ in range(repeats)])
+
+    def reset(self) -> None:
+        """Forget everything, and free the memory."""
+        super().reset()
+        self.sequences.batch, self.sequences.padding, self.sequences.expected = 0, (), 0
+        self.sequences.prompt = None
+        self.layers.clear()
+
+    def require_attended(self) -> None:
+        """Raise where a layer's attention was not distflash's."""
+        for layer in self.layers:
+            layer.require_attended()
+
+    def forget_unfinished(self) -> None:
+        """Take back what a forward that has raised has left in the first layers. No forward may be running."""
+        caches = [layer.cache for layer in self.layers if layer.cache is not None]
+        lengths = [cache.lengths for cache in caches]
+        if len(set(lengths)) > 1:
+            finished = list(map(min, zip(*lengths, strict=True)))
+            for cache in caches:
+                cache.truncate(finished)
+        for layer in self.layers:
+            layer.awaits_attention = False
+
+    def _require_in_step(self, layer_idx: int, lengths: tuple[int, ...]) -> None:
+        """Raise if a layer has not had the tokens that the first one had before this forward."""
+        sequences = self.sequences
+        if sequences.first is None or layer_idx <= sequences.first:
+            sequences.first, sequences.starts, sequences.checked = layer_idx, lengths, False
+        elif lengths != sequences.starts:
+            sequences.cp.refuse(
+                f"past_key_values: layer {layer_idx} has had {lengths} tokens of the sequences, the first layer "
+                f"{sequences.starts}: a forward has raised before it got there. Call cache.reset(), and prefill again",
+                in_attention=True,
+            )
+
+    def _take_padding(self, indices: Sequence[int]) -> None:
+        if self.sequences.padding:
+            self.sequences.padding = tuple(self.sequences.padding[n] for n in indices)

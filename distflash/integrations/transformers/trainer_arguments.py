@@ -1,0 +1,71 @@
+"""What of a trainer's arguments is refused, and why; and activation checkpointing that does not run attention twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from distflash.checkpointing import keep_attention
+
+# Trainers of TRL whose losses are those of tokens, which the labels of a sequence say.
+_KNOWN_OF_TRL = ("SFTTrainer",)
+
+
+def arguments_problem(trainer: Any) -> str | None:
+    """Why a trainer cannot be right over several ranks; None if nothing is known."""
+    args, kind = trainer.args, type(trainer)
+    for base in kind.__mro__:
+        of_trl = base.__module__.startswith("trl.") and base.__name__.endswith("Trainer")
+        if of_trl and base.__name__ not in (*_KNOWN_OF_TRL, "_BaseTrainer"):
+            return (
+                f"{base.__name__}: is not supported with context parallelism: its loss is one of whole sequences "
+                "(rewards, or sums of log-probabilities), of which a rank has a part, and it makes batches of its own. "
+                "SFTTrainer and transformers.Trainer are supported"
+            )
+    if getattr(args, "predict_with_generate", False):
+        return "predict_with_generate: is not supported; evaluate the loss, and generate with a ShardedCache"
+    if trainer.compute_loss_func is not None:
+        return (
+            "compute_loss_func: is not supported: it would be given this rank's logits and no whole labels. Override "
+            "compute_loss, whose inputs hold this rank's shift_labels, or leave it out"
+        )
+    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        return "train_sampling_strategy: 'batch_rebalance' deals batches to all ranks; it is not supported"
+    if args.eval_use_gather_object:
+        return "eval_use_gather_object: is not supported; leave it out"
+    if args.n_gpu > 1:
+        return f"n_gpu: {args.n_gpu} GPUs in one process are not supported; start one process for each, with torchrun"
+    if trainer.get_tp_size() > 1:
+        return "tp_size: tensor parallelism beside context parallelism is not supported by the trainer"
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    if config is not None and (config.cp_size > 1 or config.sp_size > 1):
+        return (
+            "parallelism_config: asks accelerate for its own context or sequence parallelism beside "
+            "context_parallel=cp; leave cp_size and sp_size out"
+        )
+    return None
+
+
+def checkpoint_all_but_attention(model: nn.Module, args: Any) -> None:
+    """Where a trainer has switched on activation checkpointing, have it keep attention: see `keep_attention`.
+
+    Not where the arguments say otherwise: ``use_reentrant=True``, a ``context_fn``, or TRL's ``selective``. It is not
+    written into the arguments, which are saved as JSON.
+    """
+    switched_on = getattr(args, "activation_checkpointing", None)
+    given = getattr(args, "activation_checkpointing_kwargs", None)
+    if not (args.gradient_checkpointing if switched_on is None else switched_on):
+        return
+    kwargs = dict((args.gradient_checkpointing_kwargs if given is None else given) or {})
+    if kwargs.get("use_reentrant") or "context_fn" in kwargs or "selective" in kwargs:
+        return
+    others = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+    kwargs |= {"use_reentrant": False, "context_fn": keep_attention}
+    anything: Any = model
+    if hasattr(model, "activation_checkpointing_enable"):
+        anything.activation_checkpointing_disable()
+        anything.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **others)
+    else:
+        anything.gradient_checkpointing_disable()
+        anything.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs, **others)

@@ -146,7 +146,7 @@ def phases(ranks: int) -> dict[str, Phase]:
         "checkpoint, recomputed forward": Phase(f"forward {ranks}", attend_in_checkpoint, recomputed),
         "checkpoint that keeps attention": Phase("backward 0", kept, backward),
         "before unshard": Phase("user 0", unshard, rf"for the tensors of all ranks \(all-gather\)|{agreed}"),
-        "before unshard's backward": Phase("user 1", unshard, rf"for the sum over all ranks \(all-reduce\)|{agreed}"),
+        "before unshard's backward": Phase("user 1", unshard, rf"for (the )?gradients of an unshard|{agreed}"),
         "before mean": Phase("user 0", mean, r"for the sum over all ranks \(all-reduce\)"),
     }
 

@@ -1,5 +1,6 @@
 """Trainers over real ranks: losses, unclipped gradient norms, weights and all that is logged equal one process's."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -193,8 +194,25 @@ def without_attention_over_ranks(run, folder):
         return str(error.value)
 
 
+def without_a_launcher(run, folder):
+    """Runs as a rank: a process group that accelerate is told nothing of."""
+    from distflash.integrations import transformers as dft
+
+    with process_of_ranks(), registered(run) as cp:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            del os.environ[name]
+        with pytest.raises(ValueError, match="start the script with torchrun") as error:
+            make_trainer(dft.Trainer, run, "distflash", folder, context_parallel=cp)
+        return str(error.value)
+
+
 @pytest.mark.parametrize(
-    ("mistake", "text"), [(with_seeds_of_their_own, "seed is 3"), (without_attention_over_ranks, "no layer")]
+    ("mistake", "text"),
+    [
+        (with_seeds_of_their_own, "seed is 3"),
+        (without_attention_over_ranks, "no layer"),
+        (without_a_launcher, "there are 2 ranks, but the library counts 1"),
+    ],
 )
 def test_a_mistake_stops_all_ranks(mistake, text, ranks_of, tmp_path):
     assert all(text in told for told in ranks_of(2).run(mistake, Run(steps=1), tmp_path))

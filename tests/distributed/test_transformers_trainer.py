@@ -89,6 +89,25 @@ def of_one_process(run, options=None):
     return alone(run), alone(run, nudged=True)
 
 
+def load():
+    """Runs as a rank: what a trainer imports takes many seconds, for which a call of its own has its own time limit."""
+    from distflash.integrations.transformers import SFTTrainer
+
+    return SFTTrainer.__name__
+
+
+@pytest.fixture
+def ranks_of(ranks_of):
+    """Ranks that have loaded the trainers."""
+
+    def loaded(count):
+        ranks = ranks_of(count)
+        assert ranks.run(load) == ["SFTTrainer"] * count
+        return ranks
+
+    return loaded
+
+
 def on_rank(run, folder):
     """Runs as a rank."""
     if "deepspeed" in dict(run.options):

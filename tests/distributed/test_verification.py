@@ -129,7 +129,7 @@ def shifted_after_sharding(tokens, cp):
 
 def drop_the_mask(attention, cp):
     plain = type(attention).forward
-    attention.forward = lambda x, mask, seq_len: plain(
+    attention.forward = lambda x, mask, seq_len, cache=None: plain(
         attention, x, mask=df.Full() if attention.cp is cp else mask, seq_len=seq_len
     )
 

@@ -182,7 +182,8 @@ def of_other_lengths(smaller):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
-    ("smaller", "words"), [(True, "capacity is 16 on rank 0, 12 on"), (False, "in the cache differs")]
+    ("smaller", "words"),
+    [(True, "capacity is 16 on rank 0, 12 on"), (False, "tokens in the cache (cache.lengths) differs")],
 )
 def test_caches_that_differ(smaller, words, ranks_of):
     for told_ in ranks_of(2).run(of_other_lengths, smaller):

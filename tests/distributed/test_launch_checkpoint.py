@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -267,5 +268,5 @@ def test_any_file_name_is_read(tmp_path: Path, ranks_of) -> None:
     ],
 )
 def test_refused_at_start_with_exit_code_2(options: tuple[str, ...], words: str) -> None:
-    output = finish(jobs.start("python", "launch/train.py", "--device", "cpu", *options), expected=2, timeout=90)
+    output = finish(jobs.start(sys.executable, "launch/train.py", "--device", "cpu", *options), expected=2, timeout=90)
     assert words in output and "Traceback" not in output

@@ -319,11 +319,7 @@ class Recipe(_Numbered):
 
     def _call(self, prepared: Prepared, given: Given) -> Attention:
         problem, heads = prepared.specification.problem, prepared.sizes.heads
-        scale = problem.d_qk**-0.5 if self.numbers.scale is None else self.numbers.scale
-        # Kernels read one number after the other, whatever the strides.
-        slopes = None if given.alibi_slopes is None else given.alibi_slopes.float().contiguous()
-        sinks = None if given.sinks is None else given.sinks.contiguous()
-        scores = Scores(scale, self.numbers.softcap, slopes, sinks)
+        scores = scores_of(problem.d_qk, self.numbers.scale, self.numbers.softcap, given.alibi_slopes, given.sinks)
         call = Call(
             plan=prepared.plan,
             transport=self.calls.among,
@@ -361,6 +357,15 @@ class Template(_Numbered):
         if problem is not None:
             self.calls.refuse(problem)
         return self.calls.recipe_of_new(mask, Numbers(scale, softcap, dropout_p, kv_layout))
+
+
+def scores_of(
+    d_qk: int, scale: float | None, softcap: float, alibi_slopes: Tensor | None, sinks: Tensor | None
+) -> Scores:
+    """How a call forms its scores, as kernels take it: they read one number after the other, whatever the strides."""
+    slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
+    return Scores(d_qk**-0.5 if scale is None else scale, softcap, slopes, sinks)
 
 
 def _values(x: Tensor | None) -> str:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from distflash import lengths, validation
 from distflash.cache import Cache, mask_of
+from distflash.call import scores_of
 from distflash.chunks import dropped_problem
 from distflash.exact import Same
 from distflash.horizon import Horizon
 from distflash.kernels import Kernel, Problem
-from distflash.kernels.base import Scores
 from distflash.masks import Causal, Mask
 from distflash.transport import during
 
@@ -107,9 +107,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor
         cache.raise_fault(late=True)
     _agree(q, asked, kernel, step)
     horizon = _known(step) if capturing else _ready(step, tokens)
-    scale = q.shape[3] ** -0.5 if step.scale is None else step.scale
-    slopes = None if step.alibi_slopes is None else step.alibi_slopes.float().contiguous()
-    scores = Scores(scale, step.softcap, slopes)
+    scores = scores_of(q.shape[3], step.scale, step.softcap, step.alibi_slopes, None)  # sinks are merged in last
     decoding, transport = cache.cp.calls.decoding(kernel, q.device), cache.cp.transport
     if cache.cp.world_size == 1:
         result = decoding.alone(q, k, v, cache.store, horizon.table, scores, step.sinks)

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from distflash import engine, lengths
 from distflash.cache import Cache, mask_of
-from distflash.call import Numbers
+from distflash.call import Numbers, scores_of
 from distflash.chunks import Chunk
 from distflash.context import ContextParallel
 from distflash.engine import Call
 from distflash.exact import Same
 from distflash.kernels import Kernel, Problem
-from distflash.kernels.base import Scores
 from distflash.ledger import Ledger, Move
 from distflash.masks import Mask
 from distflash.plan import Plan
@@ -92,10 +91,8 @@ def _one(
     """Sequence ``n`` alone: the messages about its keys are then pieces of memory as they are."""
     store, numbers, count = forward.cache.store, forward.numbers, ledger.counts[forward.cp.rank]
     _keep(n, kv, ledger, forward)
-    scale = q.shape[3] ** -0.5 if numbers.scale is None else numbers.scale
-    slopes = None if forward.alibi_slopes is None else forward.alibi_slopes.float().contiguous()
-    sinks = None if forward.sinks is None else forward.sinks.contiguous()
-    call = Call(plan, forward.cp.transport, kernel, Scores(scale, numbers.softcap, slopes, sinks))
+    scores = scores_of(q.shape[3], numbers.scale, numbers.softcap, forward.alibi_slopes, forward.sinks)
+    call = Call(plan, forward.cp.transport, kernel, scores)
     return engine.forward(q, store.k[n : n + 1, :count], store.v[n : n + 1, :count], call)
 
 

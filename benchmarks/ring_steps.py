@@ -80,7 +80,7 @@ class Alone:
 
 def plans_of(options: Any, mask: df.Mask, ranks: int, kernel: Kernel, device: torch.device) -> list[Plan]:
     """Of all ranks, as a call over GPUs of one host has them."""
-    geometry = Geometry.of_sequence(mask, LAYOUTS[options.layout], options.seq_len, ranks)
+    geometry = Geometry.of_sequence(mask, LAYOUTS[options.layout].under(mask), options.seq_len, ranks)
     able = kernel.abilities(device)
     plans = [df.Ring().plan(geometry, rank).to(device) for rank in range(ranks)]
     return [overlap(plan, options.kv_heads, 1, able, near=True) for plan in plans]

@@ -10,7 +10,40 @@ from torch import Tensor
 
 import distflash as df
 
-LAYOUTS: dict[str, df.Layout] = {"zigzag": df.Zigzag(), "contiguous": df.Contiguous(), "striped": df.Striped()}
+LAYOUTS: dict[str, df.Layout] = {
+    "zigzag": df.Zigzag(),
+    "contiguous": df.Contiguous(),
+    "striped": df.Striped(),
+    "balanced": df.Balanced(),  # for the mask of each call: layout.under(mask), cp.with_mask(mask)
+}
+
+# Documents of a training corpus by their lengths: the last length of a bin, and how many documents are in it. From the
+# table of MagiAttention's distributed benchmark (https://github.com/SandAI-org/MagiAttention, exps/dist_attn).
+CORPUS = (
+    (10, 30254), (50, 391188), (100, 699596), (200, 1377757), (500, 3794735), (1024, 3316785), (2048, 2106566),
+    (4096, 988525), (8192, 410002), (16384, 173574), (32768, 115007), (65536, 18428), (131072, 22513), (196608, 18284),
+)  # fmt: skip
+
+
+def corpus_batch(seq_len: int, seed: int = 0) -> list[int]:
+    """Cumulative lengths of documents of `CORPUS` packed into ``seq_len`` tokens, each at most a quarter of them."""
+    generator, ends = random.Random(seed), [0]
+    lasts, counts = zip(*CORPUS, strict=True)
+    while ends[-1] < seq_len:
+        (at,) = generator.choices(range(len(lasts)), counts)
+        length = generator.randint(lasts[at - 1] + 1 if at else 1, lasts[at])
+        ends.append(min(seq_len, ends[-1] + min(length, max(1, seq_len // 4))))
+    return ends
+
+
+def corpus(seq_len: int, seed: int = 0) -> df.Mask:
+    """Causal within documents as long as those of a training corpus."""
+    return df.Causal() & df.Documents(corpus_batch(seq_len, seed))
+
+
+def full_corpus(seq_len: int, seed: int = 0) -> df.Mask:
+    """The same documents, within which every token sees every other one."""
+    return df.Documents(corpus_batch(seq_len, seed))
 
 
 def document_lengths(seq_len: int, seed: int = 0, shortest: int = 256, longest: int = 32768) -> list[int]:
@@ -66,6 +99,8 @@ MASKS: dict[str, Callable[[int], df.Mask]] = {
     "full": lambda seq_len: df.Full(),
     "window4096": window,
     "documents": documents,
+    "corpus": corpus,
+    "full-corpus": full_corpus,
     "streaming": streaming,
     "rollouts": rollouts,
     "blocks": blocks,

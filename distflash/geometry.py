@@ -236,6 +236,14 @@ class Needs:
         pairs = torch.stack([counts for counts, _ in table], 1)
         return Needs(pairs, tuple(tuple(table[source][1][rank] for source in ranks) for rank in ranks))
 
+    @property
+    def remote(self) -> tuple[int, ...]:
+        """How many keys of other ranks each rank sees, small gaps between them included."""
+        return tuple(
+            sum(sum(map(len, runs)) for source, runs in enumerate(row) if source != rank)
+            for rank, row in enumerate(self.rows)
+        )
+
     def any_pair(self, rank: int, source: int) -> bool:
         return bool(self.rows[rank][source])
 

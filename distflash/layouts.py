@@ -13,9 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distflash.masks import Mask
+
 
 class Layout(ABC):
-    """How a sequence is spread over ranks. A new layout is one frozen dataclass with one method, `ranges`."""
+    """How a sequence is spread over ranks. A new layout is one frozen dataclass with one method, `ranges`.
+
+    Examples:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Reversed(df.Layout):  # the first rank holds the end
+        ...     def ranges(self, seq_len, world_size, rank):
+        ...         return df.Contiguous().ranges(seq_len, world_size, world_size - 1 - rank)
+        >>> cp = df.ContextParallel(dist.group.WORLD, layout=Reversed())
+        >>> cp.positions(8)
+        tensor([4, 5, 6, 7])
+    """
 
     @abstractmethod
     def ranges(self, seq_len: int, world_size: int, rank: int) -> tuple[range, ...]:
@@ -23,6 +36,20 @@ class Layout(ABC):
 
         Over all ranks they cover ``range(seq_len)`` exactly once.
         """
+
+    def under(self, mask: Mask) -> Layout:
+        """The layout for a batch that is attended to under ``mask``: itself, unless it is made for a mask."""
+        return self
+
+    def refusal(self, seq_len: int) -> str | None:
+        """Why the layout cannot say who holds which of so many tokens; None if it can."""
+        return None
+
+    def fingerprint(self, seq_len: int, world_size: int) -> int:
+        """What ranks compare beside the layout itself: a digest of what each rank holds where that is computed from
+        much; else 0.
+        """
+        return 0
 
     def length(self, seq_len: int, world_size: int, rank: int) -> int:
         """How many tokens ``rank`` holds. It may be 0 where there are more ranks than tokens."""
@@ -54,7 +81,13 @@ class Layout(ABC):
 
 @dataclass(frozen=True)
 class Contiguous(Layout):
-    """One run a rank. Fewest messages under windows and documents; unbalanced under a causal mask."""
+    """One run a rank. Fewest messages under windows and documents; unbalanced under a causal mask.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD, layout=df.Contiguous())
+        >>> cp.positions(8)
+        tensor([0, 1, 2, 3])
+    """
 
     def ranges(self, seq_len: int, world_size: int, rank: int) -> tuple[range, ...]:
         return (_chunk(rank, world_size, seq_len),)
@@ -65,6 +98,11 @@ class Zigzag(Layout):
     """Chunks ``r`` and ``2W - 1 - r`` of ``2W``: balanced under a causal mask, with long runs for the kernels.
 
     The pairing is known from Llama 3's training report (https://arxiv.org/abs/2407.21783) and ring-flash-attn.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD, layout=df.Zigzag())
+        >>> cp.positions(8)
+        tensor([0, 1, 6, 7])
     """
 
     def ranges(self, seq_len: int, world_size: int, rank: int) -> tuple[range, ...]:
@@ -75,7 +113,13 @@ class Zigzag(Layout):
 
 @dataclass(frozen=True)
 class Striped(Layout):
-    """Every W-th token (https://arxiv.org/abs/2311.09431): balanced under any mask that is smooth in position."""
+    """Every W-th token (https://arxiv.org/abs/2311.09431): balanced under any mask that is smooth in position.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD, layout=df.Striped())
+        >>> cp.positions(8)
+        tensor([0, 2, 4, 6])
+    """
 
     def ranges(self, seq_len: int, world_size: int, rank: int) -> tuple[range, ...]:
         return (range(rank, max(seq_len, rank), world_size),)

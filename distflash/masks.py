@@ -37,6 +37,21 @@ class Mask:
         graph_inputs: the mask's fields, in their order, as int64 tensors on the CPU, which a compiled graph takes as
             inputs, so that one graph serves sequences of any length. None where the fields themselves are taken apart:
             their ints become inputs, and the number of ints in a tuple a constant of the graph.
+
+    Examples:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Lookahead(df.Mask):  # causal, plus the next n tokens
+        ...     n: int
+        ...     def ends(self, positions, seq_len):
+        ...         return torch.zeros_like(positions), positions + 1 + self.n
+        >>> i = torch.arange(5)
+        >>> (Lookahead(1) & df.Window(1, 1)).materialize(i, i).int()
+        tensor([[1, 1, 0, 0, 0],
+                [1, 1, 1, 0, 0],
+                [0, 1, 1, 1, 0],
+                [0, 0, 1, 1, 1],
+                [0, 0, 0, 1, 1]], dtype=torch.int32)
     """
 
     graph_inputs: tuple[Tensor, ...] | None = None
@@ -74,6 +89,14 @@ class Mask:
         the last sees lies in one of ``[lo[0], hi[-1])``.
         """
         return self.parts(positions, seq_len)
+
+    def jumps(self, seq_len: int) -> Tensor:
+        """int64 ``[n]`` on the CPU, in any order: the positions at which a query may see quite other keys than before.
+
+        Where packed documents begin, above all. `Balanced` looks at the queries on both sides of each. Where a mask
+        leaves some out, results are the same, and ranks less well balanced.
+        """
+        return torch.empty(0, dtype=torch.int64)
 
     @property
     def seq_len(self) -> int | None:
@@ -148,7 +171,17 @@ class Mask:
 
 @dataclass(frozen=True)
 class Full(Mask):
-    """Every query sees every key: ``[0, S)``."""
+    """Every query sees every key: ``[0, S)``.
+
+    Examples:
+        >>> i = torch.arange(5)
+        >>> df.Full().materialize(i, i).int()
+        tensor([[1, 1, 1, 1, 1],
+                [1, 1, 1, 1, 1],
+                [1, 1, 1, 1, 1],
+                [1, 1, 1, 1, 1],
+                [1, 1, 1, 1, 1]], dtype=torch.int32)
+    """
 
     def ends(self, positions: Tensor, seq_len: int) -> Ends:
         return torch.zeros_like(positions), torch.full_like(positions, seq_len)
@@ -156,7 +189,17 @@ class Full(Mask):
 
 @dataclass(frozen=True)
 class Causal(Mask):
-    """A query sees itself and what came before: ``[0, i + 1)``."""
+    """A query sees itself and what came before: ``[0, i + 1)``.
+
+    Examples:
+        >>> i = torch.arange(5)
+        >>> df.Causal().materialize(i, i).int()
+        tensor([[1, 0, 0, 0, 0],
+                [1, 1, 0, 0, 0],
+                [1, 1, 1, 0, 0],
+                [1, 1, 1, 1, 0],
+                [1, 1, 1, 1, 1]], dtype=torch.int32)
+    """
 
     def ends(self, positions: Tensor, seq_len: int) -> Ends:
         return torch.zeros_like(positions), positions + 1
@@ -171,6 +214,15 @@ class Window(Mask):
 
     Raises:
         ValueError: a side is not an int of at least 0 (-1 stands for "no limit" elsewhere, and is refused here).
+
+    Examples:
+        >>> i = torch.arange(5)
+        >>> df.Window(1).materialize(i, i).int()
+        tensor([[1, 0, 0, 0, 0],
+                [1, 1, 0, 0, 0],
+                [0, 1, 1, 0, 0],
+                [0, 0, 1, 1, 0],
+                [0, 0, 0, 1, 1]], dtype=torch.int32)
     """
 
     left: int
@@ -197,6 +249,15 @@ class Documents(Mask):
     Raises:
         ValueError: it does not start at 0, decreases, or is not made of integers. That it ends at S is checked by the
             call, which knows S.
+
+    Examples:
+        >>> i = torch.arange(5)
+        >>> (df.Causal() & df.Documents([0, 2, 5])).materialize(i, i).int()
+        tensor([[1, 0, 0, 0, 0],
+                [1, 1, 0, 0, 0],
+                [0, 0, 1, 0, 0],
+                [0, 0, 1, 1, 0],
+                [0, 0, 1, 1, 1]], dtype=torch.int32)
     """
 
     cu_seqlens: tuple[int, ...]
@@ -213,6 +274,9 @@ class Documents(Mask):
     def __reduce__(self) -> Any:
         return Documents, (self.cu_seqlens,)
 
+    def jumps(self, seq_len: int) -> Tensor:
+        return as_tensors(self.cu_seqlens)[0] if self.graph_inputs is None else self.graph_inputs[0]
+
     @property
     def seq_len(self) -> int:
         return self.cu_seqlens[-1]
@@ -226,7 +290,17 @@ class Documents(Mask):
 
 @dataclass(frozen=True)
 class PrefixLM(Mask):
-    """The first ``length`` keys are seen by every query, the rest causally: ``[0, max(length, i + 1))``."""
+    """The first ``length`` keys are seen by every query, the rest causally: ``[0, max(length, i + 1))``.
+
+    Examples:
+        >>> i = torch.arange(5)
+        >>> df.PrefixLM(3).materialize(i, i).int()
+        tensor([[1, 1, 1, 0, 0],
+                [1, 1, 1, 0, 0],
+                [1, 1, 1, 0, 0],
+                [1, 1, 1, 1, 0],
+                [1, 1, 1, 1, 1]], dtype=torch.int32)
+    """
 
     length: int
 
@@ -236,10 +310,23 @@ class PrefixLM(Mask):
     def ends(self, positions: Tensor, seq_len: int) -> Ends:
         return torch.zeros_like(positions), (positions + 1).clamp_min(min(self.length, FAR))
 
+    def jumps(self, seq_len: int) -> Tensor:
+        return torch.tensor([min(self.length, seq_len)])
+
 
 @dataclass(frozen=True)
 class Chunked(Mask):
-    """A query sees its own chunk of ``size`` positions: ``[i // size * size, i // size * size + size)``."""
+    """A query sees its own chunk of ``size`` positions: ``[i // size * size, i // size * size + size)``.
+
+    Examples:
+        >>> i = torch.arange(5)
+        >>> (df.Causal() & df.Chunked(2)).materialize(i, i).int()
+        tensor([[1, 0, 0, 0, 0],
+                [1, 1, 0, 0, 0],
+                [0, 0, 1, 0, 0],
+                [0, 0, 1, 1, 0],
+                [0, 0, 0, 0, 1]], dtype=torch.int32)
+    """
 
     size: int
 
@@ -250,6 +337,9 @@ class Chunked(Mask):
         size = min(self.size, FAR)
         start = torch.div(positions, size, rounding_mode="floor") * size
         return start, start + size
+
+    def jumps(self, seq_len: int) -> Tensor:
+        return torch.arange(0, seq_len, min(self.size, FAR))
 
 
 @dataclass(frozen=True)
@@ -273,6 +363,9 @@ class _Pair(Mask):
                 f"mask: the two sides of {self._sign} are for different lengths, {a} and {b}; "
                 "both cu_seqlens must end at the same S"
             )
+
+    def jumps(self, seq_len: int) -> Tensor:
+        return torch.cat([self.first.jumps(seq_len), self.second.jumps(seq_len)])
 
     @property
     def seq_len(self) -> int | None:

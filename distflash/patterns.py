@@ -41,6 +41,15 @@ class FirstTokens(Mask):
 
     Raises:
         ValueError: ``n`` is not an int of at least 0.
+
+    Examples:
+        >>> i = torch.arange(5)
+        >>> (df.Causal() & (df.Window(1) | df.FirstTokens(1))).materialize(i, i).int()
+        tensor([[1, 0, 0, 0, 0],
+                [1, 1, 0, 0, 0],
+                [1, 1, 1, 0, 0],
+                [1, 0, 1, 1, 0],
+                [1, 0, 0, 1, 1]], dtype=torch.int32)
     """
 
     n: int
@@ -50,6 +59,9 @@ class FirstTokens(Mask):
 
     def ends(self, positions: Tensor, seq_len: int) -> Ends:
         return torch.zeros_like(positions), torch.full_like(positions, min(self.n, FAR))
+
+    def jumps(self, seq_len: int) -> Tensor:
+        return torch.tensor([min(self.n, seq_len)])
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,15 @@ class BlockCausal(Mask):
 
     Raises:
         ValueError: a size below 1; boundaries that do not start at 0, decrease, or are not integers.
+
+    Examples:
+        >>> i = torch.arange(5)
+        >>> df.BlockCausal([0, 3, 5]).materialize(i, i).int()
+        tensor([[1, 1, 1, 0, 0],
+                [1, 1, 1, 0, 0],
+                [1, 1, 1, 0, 0],
+                [1, 1, 1, 1, 1],
+                [1, 1, 1, 1, 1]], dtype=torch.int32)
     """
 
     size_or_boundaries: int | tuple[int, ...]
@@ -112,6 +133,11 @@ class BlockCausal(Mask):
         block = torch.searchsorted(stops, positions.contiguous(), right=True)
         return zero, stops[block.clamp_max(len(stops) - 1)]
 
+    def jumps(self, seq_len: int) -> Tensor:
+        if isinstance(self.size_or_boundaries, int):
+            return torch.arange(0, seq_len, min(self.size_or_boundaries, FAR))
+        return torch.tensor(self.size_or_boundaries)
+
 
 @dataclass(frozen=True)
 class ImageBlocks(Mask):
@@ -135,6 +161,15 @@ class ImageBlocks(Mask):
     Raises:
         ValueError: a start or length below 0, as many starts as lengths are not given, blocks that overlap or descend,
             or what is not integers.
+
+    Examples:
+        >>> i = torch.arange(5)
+        >>> df.ImageBlocks(starts=[1], lengths=[3]).materialize(i, i).int()
+        tensor([[1, 0, 0, 0, 0],
+                [1, 1, 1, 1, 0],
+                [1, 1, 1, 1, 0],
+                [1, 1, 1, 1, 0],
+                [1, 1, 1, 1, 1]], dtype=torch.int32)
     """
 
     starts: tuple[int, ...]
@@ -171,6 +206,10 @@ class ImageBlocks(Mask):
         block = torch.searchsorted(_table(self.starts, positions), positions.contiguous(), right=True)
         return torch.zeros_like(positions), torch.maximum(positions + 1, _table(stops, positions)[block])
 
+    def jumps(self, seq_len: int) -> Tensor:
+        starts = torch.tensor(self.starts, dtype=torch.int64)
+        return torch.cat([starts, starts + torch.tensor(self.lengths, dtype=torch.int64)])
+
 
 @dataclass(frozen=True)
 class Tree(Mask):
@@ -200,6 +239,16 @@ class Tree(Mask):
     Raises:
         ValueError: a parent that does not come before its segment, a length below 0, as many parents as lengths are
             not given, or what is not integers.
+
+    Examples:
+        >>> i = torch.arange(6)
+        >>> df.Tree(parents=[-1, 0, 0], lengths=[2, 2, 2]).materialize(i, i).int()
+        tensor([[1, 0, 0, 0, 0, 0],
+                [1, 1, 0, 0, 0, 0],
+                [1, 1, 1, 0, 0, 0],
+                [1, 1, 1, 1, 0, 0],
+                [1, 1, 0, 0, 1, 0],
+                [1, 1, 0, 0, 1, 1]], dtype=torch.int32)
     """
 
     parents: tuple[int, ...]
@@ -236,6 +285,9 @@ class Tree(Mask):
         segment = torch.searchsorted(_table(tables.starts, positions), positions.contiguous(), right=True) - 1
         own = _table(tables.own, positions)[segment], positions + 1
         return own, *((_table(los, positions)[segment], _table(his, positions)[segment]) for los, his in tables.above)
+
+    def jumps(self, seq_len: int) -> Tensor:
+        return torch.tensor(_tables(self.parents, self.lengths).starts)
 
 
 class _Tables(NamedTuple):

@@ -32,6 +32,9 @@ class What(Enum):
     QUERY_GRADIENTS = "dQ"  # float32, added up where the queries are
     PARTIALS = "partial states"  # of the softmax, merged where the queries are
 
+    # Enum's own is a function in Python.
+    __hash__ = object.__hash__
+
 
 # Tensors by what they are, and whose.
 Arrived = tuple[What, int]
@@ -102,10 +105,16 @@ class Pass:
     gradients: Gradients = Gradients.ALL
     live: LiveRows | None = None
 
-    @property
+    @cached_property
     def pairs(self) -> int:
         """Allowed pairs of a head that has not begun."""
         return sum(rows.pairs for rows in self.visible)
+
+    @cached_property
+    def facts(self) -> tuple[object, ...]:
+        """What a launch depends on of a pass, but for its tensors."""
+        live = None if self.live is None else self.live.count
+        return self.heads, self.begun, self.first, self.last, self.gradients, live
 
     def __str__(self) -> str:
         keys = " + ".join(
@@ -146,6 +155,7 @@ class Plan:
         lengths: local keys of every rank.
         rows: for every other rank whose keys arrive here, which of its local keys they are, as ascending ranges.
         pairs: int64 ``[W, W]``, allowed (query, key) pairs of each rank (row) with each source (column).
+        remote: how many keys of other ranks the queries of each rank see.
     """
 
     rank: int
@@ -154,6 +164,7 @@ class Plan:
     lengths: tuple[int, ...]
     rows: Mapping[int, tuple[range, ...]]
     pairs: Tensor
+    remote: tuple[int, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -302,12 +313,25 @@ class Plan:
     def _words(self, each: Pass) -> str:
         return str(each) if each.queries == self.rank else f"queries of {each.queries}, {each}"
 
+    def _shares(self) -> list[str]:
+        """What each rank has of the work, and what it has to be sent."""
+        if self.world_size == 1:
+            return []
+        total = max(1, int(self.pairs.sum()))
+        work = ", ".join(f"{100 * pairs / total:.1f}" for pairs in self.pairs.sum(1).tolist())
+        lines = [f"percent of all pairs, by rank: {work}"]
+        if self.remote:
+            remote = ", ".join(map(str, self.remote))
+            lines.append(f"keys of others, by rank: {remote}; times the bytes of a token's k and v")
+        return lines
+
     def __str__(self) -> str:
         """A table: one line a pass and a transfer, by stages."""
         names = ("forward", self.forward), ("backward", self.backward)
         every = [self._words(each) for _, stages in names for stage in stages for each in stage.passes]
         width = max(map(len, [*every, "computes"])) + 2
         lines = [f"Plan of rank {self.rank} of {self.world_size}: {int(self.pairs[self.rank].sum())} allowed pairs"]
+        lines += self._shares()
         for name, stages in names:
             lines.append(f"{name:<11}{'computes':<{width}}meanwhile")
             for number, stage in enumerate(stages):

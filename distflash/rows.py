@@ -30,6 +30,20 @@ class Rows(Mask):
 
     Raises:
         ValueError: an element is no mask or a `Rows` itself, or two masks are for different lengths.
+
+    Examples:
+        >>> mask = df.Causal() & df.Rows([df.Documents([0, 2, 4]), df.Documents([0, 4])])
+        >>> i = torch.arange(4)
+        >>> mask.materialize(i, i).int()
+        tensor([[[1, 0, 0, 0],
+                 [1, 1, 0, 0],
+                 [0, 0, 1, 0],
+                 [0, 0, 1, 1]],
+        <BLANKLINE>
+                [[1, 0, 0, 0],
+                 [1, 1, 0, 0],
+                 [1, 1, 1, 0],
+                 [1, 1, 1, 1]]], dtype=torch.int32)
     """
 
     masks: tuple[Mask, ...]
@@ -63,6 +77,9 @@ class Rows(Mask):
             TypeError: always. Ask the masks of the rows, ``masks[n]``.
         """
         raise TypeError(f"{self!r} has a mask for each sequence of the batch; use masks[n].parts(positions, seq_len)")
+
+    def jumps(self, seq_len: int) -> Tensor:
+        return torch.cat([torch.empty(0, dtype=torch.int64), *(mask.jumps(seq_len) for mask in self.masks)])
 
     def materialize(self, q_positions: Tensor, k_positions: Tensor, seq_len: int | None = None) -> Tensor:
         """The masks of all rows as a dense boolean ``[rows, n_q, n_k]``; see `Mask.materialize`."""

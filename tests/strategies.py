@@ -20,7 +20,14 @@ def examples(count: int) -> settings:
     )
 
 
-layouts = st.sampled_from([df.Contiguous(), df.Zigzag(), df.Striped()])
+LAYOUTS = [
+    df.Contiguous(),
+    df.Zigzag(),
+    df.Striped(),
+    df.Balanced(df.Causal(), chunk=3),
+    df.Balanced(df.Causal() & df.Chunked(7), chunk=2, tokens=9.0),
+]
+layouts = st.sampled_from(LAYOUTS)
 
 
 @st.composite

@@ -25,7 +25,7 @@ PROBLEMS = {
     "rows that see nothing": Problem(Blind(11, 30), 47, alibi=True),
     "more ranks than tokens": Problem(df.Causal(), 2, sinks=True),
 }
-LAYOUTS = [df.Contiguous(), df.Zigzag(), df.Striped()]
+LAYOUTS = [df.Contiguous(), df.Zigzag(), df.Striped(), df.Balanced(df.Causal() & df.Chunked(13), chunk=4)]
 
 
 def part(p, layout, group=None, schedule=None):

@@ -22,7 +22,7 @@ def test_lengths_agree_and_differ_by_at_most_a_token_per_range(layout, seq_len, 
     sizes = [layout.length(seq_len, world_size, rank) for rank in range(world_size)]
     assert sizes == [len(layout.positions(seq_len, world_size, rank)) for rank in range(world_size)]
     ranges = 2 if layout == df.Zigzag() else 1
-    assert max(sizes) - min(sizes) <= ranges
+    assert max(sizes) - min(sizes) <= ranges or getattr(layout, "tokens", "equal") != "equal"
 
 
 @given(layouts, lengths, worlds, st.data())

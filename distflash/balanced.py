@@ -1,0 +1,168 @@
+"""`Balanced`: a layout made for a mask, so that every rank has as much work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distflash.assignment import Aim, Piece, assign
+from distflash.exact import code
+from distflash.integers import set_count
+from distflash.layouts import Layout
+from distflash.masks import Mask
+from distflash.rows import Rows
+from distflash.workload import Workload
+
+# The first is taken if it makes a balanced deal. For few ranks, to which is dealt in no time, all are tried: one of the
+# others may move fewer keys.
+AIMS = tuple(Aim(limit, enough) for limit in (1.049, 1.03, 1.015) for enough in (0.95, 0.9))
+_FEW_RANKS = 16
+# What counts as balanced when deals are compared.
+_BALANCED = 1.05
+
+
+@dataclass(frozen=True)
+class Balanced(Layout):
+    """Each rank has equally many tokens and nearly equally many allowed pairs, with few keys to move.
+
+    Whole short documents stay on one rank, and long ones are cut. Every rank computes the same deal from the mask, and
+    none asks another. A mask that changes from batch to batch is given by `ContextParallel.with_mask`, which takes no
+    time: ``df.Balanced()`` stands for the layout whose mask is not known yet.
+
+    Args:
+        mask: for which the work is balanced, usually ``Causal() & Documents(cu_seqlens)``. Attention under any other
+            mask is right, too, but less well balanced.
+        chunk: short documents that follow one another within so many tokens are dealt together.
+        tokens: "equal": ranks' tokens differ by at most one. Or what a token costs beside attention, in allowed pairs:
+            then the sum of both is balanced, and ranks have unequal numbers of tokens. A layer with P parameters
+            besides attention, H heads and head dim D has ``P / (2 * H * D)``.
+
+    Raises:
+        ValueError: an argument is of another kind.
+
+    Examples:
+        >>> mask = df.Causal() & df.Documents([0, 3, 8])
+        >>> cp = df.ContextParallel(dist.group.WORLD, layout=df.Balanced(mask, chunk=1))
+        >>> cp.positions(8)
+        tensor([0, 1, 2, 7])
+    """
+
+    mask: Mask | None = None
+    chunk: int = 512
+    tokens: Literal["equal"] | float = "equal"
+    _deals: dict[tuple[int, int], Deal] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and not isinstance(self.mask, Mask):
+            raise ValueError(f"mask: expected a Mask such as df.Causal(), or None, got {self.mask!r}")
+        set_count(self, "chunk", least=1)
+        number = isinstance(self.tokens, int | float) and not isinstance(self.tokens, bool)
+        if self.tokens != "equal" and not (number and 0 <= self.tokens < float("inf")):  # type: ignore[operator]
+            raise ValueError(
+                f'tokens: expected "equal", or what a token costs in allowed pairs, at least 0, got {self.tokens!r}'
+            )
+
+    def under(self, mask: Mask) -> Balanced:
+        return Balanced(mask, self.chunk, self.tokens)
+
+    def ranges(self, seq_len: int, world_size: int, rank: int) -> tuple[range, ...]:
+        return self._deal(seq_len, world_size).ranges[rank]
+
+    def length(self, seq_len: int, world_size: int, rank: int) -> int:
+        return self._deal(seq_len, world_size).lengths[rank]
+
+    def count_below(self, positions: Tensor, seq_len: int, world_size: int, rank: int) -> Tensor:
+        return self._deal(seq_len, world_size).count_below(positions, rank)
+
+    def _deal(self, seq_len: int, world_size: int) -> Deal:
+        if (seq_len, world_size) not in self._deals:
+            self._deals[seq_len, world_size] = self._new_deal(seq_len, world_size)
+        return self._deals[seq_len, world_size]
+
+    def refusal(self, seq_len: int) -> str | None:
+        if self.mask is None:
+            return (
+                "layout: Balanced() has no mask yet, by which tokens are dealt; take cp.with_mask(mask) for the cp of "
+                "this batch, and shard and attend with it, or give df.Balanced(mask)"
+            )
+        if self.mask.seq_len not in (None, seq_len):
+            return (
+                f"layout: Balanced is for a mask of {self.mask.seq_len} tokens, not for {seq_len}; take "
+                "cp.with_mask(mask) with the mask of this batch"
+            )
+        return None
+
+    def fingerprint(self, seq_len: int, world_size: int) -> int:
+        return self._deal(seq_len, world_size).digest
+
+    def _new_deal(self, seq_len: int, world_size: int) -> Deal:
+        if (problem := self.refusal(seq_len)) is not None:
+            raise ValueError(problem)
+        assert self.mask is not None
+        masks = self.mask.masks if isinstance(self.mask, Rows) else (self.mask,)
+        work = Workload.of(masks, seq_len, self.chunk)
+        shares = None
+        if self.tokens == "equal":
+            shares = [(r + 1) * seq_len // world_size - r * seq_len // world_size for r in range(world_size)]
+        else:
+            work = work.with_token_cost(float(self.tokens))
+        return Deal.of(best(work, shares, world_size, self.chunk))
+
+
+def best(work: Workload, shares: Sequence[int] | None, ranks: int, chunk: int) -> list[list[Piece]]:
+    """Of the deals by `AIMS` the one that moves fewest keys, if it is balanced; else the most balanced one."""
+    found = []
+    for aim in AIMS:
+        held = assign(work, shares, ranks, aim, chunk)
+        most = max(sum(work.pairs(*piece) for piece in pieces) for pieces in held)
+        excess = max(0.0, most * ranks - _BALANCED * work.before(work.seq_len))
+        if ranks > _FEW_RANKS and not excess:
+            return held
+        found.append((excess, sum(map(work.moved, held)), held))
+    return min(found, key=lambda deal: deal[:2])[2]
+
+
+@dataclass(frozen=True)
+class Deal:
+    """What each rank holds.
+
+    Attributes:
+        ranges: by rank, ascending and disjoint.
+        lengths: by rank, the number of tokens.
+        starts, before: by rank, int64 tensors of where its ranges start, and how many of its tokens are before each.
+    """
+
+    ranges: tuple[tuple[range, ...], ...]
+    lengths: tuple[int, ...]
+    starts: tuple[Tensor, ...]
+    before: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(held: Sequence[Sequence[Piece]]) -> Deal:
+        ranges = tuple(tuple(range(*piece) for piece in pieces) for pieces in held)
+        sums = [[0, *accumulate(map(len, runs))] for runs in ranges]
+        return Deal(
+            ranges=ranges,
+            lengths=tuple(counts[-1] for counts in sums),
+            starts=tuple(torch.tensor([run.start for run in runs], dtype=torch.int64) for runs in ranges),
+            before=tuple(torch.tensor(counts, dtype=torch.int64) for counts in sums),
+        )
+
+    @cached_property
+    def digest(self) -> int:
+        """Differs where deals do."""
+        return code(tuple((run.start, run.stop) for runs in self.ranges for run in (*runs, range(-1, -1))))
+
+    def count_below(self, positions: Tensor, rank: int) -> Tensor:
+        """See `Layout.count_below`."""
+        if not self.ranges[rank]:
+            return torch.zeros_like(positions)
+        starts, before = self.starts[rank].to(positions.device), self.before[rank].to(positions.device)
+        run = (torch.searchsorted(starts, positions.contiguous(), right=True) - 1).clamp_min(0)
+        return torch.minimum(before[run] + (positions - starts[run]).clamp_min(0), before[run + 1])

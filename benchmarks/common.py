@@ -266,7 +266,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if gpus else None,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpus else None,
-        "peers": {name: found for name in PEERS if (found := _version(name)) is not None},
+        "peers": installed(*PEERS),
         "distflash": df.__version__,
         "commit": _commit(),
         "sources": _sources(),
@@ -333,6 +333,11 @@ def _cpu_name() -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """The versions of those that are installed."""
+    return {name: found for name in packages if (found := _version(name)) is not None}
 
 
 def _version(package: str) -> str | None:

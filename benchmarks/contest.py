@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from distflash.kernels import Kernel, Problem
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
 Attend = Callable[[Tensor, Tensor, Tensor, df.Mask], Tensor]
+Result = TypeVar("Result")
 # Floating-point operations of a candidate's pass on one device.
 Work = Callable[[str, str], float]
 
@@ -50,11 +51,8 @@ class Candidate:
 
     def run(self, inputs: tuple[Tensor, ...], mask: df.Mask) -> Passes:
         """Run forward and backward once on ``q, k, v, dout``, contiguous as the candidate likes them best."""
-        group = inputs[0].shape[2] // inputs[1].shape[2] if self.repeat_heads else 1
-        q, k, v, dout = (self._native(x) for x in inputs)
-        k, v = (x.repeat_interleave(group, 1 if self.heads_first else 2) if group > 1 else x for x in (k, v))
-        for x in (q, k, v):
-            x.requires_grad_()
+        q, k, v, dout = self.native(inputs)
+        group = self._group(inputs[0], inputs[1])
 
         def forward() -> Tensor:
             self.before()
@@ -65,19 +63,39 @@ class Candidate:
             return torch.autograd.grad(out, (q, k, v), dout, retain_graph=retain)
 
         out = forward()
-        dq, dk, dv = map(self._ours, backward(out))
+        dq, dk, dv = map(self._turned, backward(out))
         calls = {
             FORWARD: forward,
             BACKWARD: lambda: backward(out),
             BOTH: lambda: backward(forward(), retain=False),
         }
-        results = {"out": self._ours(out), "dq": dq, "dk": _folded(dk, group), "dv": _folded(dv, group)}
+        results = {"out": self._turned(out), "dq": dq, "dk": _folded(dk, group), "dv": _folded(dv, group)}
         return Passes(calls, results)
 
-    def _native(self, x: Tensor) -> Tensor:
-        return (x.transpose(1, 2) if self.heads_first else x).detach().contiguous()
+    def native(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """``q, k, v, dout`` as the candidate takes them; the first three want gradients."""
+        q, k, v, dout = (self._turned(x).detach().contiguous() for x in inputs)
+        group, heads = self._group(inputs[0], inputs[1]), 1 if self.heads_first else 2
+        k, v = (x.repeat_interleave(group, heads) if group > 1 else x for x in (k, v))
+        return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
-    def _ours(self, x: Tensor) -> Tensor:
+    def on_tokens(self, mask: df.Mask) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The candidate's attention on ``[B, S, heads, D]``, as a layer of a model calls it."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.before()
+            if (group := self._group(q, k)) > 1:
+                k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+            return self._turned(self.attend(*map(self._turned, (q, k, v)), mask))
+
+        return attend
+
+    def _group(self, q: Tensor, k: Tensor) -> int:
+        """How often keys ``[B, S, heads, D]`` have to be repeated."""
+        return q.shape[2] // k.shape[2] if self.repeat_heads else 1
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """From ``[B, S, heads, D]`` to the candidate's dimensions, or back."""
         return x.transpose(1, 2) if self.heads_first else x
 
 
@@ -119,16 +137,20 @@ class Contest:
 
     def enter(self, name: str, run: Callable[[], Passes], right: truth.Truth) -> bool:
         """Run and check a candidate; one that raises is left out. All ranks must call; False if it is left out."""
-        passes, reason = None, "failed on another rank"
+        passes = self.attempt(name, run)
+        return passes is not None and self.check(name, passes, right)
+
+    def attempt(self, name: str, work: Callable[[], Result]) -> Result | None:
+        """What ``work`` returns, or None where it raises on any rank, and ``name`` is left out. All ranks must call."""
+        result, reason = None, "failed on another rank"
         try:
-            passes = run()
+            result = work()
         except Exception as error:
             reason = said(error)
-        if common.worst(common.over_ranks(float(passes is None), self.clock.device)) > 0:
+        if common.worst(common.over_ranks(float(result is None), self.clock.device)) > 0:
             self.left_out[name] = reason
-            return False
-        assert passes is not None
-        return self.check(name, passes, right)
+            return None
+        return result
 
     def check(self, name: str, passes: Passes, right: truth.Truth) -> bool:
         """Let in a candidate that is right on every rank."""

@@ -18,7 +18,6 @@ import torch
 
 import distflash as df
 from benchmarks import common
-from benchmarks.silent import Silent
 
 WHOLE = "one call"
 
@@ -60,7 +59,10 @@ class Prompt:
 def measure(options: Any, device: torch.device) -> dict[str, Any]:
     clock, cases = common.Clock(device, options.seconds), {}
     transports = (
-        {f"rank {rank} of {options.alone}": Silent(rank, options.alone, device) for rank in range(options.alone)}
+        {
+            f"rank {rank} of {options.alone}": df.transport.Silent(rank, options.alone, device)
+            for rank in range(options.alone)
+        }
         if options.alone
         else {"all ranks": common.ring()}
     )

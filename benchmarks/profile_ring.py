@@ -40,6 +40,7 @@ def traced(options: Any, device: torch.device) -> tuple[list[Span], dict[str, An
     dtype = getattr(torch, options.dtype)
     cp = df.ContextParallel(common.ring(), layout=LAYOUTS[options.layout], schedule=df.Ring())
     mask = MASKS[options.mask](shape.S)
+    cp = cp.with_mask(mask)
     inputs = common.random_inputs(shape, cp.seq_local(shape.S), dtype, device)
     passes = ours(cp, shape.S).run(inputs, mask)
     errors = right_for(inputs, mask, cp, shape.S).errors(**passes.results)

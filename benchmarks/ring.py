@@ -72,7 +72,8 @@ class Bench:
                 self._enter_peers(contest, shape, inputs, right, stack)
             shared, whole = self._work(shape, self.cp), self._work(single, self.alone)
             row |= contest.row(lambda name, which: (whole if name == SINGLE else shared)[which])
-        plan = self.cp.plan(self._mask(shape), shape.S, self.device)
+        mask = self._mask(shape)
+        plan = self.cp.with_mask(mask).plan(mask, shape.S, self.device)
         row |= {"exchanges": plan.exchanges, "pairs": plan.pairs.tolist(), "balance": balance(plan.pairs)}
         row |= {"kernel": repr(kernel_of(self.cp, inputs)), "share": shares(row["tflops"])}
         return row
@@ -90,6 +91,7 @@ class Bench:
     ) -> tuple[tuple[Tensor, ...], truth.Truth]:
         """Ours: what it raises ends the command on this rank, and torchrun ends the others."""
         mask = self._mask(shape)
+        cp = cp.with_mask(mask)
         inputs = common.random_inputs(shape, cp.seq_local(shape.S), self.dtype, self.device)
         right = right_for(inputs, mask, cp, shape.S)
         contest.check(name, ours(cp, shape.S).run(inputs, mask), right)

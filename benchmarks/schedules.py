@@ -20,7 +20,7 @@ from torch import Tensor
 import distflash as df
 from benchmarks.meter import Meter
 from distflash import attend
-from distflash.call import Given, Numbers
+from distflash.given import Given, Numbers
 from distflash.kernels.base import Kernel, KeyGradient, Keys, Problem, QueryGradient, Saved, Scores
 from distflash.partial import Partial
 from distflash.plan import Pass

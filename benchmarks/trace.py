@@ -52,6 +52,10 @@ class Gap:
     meanwhile: dict[str, float]
 
 
+# Of autograd, around what they call.
+_AROUND = ("autograd::", "_Eager")
+
+
 def kind_of(name: str) -> str:
     for kind, pattern in _RULES:
         if re.search(pattern, name, re.IGNORECASE):
@@ -66,7 +70,8 @@ def spans_of(trace: dict[str, Any], rank: int) -> list[Span]:
     """
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X" and "dur" in e]
     device = [e for e in events if e.get("cat") in _DEVICE and not re.search(_WAITING, e["name"])]
-    chosen = device or _outermost([e for e in events if e.get("cat") == "cpu_op"])
+    named = [e for e in events if e.get("cat") == "cpu_op" or e["name"].startswith("distflash::")]
+    chosen = device or _outermost([e for e in named if not e["name"].startswith(_AROUND)])
     spans = [
         Span(
             rank=rank,

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from distflash import __version__
+from distflash.compile_options import add_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,6 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
+    if options.command == "compile":
+        from distflash.precompile import precompile
+
+        return precompile(options)
     from distflash.doctor import diagnose  # here, since it loads torch
 
     return diagnose(device=options.device, timeout=options.timeout)
@@ -38,6 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--device", choices=("cuda", "cpu"), help="by default cuda where torch sees a GPU")
     doctor.add_argument(
         "--timeout", type=float, default=120.0, metavar="SECONDS", help="after which a silent rank is a fault (120)"
+    )
+    add_options(
+        commands.add_parser(
+            "compile",
+            help="compile the kernels of a call beforehand, with or without a GPU",
+            description="Compile all that calls of attention launch, for every rank, into triton's cache "
+            "(TRITON_CACHE_DIR), where the first calls then find it. No GPU is needed, as when an image is built.",
+        )
     )
     return parser
 

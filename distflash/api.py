@@ -6,20 +6,48 @@ dim of v.
 
 from __future__ import annotations
 
-from typing import Any, Never
+from typing import Literal, Never, TypedDict, Unpack, overload
 
-import torch
 from torch import Tensor
 
 from distflash import keywords, lengths, ops, prefill, transforms, validation
 from distflash.cache import Cache
-from distflash.call import Numbers
 from distflash.context import ALONE, ContextParallel, as_given
+from distflash.given import Numbers
 from distflash.integers import as_int
 from distflash.layouts import Layout
 from distflash.masks import Full, Mask
 
 
+class _Keywords(TypedDict, total=False):
+    """What `attention` takes by keyword, but for what its result depends on."""
+
+    mask: Mask
+    cp: ContextParallel | None
+    seq_len: int | None
+    q_start: int
+    q_len: int | None
+    kv_layout: Layout | None
+    cache: Cache | None
+    scale: float | Tensor | None
+    softcap: float | Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    dropout_p: float
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **keywords: Unpack[_Keywords]
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **keywords: Unpack[_Keywords]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **keywords: Unpack[_Keywords]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -39,7 +67,7 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     **unknown: Never,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention of this rank's queries over the keys of all ranks, softmax(q k^T * scale + mask) v.
 
     Args:
@@ -77,6 +105,13 @@ def attention(
     Raises:
         ValueError: an argument is wrong, no kernel supports the call, ranks disagree, or a transform asks for another
             derivative than a backward pass (forward-mode AD, torch.func.grad); nothing has been computed or sent then.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD)
+        >>> q, k, v = (torch.randn(1, 100, heads, 64) for heads in (8, 2, 2))  # this rank's tokens of 200
+        >>> out, lse = df.attention(q, k, v, mask=df.Causal() & df.Window(63), cp=cp, return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([1, 100, 8, 64]), torch.Size([1, 8, 100]))
     """
     cp = (cache.cp if isinstance(cache, Cache) else ALONE) if cp is None else cp
     if not isinstance(cp, ContextParallel):
@@ -102,7 +137,6 @@ def attention(
         forward = prefill.Forward(cp, cache, mask, tokens_of_chunk, numbers, sinks, alibi_slopes)
         out, lse = prefill.prefill(q, k, v, forward)
         return (out, lse) if return_lse else out
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks))
     recipe, data = cp.recipe(mask, Numbers(scale, softcap, dropout_p, kv_layout))
-    out, lse, _ = ops.attention(q, k, v, sinks, alibi_slopes, tokens, needs_grad, recipe, *data)
+    out, lse = ops.call(q, k, v, sinks, alibi_slopes, tokens, recipe, data)
     return (out, lse) if return_lse else out

@@ -49,6 +49,17 @@ class Cache:
 
     Raises:
         ValueError: an argument is of another kind.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD)
+        >>> cache = df.Cache(cp, batch=1, kv_heads=2, d_qk=64, capacity=64, dtype=torch.float32)
+        >>> q, k, v = (torch.randn(1, 10, heads, 64) for heads in (8, 2, 2))  # this rank's tokens of a chunk of 20
+        >>> out = df.attention(q, k, v, mask=df.Causal(), cp=cp, cache=cache)
+        >>> cache.length, cache.kept()
+        (20, (10,))
+        >>> cache.truncate(12)
+        >>> cache
+        Cache(rank 0 of 2, batch=1, kv_heads=2, d_qk=64, d_v=64, capacity=64, dtype=torch.float32, lengths=(12,))
     """
 
     def __init__(

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import count
@@ -24,6 +24,7 @@ from distflash.engine import Call
 from distflash.exact import Exact, Same
 from distflash.folding import Folding
 from distflash.geometry import Geometry, Sharded
+from distflash.given import Given, Numbers, Signature
 from distflash.horizon import Horizon
 from distflash.kernels import Hopper, Kernel, Problem, Reference, Triton
 from distflash.kernels.base import Scores
@@ -54,34 +55,26 @@ def new_number() -> int:
     return next(_numbers)
 
 
-@dataclass(frozen=True)
-class Given:
-    """What a call is given beside q, k and v.
-
-    Attributes:
-        lengths: ``(seq_len, q_start, q_len)`` with -1 for a length that was left out.
-        sinks: ``[H]`` or None.
-        alibi_slopes: ``[H]`` or None.
-    """
-
-    lengths: Sequence[int]
-    sinks: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-
-
 class Calls:
     """Makes the attention calls of one group of ranks.
 
     Args:
         transport, layout, schedule, kernel: see `ContextParallel`.
         agreement: what the ranks have agreed on.
+        before_first: called before the first call of a specification, and its kernel, sends anything.
     """
 
     def __init__(
-        self, transport: Transport, layout: Layout, schedule: Schedule, kernel: Kernel | None, agreement: Agreement
+        self,
+        transport: Transport,
+        layout: Layout,
+        schedule: Schedule,
+        kernel: Kernel | None,
+        agreement: Agreement,
+        before_first: Callable[[Calls, Specification, Kernel], None] = lambda *_: None,
     ) -> None:
         self.transport, self.layout, self.schedule, self.kernel = transport, layout, schedule, kernel
-        self.agreement = agreement
+        self.agreement, self.before_first = agreement, before_first
         self.among = schedule.among(transport)
         # Caches begin with this one ledger, so that those of all layers share what follows from it.
         self.nothing = Ledger.empty(transport.world_size)
@@ -92,6 +85,7 @@ class Calls:
         self.plan_on_host = lru_cache(_PLANS)(self._plan_on_host)
         self.plan = lru_cache(_PLANS)(self._plan)
         self.prepare = lru_cache(_PLANS)(self._prepare)
+        self.prepared_for = lru_cache(_PLANS)(self._prepared_for)
         self.kernel_for = lru_cache(_PLANS)(self._kernel_for)
         self._recipes = lru_cache(_PLANS)(self._recipe_of)
         self._recipes_of_same = lru_cache(_PLANS)(self._recipe_of_same)
@@ -113,15 +107,14 @@ class Calls:
 
     def positions(self, tokens: Tokens) -> Tensor:
         """int64 ``[T]``: the positions of this rank's queries."""
-        return Sharded(self.layout, tokens.q_len, self.transport.world_size, tokens.q_start).positions(
-            self.transport.rank
-        )
+        layout, ranks = tokens.layout or self.layout, self.transport.world_size
+        return Sharded(layout, tokens.q_len, ranks, tokens.q_start).positions(self.transport.rank)
 
     def _geometry(self, mask: Mask, tokens: Tokens) -> Geometry:
         """The queries and keys of all ranks, with the rows of a batch end to end under `Rows`."""
-        W = self.transport.world_size
-        queries = Sharded(self.layout, tokens.q_len, W, tokens.q_start)
-        keys = Sharded(tokens.kv_layout or self.layout, tokens.seq_len, W)
+        W, layout = self.transport.world_size, tokens.layout or self.layout
+        queries = Sharded(layout, tokens.q_len, W, tokens.q_start)
+        keys = Sharded(tokens.kv_layout or layout, tokens.seq_len, W)
         return geometry_of(mask, queries, queries if keys == queries else keys, tokens.seq_len)
 
     def _plan_on_host(self, mask: Exact, tokens: Tokens) -> Plan:
@@ -150,6 +143,9 @@ class Calls:
             raise ValueError(problem)
         return chunk.plan(self.schedule, kernel, self.transport.rank, self.transport.near)
 
+    def _prepared_for(self, recipe: Recipe, signature: Signature) -> Prepared:
+        return self.prepare(recipe.specify(signature))
+
     def _prepare(self, specification: Specification) -> Prepared:
         problem, mask = specification.problem, specification.mask.value
         kernel = self.kernel_for(problem)
@@ -164,6 +160,7 @@ class Calls:
         of_rows = Folding(specification.batch) if isinstance(mask, Rows) and specification.batch else None
         of_schedule = of_schedule if specification.batch else None  # nothing moves in a batch of none
         placements = tuple(placement for placement in (of_rows, of_schedule) if placement is not None)
+        self.before_first(self, specification, kernel)
         return Prepared(self, specification, kernel, placements)
 
     def _kernel_for(self, problem: Problem) -> Kernel | str:
@@ -208,18 +205,23 @@ class Prepared:
         return overlap(plan, self.sizes.kv_heads, self.sizes.batch, abilities, calls.transport.near).to(device)
 
     @cached_property
-    def rounds_keys(self) -> bool:
-        return not any(placement.adds_keys for placement in self.placements)
+    def plain(self) -> Attention:
+        """The call without sinks and slopes, which is the same each time."""
+        return self.attention(Given(()))
 
-
-@dataclass(frozen=True)
-class Numbers:
-    """What a caller says of a call beside tensors, mask and lengths; see `attention`."""
-
-    scale: float | None = None
-    softcap: float = 0.0
-    dropout_p: float = 0.0
-    kv_layout: Layout | None = None
+    def attention(self, given: Given) -> Attention:
+        """The call."""
+        specification, heads = self.specification, self.sizes.heads
+        problem = specification.problem
+        scores = scores_of(problem.d_qk, specification.scale, problem.softcap, given.alibi_slopes, given.sinks)
+        call = Call(
+            plan=self.plan,
+            transport=self.calls.among,
+            kernel=self.kernel,
+            scores=scores.of_heads(heads) if self.placements else scores,
+            rounds_keys=not any(placement.adds_keys for placement in self.placements),
+        )
+        return Attention(call, self.placements, problem.heads, heads)
 
 
 @dataclass(eq=False)
@@ -261,78 +263,83 @@ class Recipe(_Numbered):
         Raises:
             ValueError: on every rank, if any rank's arguments are wrong or ranks disagree.
         """
-        prepared = self.calls.prepare(self._specify(q, k, v, given, needs_grad))
+        prepared = self._prepared(q, k, v, given, needs_grad)
         number = self.calls.agreement.require_next(lambda: self._fields(prepared, given), prepared.specification)
         with preparing(self.calls.transport):
             return self._call(prepared, given), number
 
-    def backward(self, q: Tensor, k: Tensor, v: Tensor, given: Given, number: Tensor) -> Attention:
+    def backward(self, q: Tensor, k: Tensor, v: Tensor, given: Given, number: Tensor | None) -> Attention:
         """The call of the forward that returned ``number``.
 
         Raises:
             ValueError: on every rank, if a rank makes another call at this point.
         """
         if self.numbered:
+            assert number is not None
             self.calls.agreement.require(BACKWARD, dict, number=int(number))
-        prepared = self.calls.prepare(self._specify(q, k, v, given, True))
+        prepared = self._prepared(q, k, v, given, True)
         with preparing(self.calls.transport):
             return self._call(prepared, given)
 
     def positions(self, x: Tensor, given: Sequence[int]) -> Tensor:
         """int64 ``[T]``: the positions of this rank's tokens, from the lengths of a `Given`."""
-        return self.calls.positions(self._tokens("x", x, x, given)).to(x.device)
+        return self.calls.positions(self._tokens("x", x.shape, x.shape, given)).to(x.device)
 
-    def _specify(self, q: Tensor, k: Tensor, v: Tensor, given: Given, needs_grad: bool) -> Specification:
+    def _prepared(self, q: Tensor, k: Tensor, v: Tensor, given: Given, needs_grad: bool) -> Prepared:
+        sinks, alibi = given.sinks is not None, given.alibi_slopes is not None
+        shapes = q.shape, k.shape, v.shape
+        signature = Signature(*shapes, q.dtype, q.device, tuple(given.lengths), sinks, alibi, needs_grad)
+        return self.calls.prepared_for(self, signature)
+
+    def specify(self, asked: Signature) -> Specification:
+        """What the ranks compare, once this rank's lengths are found and checked."""
         problem = Problem(
-            device=q.device,
-            dtype=q.dtype,
-            heads=q.shape[2],
-            kv_heads=k.shape[2],
-            d_qk=q.shape[3],
-            d_v=v.shape[3],
+            device=asked.device,
+            dtype=asked.dtype,
+            heads=asked.q[2],
+            kv_heads=asked.k[2],
+            d_qk=asked.q[3],
+            d_v=asked.v[3],
             softcap=self.numbers.softcap,
-            alibi=given.alibi_slopes is not None,
-            sinks=given.sinks is not None,
+            alibi=asked.alibi,
+            sinks=asked.sinks,
             dropout_p=self.numbers.dropout_p,
         )
-        tokens = self._tokens("q", q, k, given.lengths)
-        return Specification(problem, q.shape[0], tokens, self.mask, self.numbers.scale, needs_grad)
+        tokens = self._tokens("q", asked.q, asked.k, asked.lengths)
+        return Specification(problem, asked.q[0], tokens, self.mask, self.numbers.scale, asked.needs_grad)
 
-    def _tokens(self, name: str, q: Tensor, k: Tensor, given: Sequence[int]) -> Tokens:
-        """Found and checked here, since under `torch.compile` lengths are symbols before the op."""
-        mask, calls, layout = self.mask.value, self.calls, self.numbers.kv_layout
+    def _tokens(self, name: str, q: torch.Size, k: torch.Size, given: Sequence[int]) -> Tokens:
+        """Of queries and keys of these shapes. Checked here: under `torch.compile` lengths are symbols before."""
+        mask, calls, kv_layout = self.mask.value, self.calls, self.numbers.kv_layout
+        layout = self.numbers.layout or calls.layout
         W, rank = calls.transport.world_size, calls.transport.rank
         seq_len, q_start, q_len = given
-        own_keys = q_start == 0 and q_len == -1 and layout is None
+        own_keys = q_start == 0 and q_len == -1 and kv_layout is None
         seq_len = lengths.seq_len_of(k, mask, W) if seq_len == -1 else seq_len
         if q_len == -1:
-            q_len = q.shape[1] * W if q_start else seq_len
-        tokens = Tokens(seq_len, q_start, q_len, layout)
+            q_len = q[1] * W if q_start else seq_len
+        tokens = Tokens(seq_len, q_start, q_len, kv_layout, self.numbers.layout)
         problem = (
-            lengths.length_problem(name, q.shape, mask, seq_len, calls.layout, W, rank)
+            lengths.length_problem(name, q, mask, seq_len, layout, W, rank)
             if own_keys
-            else lengths.length_problem("k", k.shape, mask, seq_len, layout or calls.layout, W, rank)
-            or lengths.chunk_problem(q.shape, q_start, q_len, seq_len, mask, calls.layout, W, rank)
+            else lengths.length_problem("k", k, mask, seq_len, kv_layout or layout, W, rank)
+            or lengths.chunk_problem(q, q_start, q_len, seq_len, mask, layout, W, rank)
         )
-        problem = problem or lengths.rows_problem(mask, q.shape[0], seq_len)
+        problem = problem or lengths.rows_problem(mask, q[0], seq_len)
         return calls.refuse(problem) if problem is not None else tokens
 
     def _call(self, prepared: Prepared, given: Given) -> Attention:
-        problem, heads = prepared.specification.problem, prepared.sizes.heads
-        scores = scores_of(problem.d_qk, self.numbers.scale, self.numbers.softcap, given.alibi_slopes, given.sinks)
-        call = Call(
-            plan=prepared.plan,
-            transport=self.calls.among,
-            kernel=prepared.kernel,
-            scores=scores.of_heads(heads) if prepared.placements else scores,
-            rounds_keys=prepared.rounds_keys,
-        )
-        return Attention(call, prepared.placements, problem.heads, heads)
+        if given.sinks is None and given.alibi_slopes is None:
+            return prepared.plain
+        return prepared.attention(given)
 
     def _fields(self, prepared: Prepared, given: Given) -> Fields:
         """What all ranks must have alike."""
+        layout = self.numbers.layout or self.calls.layout
+        tokens = prepared.specification.tokens.q_len
+        held = layout.fingerprint(tokens, self.calls.transport.world_size)
         return prepared.specification.fields() | {
-            "layout": self.calls.layout,
+            "layout": (layout, held) if held else layout,
             "schedule": self.calls.schedule,
             "check_every_call": self.calls.agreement.every_call,
             "kernel": prepared.kernel,
@@ -349,14 +356,14 @@ class Template(_Numbered):
 
     def filled(self, data: Data) -> Recipe:
         try:
-            mask, scale, softcap, dropout_p, kv_layout = join(self.form, data)
+            mask, scale, softcap, dropout_p, *layouts = join(self.form, data)
         except ValueError as error:
             problem: str | None = str(error)
         else:
             problem = validation.numbers_problem(scale, softcap, dropout_p)
         if problem is not None:
             self.calls.refuse(problem)
-        return self.calls.recipe_of_new(mask, Numbers(scale, softcap, dropout_p, kv_layout))
+        return self.calls.recipe_of_new(mask, Numbers(scale, softcap, dropout_p, *layouts))
 
 
 def scores_of(

@@ -20,6 +20,17 @@ def checkpoint_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
     """A policy for `torch.utils.checkpoint.create_selective_checkpoint_contexts`: keep attention, recompute the rest.
 
     For those who keep more: ask this one in a policy of your own.
+
+    Examples:
+        >>> from functools import partial
+        >>> from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+        >>> def policy(ctx, op, *args, **kwargs):  # products of matrices, too
+        ...     if op is torch.ops.aten.mm.default:
+        ...         return CheckpointPolicy.MUST_SAVE
+        ...     return df.checkpoint_policy(ctx, op, *args, **kwargs)
+        >>> contexts = partial(create_selective_checkpoint_contexts, policy)
+        >>> layer = df.nn.SelfAttention(64, heads=4, cp=df.ContextParallel(dist.group.WORLD))
+        >>> checkpoint(layer, torch.randn(1, 10, 64), use_reentrant=False, context_fn=contexts).sum().backward()
     """
     kept = op is ops.ATTENTION
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
@@ -31,8 +42,12 @@ def keep_attention() -> tuple[AbstractContextManager[Any], AbstractContextManage
     Each `attention` inside keeps its out, ``[batch, seq_local, heads, d_v]`` in q's dtype, and its lse,
     ``[batch, heads, seq_local]`` in float32, and is not run again in backward. Needs ``use_reentrant=False``.
 
-    Example:
-        >>> checkpoint(block, x, use_reentrant=False, context_fn=df.keep_attention)
+    Examples:
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> cp = df.ContextParallel(dist.group.WORLD)
+        >>> layer = df.nn.SelfAttention(64, heads=4, cp=cp)
+        >>> x = torch.randn(1, 10, 64)
+        >>> checkpoint(layer, x, use_reentrant=False, context_fn=df.keep_attention).sum().backward()
     """
     forward, recompute = create_selective_checkpoint_contexts(checkpoint_policy)
     if torch.compiler.is_compiling():  # the compiler wants to hear of every operation

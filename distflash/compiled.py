@@ -30,13 +30,14 @@ class Form(NamedTuple):
         mask: see `ClassForm`.
         numbers: ``(scale, softcap, dropout_p)``, or None where they are data.
         scaled: whether a scale was given.
-        kv_layout: see `ClassForm`; a layout without fields as it is.
+        kv_layout, layout: see `ClassForm`; a layout without fields as it is.
     """
 
     mask: ClassForm
     numbers: tuple[float | None, float, float] | None
     scaled: bool
     kv_layout: ClassForm | Layout | None = None
+    layout: ClassForm | Layout | None = None
 
 
 class Data(NamedTuple):
@@ -57,7 +58,12 @@ NO_DATA = Data([], None, None)
 
 
 def split(
-    mask: Mask, scale: float | None, softcap: float, dropout_p: float, kv_layout: Layout | None = None
+    mask: Mask,
+    scale: float | None,
+    softcap: float,
+    dropout_p: float,
+    kv_layout: Layout | None = None,
+    layout: Layout | None = None,
 ) -> tuple[Form, Data]:
     """A call's form and data. Runs while a function is compiled.
 
@@ -67,18 +73,18 @@ def split(
     ints: list[int] = []
     tensors: list[Tensor] = []
     form = _split(mask, ints, tensors)
-    layout = None if kv_layout is None else _split_layout(kv_layout, ints, tensors)
+    layouts = [None if each is None else _split_layout(each, ints, tensors) for each in (kv_layout, layout)]
     boundaries = None if not tensors else tensors[0] if len(tensors) == 1 else _cat(tensors)
     numbers = (scale, softcap or 0.0, dropout_p or 0.0)  # the defaults, too, are symbols under dynamic=True
     if all(x is None or has_static_value(x) for x in numbers):
-        return Form(form, numbers, scale is not None, layout), Data(ints, boundaries, None)
+        return Form(form, numbers, scale is not None, *layouts), Data(ints, boundaries, None)
     # A product, because it is how the compiler turns a float into data; it would compile full() again for each value.
     one = torch.ones(1, dtype=torch.float64, device="cpu")
     as_data = torch.cat([one * (0.0 if x is None else x) for x in numbers])
-    return Form(form, None, scale is not None, layout), Data(ints, boundaries, as_data)
+    return Form(form, None, scale is not None, *layouts), Data(ints, boundaries, as_data)
 
 
-def join(form: Form, data: Data) -> tuple[Mask, float | None, float, float, Layout | None]:
+def join(form: Form, data: Data) -> tuple[Mask, float | None, float, float, Layout | None, Layout | None]:
     """The inverse of `split`. Runs when the graph does.
 
     Raises:
@@ -87,12 +93,14 @@ def join(form: Form, data: Data) -> tuple[Mask, float | None, float, float, Layo
     parts = iter(data.ints)
     boundaries = iter([] if data.boundaries is None else data.boundaries.tolist())
     mask = _join(form.mask, parts, boundaries)
-    layout = _join(form.kv_layout, parts, boundaries) if isinstance(form.kv_layout, tuple) else form.kv_layout
+    kv_layout, layout = (
+        _join(each, parts, boundaries) if isinstance(each, tuple) else each for each in (form.kv_layout, form.layout)
+    )
     if data.numbers is None:
         assert form.numbers is not None
-        return mask, *form.numbers, layout
+        return mask, *form.numbers, kv_layout, layout
     scale, softcap, dropout_p = data.numbers.tolist()
-    return mask, scale if form.scaled else None, softcap, dropout_p, layout
+    return mask, scale if form.scaled else None, softcap, dropout_p, kv_layout, layout
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:

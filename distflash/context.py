@@ -6,6 +6,8 @@ dim of v.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Literal, NoReturn
 
@@ -14,16 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from distflash import collectives, groups, lengths, ops, redistribution, validation
+from distflash import collectives, groups, lengths, ops, validation, warming
 from distflash.agreement import Agreement
-from distflash.call import Calls, Numbers, new_number
+from distflash.call import Calls, new_number
 from distflash.compiled import NO_DATA, Data, Form, split
 from distflash.exact import Exact
+from distflash.given import Numbers
 from distflash.kernels import Kernel
 from distflash.layouts import Layout, Zigzag
-from distflash.masks import Documents, Full, Mask
+from distflash.masks import Full, Mask
 from distflash.plan import Plan
 from distflash.schedules import Ring, Schedule
+from distflash.sharding import Sharding
 from distflash.specification import Tokens
 from distflash.transport import Alone, Transport
 
@@ -31,12 +35,13 @@ from distflash.transport import Alone, Transport
 _REQUIRED: Any = None
 
 
-class ContextParallel:
+class ContextParallel(Sharding):
     """A group of ranks that hold one sequence together.
 
     Args:
         group: a ``torch.distributed.ProcessGroup`` that this rank belongs to, a ``DeviceMesh`` of one or two
             dimensions (`Ulysses`, `DoubleRing`), or a transport (one rank of a `distflash.transport.Simulator`).
+            None is refused; torch's types say that ``dist.group.WORLD`` may be it.
         layout: which tokens each rank holds.
         schedule: in which order the other ranks' keys arrive.
         kernel: None for the best kernel that supports the call; a kernel given is used, or refused with all reasons.
@@ -57,11 +62,16 @@ class ContextParallel:
 
     A rank that dies, raises in the middle of a call, or does not come in time ends the calls of all other ranks with
     a `RankFailure`, and every later one at once. See docs/reliability.md.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD, layout=df.Zigzag(), schedule=df.Ring())
+        >>> cp
+        ContextParallel(rank 0 of 2, layout=Zigzag(), schedule=Ring(), kernel=None)
     """
 
     def __init__(
         self,
-        group: dist.ProcessGroup | DeviceMesh | Transport,
+        group: dist.ProcessGroup | DeviceMesh | Transport | None,
         layout: Layout = Zigzag(),
         schedule: Schedule = Ring(),
         kernel: Kernel | None = None,
@@ -83,16 +93,6 @@ class ContextParallel:
         self.calls = Calls(self.transport, layout, self.schedule, kernel, self.agreement)
         # A string, since torch.compile guards the value of strings and may turn ints into symbols.
         self._name = f"context_parallel_{new_number()}"
-
-    @property
-    def rank(self) -> int:
-        """This rank's place among those that share the sequence."""
-        return self.transport.rank
-
-    @property
-    def world_size(self) -> int:
-        """How many ranks share the sequence."""
-        return self.transport.world_size
 
     @property
     def check_every_call(self) -> bool:
@@ -122,6 +122,75 @@ class ContextParallel:
             "Save module.state_dict(), and load it into a module that was made with the next run's ContextParallel"
         )
 
+    def with_mask(self, mask: Mask) -> ContextParallel:
+        """The same group with its layout for a batch that is attended to under ``mask``: see `Balanced`.
+
+        Takes no time, and asks no other rank. Shard the batch, take positions and attend with what is returned; other
+        layouts than `Balanced` are the same for all masks. Layers with other masks take it, too: what counts is that
+        tokens and calls have one layout.
+
+        Raises:
+            ValueError: mask is none.
+
+        Examples:
+            >>> cp = df.ContextParallel(dist.group.WORLD, layout=df.Balanced(chunk=1))
+            >>> mask = df.Causal() & df.Documents([0, 3, 8])
+            >>> cp.with_mask(mask).positions(8)
+            tensor([0, 1, 2, 7])
+        """
+        if (problem := validation.mask_problem(mask)) is not None:
+            raise ValueError(problem)
+        return self.with_layout(self.layout.under(mask))
+
+    def with_layout(self, layout: Layout) -> ContextParallel:
+        """The same group with another layout.
+
+        Examples:
+            >>> cp = df.ContextParallel(dist.group.WORLD)
+            >>> cp.with_layout(df.Contiguous()).positions(8)
+            tensor([0, 1, 2, 3])
+        """
+        if layout is self.layout or layout == self.layout:  # a copy, as one that a data loader's worker has made
+            return self
+        validation.require_layout(layout)
+        other = object.__new__(ContextParallel)
+        other.__dict__.update(self.__dict__, layout=layout)
+        return other
+
+    def warm_up(
+        self,
+        q_shape: Sequence[int],
+        k_shape: Sequence[int],
+        v_shape: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        mask: Mask = Full(),
+        *,
+        seq_len: int | None = None,
+        needs_grad: bool = True,
+    ) -> None:
+        """Compile what a call of `attention` with such tensors launches, in several processes. Nothing is sent.
+
+        Otherwise the first call compiles one kernel after the other. The processes are forked from this one: call it
+        early, before threads and GPU memory are in use. Where no kernel is compiled (on CPUs), or all have been, it
+        returns at once.
+
+        Args:
+            q_shape, k_shape, v_shape: of this rank's tensors, see `attention`; v_shape is k_shape by default.
+            dtype, mask, seq_len: as in the call.
+            needs_grad: whether a backward may follow.
+
+        Raises:
+            ValueError: `attention` would refuse such a call.
+
+        Examples:
+            >>> cp = df.ContextParallel(dist.group.WORLD)
+            >>> cp.warm_up((1, 32, 8, 64), (1, 32, 2, 64), mask=df.Causal())
+        """
+        shapes = warming.Shapes(tuple(q_shape), tuple(k_shape), tuple(k_shape if v_shape is None else v_shape))
+        layout = None if self.layout is self.calls.layout else self.layout
+        asked = warming.specification_of(self.calls, shapes, dtype, mask, seq_len, needs_grad, layout)
+        warming.Warming().before(self.calls, asked, self.calls.prepare(asked).kernel)
+
     def agree(self, kind: str, **fields: object) -> None:
         """Have all ranks compare ``fields``, and raise on every rank if they differ. All ranks must call.
 
@@ -135,6 +204,14 @@ class ContextParallel:
         Raises:
             ValueError: on every rank, if any two ranks differ, one refuses (`refuse`) or one makes another call. It
                 names the ranks, and the fields or the calls that differ.
+
+        Examples:
+            >>> cp = df.ContextParallel(dist.group.WORLD)
+            >>> cp.agree("batch", seq_len=4096, mask=df.Causal())
+            >>> cp.agree("batch", seq_len=4096 + cp.rank)
+            Traceback (most recent call last):
+                ...
+            ValueError: the ranks of this context-parallel group disagree about the batch: seq_len is 4096 ...
         """
         self.agreement.require(kind, lambda: fields)
 
@@ -146,6 +223,13 @@ class ContextParallel:
             kind: as in `agree`.
             in_attention: whether the others, instead, call `attention`. On GPUs they do not compare calls whose
                 signature is known, so they are told only before the first call.
+
+        Examples:
+            >>> cp = df.ContextParallel(dist.group.WORLD)
+            >>> cp.refuse("batch: holds no labels", "batch")
+            Traceback (most recent call last):
+                ...
+            ValueError: batch: holds no labels
         """
         if in_attention:
             self.calls.refuse(problem)
@@ -153,7 +237,13 @@ class ContextParallel:
         raise ValueError(problem)
 
     def seq_local(self, seq_len: int) -> int:
-        """How many of ``seq_len`` tokens this rank holds."""
+        """How many of ``seq_len`` tokens this rank holds.
+
+        Examples:
+            >>> cp = df.ContextParallel(dist.group.WORLD)
+            >>> cp.seq_local(11)
+            5
+        """
         return self.layout.length(lengths.require_seq_len(seq_len), self.world_size, self.rank)
 
     def positions(self, seq_len: int, device: torch.device | str | None = None) -> Tensor:
@@ -162,6 +252,11 @@ class ContextParallel:
         Args:
             seq_len: the global length, at least 0.
             device: by default the group's: the current GPU under NCCL, else the CPU.
+
+        Examples:
+            >>> cp = df.ContextParallel(dist.group.WORLD)
+            >>> cp.positions(10)
+            tensor([0, 1, 7, 8, 9])
         """
         seq_len = lengths.require_seq_len(seq_len)
         positions = self.layout.positions(seq_len, self.world_size, self.rank)
@@ -177,6 +272,11 @@ class ContextParallel:
 
         Raises:
             ValueError: x does not hold as many tokens as this rank has of ``seq_len``.
+
+        Examples:
+            >>> cp = df.ContextParallel(dist.group.WORLD)
+            >>> cp.positions_of(torch.randn(1, 4, 64))
+            tensor([0, 1, 6, 7])
         """
         problem = validation.tokens_problem(x)
         problem = problem or (None if seq_len is None else lengths.seq_len_problem(seq_len))
@@ -184,88 +284,6 @@ class ContextParallel:
             self.refuse(problem, in_attention=True)
         recipe, data = self.recipe(mask, Numbers())
         return ops.positions(x, as_given(seq_len, 0, None), recipe, *data)
-
-    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's slice, along ``dim``, of a tensor that every rank holds whole. Differentiable.
-
-        The length of ``dim`` is the global length and need not divide by anything.
-
-        Raises:
-            ValueError: x has no such dimension.
-        """
-        dim = collectives.dimension(x, dim)
-        return collectives.take(x, dim, self.layout.ranges(x.shape[dim], self.world_size, self.rank))
-
-    def unshard(self, x: Tensor, dim: int = 1) -> Tensor:
-        """The whole tensor from every rank's slice along ``dim``: the inverse of `shard`. All ranks must call.
-
-        Differentiable: its backward sums the ranks' gradients of the whole and returns this rank's slice, which is the
-        gradient of the sum of all ranks' losses.
-
-        Raises:
-            ValueError: on every rank, if the slices are not what the layout gives each rank.
-        """
-        return collectives.unshard(x, dim, self.layout, self.agreement)
-
-    def gather(self, x: Tensor, dim: int = 1, seq_len: int | None = None) -> Tensor:
-        """Every rank's tokens, whole, on every rank, as `unshard`. All ranks must call.
-
-        For a layer that mixes tokens by something else than attention: it runs on the whole sequence, and `shard` keeps
-        this rank's part of what it returns. The sum over ranks of the layer's gradients is then that of one process.
-        Its backward reduces and scatters: a rank receives the gradients of its own tokens only.
-
-        Args:
-            x: this rank's tokens along ``dim``.
-            seq_len: the global length. Where it is given, no rank asks the others how many tokens they hold, which on
-                GPUs the host would have to wait for.
-
-        Raises:
-            ValueError: on every rank, if an argument is wrong on any, or they differ. With ``seq_len``, on GPUs only
-                before the first call with these sizes.
-        """
-        if seq_len is None:
-            return self.unshard(x, dim)
-        return collectives.gather(x, dim, seq_len, self.layout, self.agreement)
-
-    def halo(self, x: Tensor, left: int, dim: int = 1, documents: Documents | None = None) -> tuple[Tensor, Tensor]:
-        """This rank's tokens with the ``left`` rows that precede them in the sequence. All ranks must call.
-
-            rows, places = cp.halo(x, left=3)
-            y = causal_conv1d_of_4_taps(rows)[:, places]
-
-        In front of each run of this rank's consecutive tokens come the rows of the tokens before it, and zeros where
-        the sequence, or the document, has none. Only these rows travel, each once to a rank. `Contiguous` has one run,
-        `Zigzag` two; in `Striped` every token is a run of its own, so that there are ``left + 1`` times as many rows.
-
-        Args:
-            x: this rank's tokens along ``dim``.
-            left: how many rows, at least 0: k - 1 for a causal convolution of k taps.
-            documents: where packed documents end. A document's first tokens have zeros before them.
-
-        Returns:
-            The rows, as ``x`` but for their number along ``dim``, and the places int64 ``[seq_local]`` of this rank's
-            tokens among them. Differentiable: gradients of rows that travelled are sent back and added up.
-
-        Raises:
-            ValueError: on every rank, if an argument is wrong on any, or they differ.
-        """
-        return redistribution.halo(x, left, dim, documents, self.layout, self.agreement)
-
-    def relayout(self, x: Tensor, dim: int, layout: Layout, source: Layout | None = None) -> Tensor:
-        """This rank's tokens in another layout. Only tokens that change ranks travel. All ranks must call.
-
-        Args:
-            x: this rank's tokens along ``dim``, in ``source``.
-            layout: which tokens this rank is to have.
-            source: which ones it has; None for the layout of this ContextParallel.
-
-        Returns:
-            As ``x``, but with ``layout.length(seq_len, world_size, rank)`` tokens. Differentiable.
-
-        Raises:
-            ValueError: on every rank, if an argument is wrong on any, or they differ.
-        """
-        return redistribution.relayout(x, dim, layout, self.layout if source is None else source, self.agreement)
 
     def mean(
         self,
@@ -293,6 +311,12 @@ class ContextParallel:
 
         Raises:
             ValueError: an argument is of another kind, or the group does not hold all ranks that share the sequence.
+
+        Examples:
+            >>> cp = df.ContextParallel(dist.group.WORLD)
+            >>> losses = cp.shard(torch.arange(5.0), dim=0)  # of this rank's tokens
+            >>> cp.mean(losses.sum(), losses.numel(), reduction="mean")
+            tensor(2.)
         """
         everyone = self.transport if group is None else groups.wider_transport(group, self.transport)
         problem = validation.mean_problem(loss_sum, token_count, reduction)
@@ -324,6 +348,23 @@ class ContextParallel:
 
         Raises:
             ValueError: an argument is wrong, or queries reach beyond the keys under another mask than `Full`.
+
+        Examples:
+            >>> cp = df.ContextParallel(dist.group.WORLD)
+            >>> print(cp.plan(df.Causal() & df.Window(15), seq_len=64))
+            Plan of rank 0 of 2: 392 allowed pairs
+            percent of all pairs, by rank: 43.4, 56.6
+            keys of others, by rank: 15, 15; times the bytes of a token's k and v
+            forward    computes                           meanwhile
+              stage 0  keys of 0[0:32]: 272 pairs, first  receive keys of 1 (15) from 1
+                                                          send keys of 0 (15) to 1
+              stage 1  keys of 1[0:15]: 120 pairs, last   -
+            backward   computes                           meanwhile
+              stage 0  keys of 0[0:32]: 272 pairs, first  receive keys of 1 (15) from 1
+                                                          send keys of 0 (15) to 1
+              stage 1  keys of 1[0:15]: 120 pairs, last   -
+              stage 2  -                                  send dK, dV of 1 (15) to 1
+                                                          receive dK, dV of 0 (15) from 1
         """
         problem = (
             validation.mask_problem(mask)
@@ -340,13 +381,23 @@ class ContextParallel:
         if problem is not None:
             raise ValueError(problem)
         where = torch.device(self.transport.device if device is None else device)
-        return self.calls.plan(Exact(mask), Tokens(length, start, count, kv_layout), where)
+        problem = self.layout.refusal(count) or (kv_layout or self.layout).refusal(length)
+        if problem is not None:
+            raise ValueError(problem)
+        return self.calls.plan(Exact(mask), Tokens(length, start, count, kv_layout, self._of_batch), where)
+
+    @property
+    def _of_batch(self) -> Layout | None:
+        """The layout, where it is not that of the group."""
+        return None if self.layout is self.calls.layout else self.layout
 
     def recipe(self, mask: Mask, numbers: Numbers) -> tuple[int, Data]:
         """The number by which an op finds the call's recipe, and what the op is given beside it."""
         if not torch.compiler.is_compiling():
+            if self.layout is not self.calls.layout:
+                numbers = replace(numbers, layout=self.layout)
             return self.calls.recipe(mask, numbers).number, NO_DATA
-        form, data = split(mask, numbers.scale, numbers.softcap, numbers.dropout_p, numbers.kv_layout)
+        form, data = split(mask, numbers.scale, numbers.softcap, numbers.dropout_p, numbers.kv_layout, self._of_batch)
         return self._template(self._name, *form), data
 
     @torch.compiler.assume_constant_result

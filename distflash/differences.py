@@ -59,6 +59,15 @@ class Report:
         first: the first layer that differs, in the order of execution; None if none does, or none was found.
         not_finite: the first value that is NaN or infinite, and where; None if all are finite.
         notes: what was assumed, and what could not be compared.
+
+    Examples:
+        >>> layer = torch.nn.Linear(4, 4)
+        >>> def step(batch, cp):
+        ...     return layer(batch).square().mean()
+        >>> report = df.verify(step, torch.ones(1, 4), df.ContextParallel(df.transport.Alone()), quiet=True)
+        >>> report.ok, [f"{row.kind} {row.name}".strip() for row in report.rows]
+        (True, ['loss', 'output model', 'gradient weight', 'gradient bias'])
+        >>> report.require()
     """
 
     rows: tuple[Row, ...]

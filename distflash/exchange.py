@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,7 +95,7 @@ class Exchange:
     def _messages(self, transfer: Transfer, tensors: Tensors, number: int) -> Iterator[Message]:
         # Keys are named by the step that they are for, gradients by the one that they come from.
         step = transfer.until if transfer.what in (What.KEYS, What.QUERIES) else number - 1
-        words = f"{_WORDS[transfer.what]} of step {step}"
+        words = _words(transfer.what, step)
         return (Message(x, transfer.peer, words) for x in tensors)
 
 
@@ -105,6 +106,11 @@ _WORDS = {
     What.QUERY_GRADIENTS: "the gradients of queries",
     What.PARTIALS: "the partial states",
 }
+
+
+@functools.cache
+def _words(what: What, step: int) -> str:
+    return f"{_WORDS[what]} of step {step}"
 
 
 def _with_tokens(x: Tensor, count: int) -> list[int]:

@@ -33,6 +33,12 @@ def pool_heads(x: Tensor, heads: int, kv_heads: int, into: int, method: Pooling 
 
     Raises:
         ValueError: the numbers of heads do not fit one another or the tensor, or the method is another.
+
+    Examples:
+        >>> weight = torch.tensor([[1.0], [3.0], [5.0], [7.0]])  # 4 key heads of one channel
+        >>> df.nn.pool_heads(weight, heads=8, kv_heads=4, into=2)
+        tensor([[2.],
+                [6.]])
     """
     if (problem := heads_problem(heads, kv_heads, into)) is not None:
         raise ValueError(problem)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from operator import index
 
 import torch
-from torch import Tensor
 
 from distflash.integers import as_int
 from distflash.layouts import Layout
@@ -18,9 +17,9 @@ from distflash.validation import ORDER, came, hint
 MAX_SEQ_LEN = 2**31 - 1
 
 
-def seq_len_of(k: Tensor, mask: Mask, world_size: int) -> int:
-    """The global length where the caller left it out."""
-    return k.shape[1] * world_size if mask.seq_len is None else mask.seq_len
+def seq_len_of(k: Sequence[int], mask: Mask, world_size: int) -> int:
+    """The global length where the caller left it out. k: the shape of this rank's keys."""
+    return k[1] * world_size if mask.seq_len is None else mask.seq_len
 
 
 def seq_len_problem(seq_len: object) -> str | None:
@@ -62,6 +61,8 @@ def length_problem(
     if (problem := seq_len_problem(seq_len)) is not None:
         return problem
     if (problem := documents_problem(mask, seq_len)) is not None:
+        return problem
+    if (problem := layout.refusal(seq_len)) is not None:
         return problem
     expected = layout.length(seq_len, world_size, rank)
     if shape[1] == expected:
@@ -131,6 +132,7 @@ def chunk_problem(
     """Whether queries of shape ``[batch, tokens, ...]`` are this rank's of a chunk, which lies among the keys."""
     # Under torch.compile they were symbols before.
     problem = queries_problem(q_start, q_len, None) or chunk_range_problem(q_start, q_len, seq_len, mask)
+    problem = problem or layout.refusal(q_len)
     expected = layout.length(q_len, world_size, rank) if problem is None else 0
     if problem is not None or shape[1] == expected:
         return problem

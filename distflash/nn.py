@@ -16,7 +16,7 @@ from distflash import validation
 from distflash.api import attention
 from distflash.cache import Cache
 from distflash.context import ALONE, ContextParallel
-from distflash.decode import decode
+from distflash.decode_step import decode
 from distflash.heads import pool_heads
 from distflash.masks import Causal, Full, Mask
 from distflash.prefill import cache_problem
@@ -35,6 +35,13 @@ class RotaryEmbedding(nn.Module):
 
     Raises:
         ValueError: an argument is of another kind.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD)
+        >>> rope = df.nn.RotaryEmbedding(64)
+        >>> q, k = rope(torch.randn(1, 10, 8, 64), torch.randn(1, 10, 2, 64), cp.positions(20))
+        >>> q.shape, k.shape
+        (torch.Size([1, 10, 8, 64]), torch.Size([1, 10, 2, 64]))
     """
 
     def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
@@ -102,6 +109,11 @@ class SelfAttention(nn.Module):
 
     Raises:
         ValueError: an argument is of another kind, or the heads do not fit one another.
+
+    Examples:
+        >>> layer = df.nn.SelfAttention(64, heads=4, kv_heads=2, cp=df.ContextParallel(dist.group.WORLD))
+        >>> layer(torch.randn(1, 10, 64)).shape  # this rank's tokens of 20
+        torch.Size([1, 10, 64])
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""Autograd and custom-op registration: what `torch.compile`, fake tensors and checkpoint policies see.
+"""Autograd, and the ops that `torch.compile`, fake tensors and checkpoint policies see.
+
+`call` is the way in. Where nobody watches operations it is a `torch.autograd.Function`, which costs the host a few
+microseconds; an op goes through several layers of Python.
 
 Two ops, ``distflash::attention`` and its backward. A custom op takes tensors and numbers only, so what else makes a
 call (mask, layout, ranks, kernel) is a `Recipe`, found by its number, and in compiled graphs its `compiled.Data` beside
@@ -11,14 +14,17 @@ the fields of `compiled.Data`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from distflash import attend
-from distflash.call import Given, templates
+from distflash.call import Recipe, templates
 from distflash.compiled import Data
+from distflash.given import Given
 from distflash.partial import accumulator_dtype
 from distflash.transport import during
 
@@ -48,9 +54,36 @@ def _(
     return x.new_empty(x.shape[1], dtype=torch.int64)
 
 
-def _no_autocast(q: Tensor) -> torch.autocast:
+def _no_autocast(q: Tensor) -> AbstractContextManager[object]:
     """Kernels choose the dtypes they compute in: products of a kernel in plain torch must not be cast to bfloat16."""
-    return torch.autocast(q.device.type, enabled=False)
+    kind = q.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, given: Given, needs_grad: bool, recipe: Recipe
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(out, lse)`` of `attend.forward`, and the call's number, int64 ``[1]``, where the backward asks for it."""
+    call, number = recipe.forward(q, k, v, given, needs_grad)
+    with _no_autocast(q), during(recipe.calls.transport, "forward", q):
+        out, lse = attend.forward(q, k, v, call)
+    return out, lse, q.new_full((1,), number, dtype=torch.int64) if recipe.numbered else None
+
+
+def _backward_of(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    saved: Sequence[Tensor],
+    number: Tensor | None,
+    given: Given,
+    recipe: Recipe,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``(dq, dk, dv, dsinks)`` of `attend.backward`, of what the forward saved: ``q, k, v, out, lse``."""
+    q, k, v, out, lse = saved
+    dout = torch.zeros_like(out) if dout is None else dout
+    call = recipe.backward(q, k, v, given, number)
+    with _no_autocast(q), during(recipe.calls.transport, "backward", q):
+        return attend.backward(dout, dlse, q, k, v, out, lse, call)
 
 
 @torch.library.custom_op("distflash::attention", mutates_args=())
@@ -72,11 +105,9 @@ def attention(
     See [Note: arguments]. needs_grad: whether a backward may follow, which ranks must have alike.
     """
     given = Given(lengths, sinks, alibi_slopes)
-    made = templates[recipe]
-    call, number = made.filled(Data(ints, boundaries, numbers)).forward(q, k, v, given, needs_grad)
-    with _no_autocast(q), during(made.calls.transport, "forward", q):
-        out, lse = attend.forward(q, k, v, call)
-    return out, lse, q.new_full((int(made.numbered),), number, dtype=torch.int64)
+    made = templates[recipe].filled(Data(ints, boundaries, numbers))
+    out, lse, number = _forward(q, k, v, given, needs_grad, made)
+    return out, lse, q.new_empty(0, dtype=torch.int64) if number is None else number
 
 
 @attention.register_fake
@@ -121,11 +152,8 @@ def attention_backward(
     numbers: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv, dsinks)`` of `attend.backward`; dsinks is empty without sinks."""
-    given = Given(lengths, sinks, alibi_slopes)
-    made = templates[recipe]
-    call = made.filled(Data(ints, boundaries, numbers)).backward(q, k, v, given, number)
-    with _no_autocast(q), during(made.calls.transport, "backward", q):
-        dq, dk, dv, dsinks = attend.backward(dout, dlse, q, k, v, out, lse, call)
+    given, made = Given(lengths, sinks, alibi_slopes), templates[recipe].filled(Data(ints, boundaries, numbers))
+    dq, dk, dv, dsinks = _backward_of(dout, dlse, (q, k, v, out, lse), number, given, made)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
@@ -174,3 +202,75 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tu
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The same as the op ``distflash::attention``, with its gradient, for eager code that nobody watches."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        alibi_slopes: Tensor | None,
+        lengths: Sequence[int],
+        recipe: Recipe,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.lengths, ctx.recipe = lengths, recipe
+        ctx.set_materialize_grads(False)
+        with _named("distflash::attention"):
+            out, lse, number = _forward(q, k, v, Given(lengths, sinks, alibi_slopes), True, recipe)
+        ctx.save_for_backward(q, k, v, out, lse, number, sinks, alibi_slopes)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *saved, number, sinks, alibi_slopes = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * 7
+        given = Given(ctx.lengths, sinks, alibi_slopes)
+        with _named("distflash::attention_backward"):
+            dq, dk, dv, dsinks = _backward_of(dout, dlse, saved, number, given, ctx.recipe)
+        return dq, dk, dv, dsinks, None, None, None
+
+
+def call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    lengths: Sequence[int],
+    recipe: int,
+    data: Data,
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of a call, differentiable. lengths: see `call.Given`; recipe, data: see [Note: arguments]."""
+    tensors = q, k, v, sinks, alibi_slopes
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if _is_watched(tensors):
+        return attention(*tensors, lengths, needs_grad, recipe, *data)[:2]
+    made = templates[recipe].filled(data)
+    if needs_grad:
+        out, lse = _Eager.apply(*tensors, lengths, made)
+    else:
+        with _named("distflash::attention"):
+            out, lse, _ = _forward(q, k, v, Given(lengths, sinks, alibi_slopes), False, made)
+    return out, lse
+
+
+def _named(name: str) -> AbstractContextManager[object]:
+    """A range in the trace of a profiler, if one runs: that of the op, which eager code does not go through."""
+    return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
+
+
+def _is_watched(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether anybody wants the op: a compiler, a mode, a transform, a tensor of a class of its own or without data."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
+        return True
+    if _functorch.peek_interpreter_stack() is not None:
+        return True
+    plain = Tensor, torch.nn.Parameter
+    return any(x is not None and (type(x) not in plain or x.is_meta) for x in tensors)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from distflash import engine, lengths
 from distflash.cache import Cache, mask_of
-from distflash.call import Numbers, scores_of
+from distflash.call import scores_of
 from distflash.chunks import Chunk
 from distflash.context import ContextParallel
 from distflash.engine import Call
 from distflash.exact import Same
+from distflash.given import Numbers
 from distflash.kernels import Kernel, Problem
 from distflash.ledger import Ledger, Move
 from distflash.masks import Mask

@@ -2,10 +2,11 @@
 
 from distflash import kernels, nn, transport
 from distflash.api import attention
+from distflash.balanced import Balanced
 from distflash.cache import Cache
 from distflash.checkpointing import checkpoint_policy, keep_attention
 from distflash.context import ContextParallel
-from distflash.decode import decode
+from distflash.decode_step import decode
 from distflash.differences import Report
 from distflash.layouts import Contiguous, Layout, Striped, Zigzag
 from distflash.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Window
@@ -16,6 +17,7 @@ from distflash.transport import RankFailure
 from distflash.verification import verify
 
 __all__ = [
+    "Balanced",
     "AllGather",
     "BlockCausal",
     "Cache",

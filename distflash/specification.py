@@ -6,6 +6,7 @@ The ranks compare it, it says which kernel and which plan a call takes, and it i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from distflash.exact import Exact
 from distflash.kernels import Problem
@@ -20,12 +21,14 @@ class Tokens:
         seq_len: the global number of keys.
         q_start, q_len: the queries are at positions ``q_start`` to ``q_start + q_len``.
         kv_layout: how the keys are spread over ranks, where not as queries are; else None.
+        layout: how queries are, where not by the group's layout but by one for this batch's mask; else None.
     """
 
     seq_len: int
     q_start: int
     q_len: int
     kv_layout: Layout | None = None
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,13 @@ class Specification:
     mask: Exact
     scale: float | None
     needs_grad: bool
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.problem, self.batch, self.tokens, self.mask, self.scale, self.needs_grad))
 
     def fields(self) -> dict[str, object]:
         """What all ranks must have alike, by names for errors."""

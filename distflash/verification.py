@@ -67,6 +67,19 @@ def verify(
     Raises:
         ValueError: an argument is of another kind, or step does not keep its contract; on every rank.
         RuntimeError: another rank raised; its words are in the message. That rank raises its own error.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD)
+        >>> layer = df.nn.SelfAttention(64, heads=4, cp=cp)
+        >>> for weight in layer.parameters():
+        ...     dist.broadcast(weight.data, 0)
+        >>> def step(batch, cp):
+        ...     x = batch if cp is None else cp.shard(batch)
+        ...     total = layer(x, seq_len=batch.shape[1]).square().sum()
+        ...     return total / batch.numel() if cp is None else cp.mean(total, x.numel(), reduction="sum")
+        >>> report = df.verify(step, torch.ones(1, 20, 64), cp, reduction="sum", quiet=True)
+        >>> report.ok
+        True
     """
     _require_arguments(step, cp, model, reduction)
     ranks = cp.transport if group is None else groups.wider_transport(group, cp.transport)

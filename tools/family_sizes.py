@@ -79,7 +79,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "minimax": _ALTERNATING,
-    "bailing_hybrid": _ALTERNATING,
+    "bailing_hybrid": {**_DEEPSEEK, **_ALTERNATING, "linear_head_dim": 8, "linear_num_heads": 4},
+    "rwkv": {"attention_hidden_size": 32, "use_cache": False},
+    "xlstm": {
+        **{"num_heads": 4, "num_blocks": 2, "chunk_size": 16, "ffn_round_up_to_multiple_of": 8},
+        **{"autocast_kernel_dtype": "float32", "use_cache": False},
+    },
     "cohere_compass_text": {
         "layer_types": _LAYER_TYPES,
         "rope_parameters": dict.fromkeys(_LAYER_TYPES, _ROPE),

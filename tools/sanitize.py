@@ -7,7 +7,7 @@
 Exits with 0 if the tool found nothing. initcheck does not see what the copy engine writes, and so takes the output of
 the Hopper kernel for memory that nobody wrote: it runs the portable kernel only (tests poison all memory instead).
 What racecheck reports in the Hopper kernels is explained in
-``distflash/kernels/hopper/common.py``; `benchmarks.ptx` checks the order that the explanation rests on.
+``distflash/kernels/hopper/common.py``; `tools.ptx` checks the order that the explanation rests on.
 """
 
 from __future__ import annotations

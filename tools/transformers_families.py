@@ -2,6 +2,7 @@
 
 python -m tools.transformers_families llama roberta      # these, on the screen
 python -m tools.transformers_families --write            # all, in some minutes, into docs/transformers.md
+python -m tools.transformers_families llama --write      # only this row, where the others are of the same versions
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch.distributed as dist
 import transformers
 
 import distflash as df
-from tools.families import Family, families, outcome
+from tools.families import HEADS, Family, families, outcome
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "transformers.md"
 _BEGIN, _END = "<!-- families: begin -->", "<!-- families: end -->"
@@ -67,22 +68,47 @@ def run_rank(rank: int, ranks: int, folder: str, chosen: Sequence[Family], write
 
 def row(family: Family, text: str) -> tuple[str, str, str]:
     """Of the table: family, class, result."""
-    return family.model_type, family.class_name, " ".join(text.replace("|", "\\|").split())
+    return family.model_type, family.class_name, " ".join(re.sub(r"(?<!\\)\|", r"\\|", text).split())
 
 
-def with_table(page: str, rows: Sequence[tuple[Family, str]], ranks: int) -> str:
-    """The page with this table between its marks."""
+def published(page: str) -> dict[tuple[str, str, str], str]:
+    """The table's results, by family, class and head. Families that have both heads have the masked one second."""
+    table = page[page.index(_BEGIN) : page.index(_END)]
+    found: dict[tuple[str, str, str], str] = {}
+    for model_type, class_name, text in re.findall(r"^\| (\S+) \| `(\w+)` \| (.*) \|$", table, re.MULTILINE):
+        causal = (model_type, class_name, "causal")
+        is_causal = class_name in _names("causal", model_type) and causal not in found
+        found[causal if is_causal else (model_type, class_name, "masked")] = text
+    return found
+
+
+def _names(head: str, model_type: str) -> tuple[str, ...]:
+    names = HEADS[head].get(model_type, ())
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def with_table(page: str, tried: Sequence[tuple[Family, str]], ranks: int) -> str:
+    """The page with these rows in the table between its marks, and its other rows as they were."""
+    made = f"on {ranks} ranks beside `eager` on one, in float32, with "
+    made += f"transformers {transformers.__version__} and torch {torch.__version__}."
+    results = {(family.model_type, family.class_name, family.head): text for family, text in tried}
+    before = published(page)
+    rows = []
+    for family in families():
+        key = family.model_type, family.class_name, family.head
+        text = results.get(key) or before.get(key)
+        if text is None or (key not in results and made not in page):
+            raise ValueError(f"{family.class_name}: the table has no result with {made} Write all families")
+        rows.append((family, text))
     equal = sum(text.startswith("equal") for _, text in rows)
     lines = [
-        f"{equal} of {len(rows)} classes are equal, on {ranks} ranks beside `eager` on one, in float32, with "
-        f"transformers {transformers.__version__} and torch {torch.__version__}.",
+        f"{equal} of {len(rows)} classes are equal, {made}",
         "",
         "| family | class | result |",
         "|---|---|---|",
         *("| {} | `{}` | {} |".format(*row(family, text)) for family, text in rows),
     ]
     table = "\n".join([_BEGIN, *lines, _END])
-    assert _BEGIN in page and _END in page, f"{PAGE} has no marks for the table"
     return re.sub(f"{_BEGIN}.*{_END}", lambda _: table, page, flags=re.DOTALL)
 
 
@@ -92,12 +118,10 @@ def main() -> None:
     parser.add_argument("families", nargs="*", help="model types; all if left out")
     parser.add_argument("--head", choices=("causal", "masked"), help="only these classes")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.name}")
+    parser.add_argument("--write", action="store_true", help=f"write these families' rows into {PAGE.name}")
     options = parser.parse_args()
     every = [f for f in families() if options.head in (None, f.head)]
     chosen = [f for f in every if f.model_type in options.families or not options.families]
-    if options.write and len(chosen) < len(list(families())):
-        parser.error("--write: writes all families; leave out the names and --head")
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(run_rank, (options.ranks, folder, chosen, options.write), nprocs=options.ranks)
 

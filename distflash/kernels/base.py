@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from distflash.intervals import Intervals
+from distflash.kernels.machine import Machine
 from distflash.partial import Partial
 from distflash.plan import Pass
 
@@ -58,6 +59,11 @@ class Scores:
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
 
+    @property
+    def facts(self) -> tuple[float, float]:
+        """What a launch depends on of them, but for the tensors."""
+        return self.scale, self.softcap
+
     def of_heads(self, heads: slice) -> Scores:
         """Those of some query heads."""
         slopes, sinks = (None if x is None else x[heads] for x in (self.alibi_slopes, self.sinks))
@@ -81,9 +87,9 @@ class Saved:
         q: ``[B, T, H, D]``.
         dout: ``[B, T, H, V]``, the gradient of the output, in q's dtype.
         lse: ``[B, H, T]``, of the whole softmax (over all sources, sinks included); ``-inf`` where no key was seen.
-        delta: ``[B, H, T]``, ``rowsum(dout * out)``, less the gradient of lse where there is one; of no meaning where
-            no key was seen.
-        statistics: lse and delta once more, as the kernel's own loops want them; None if as they are.
+        statistics: ``[2, B * H, T']``, T' at least T: lse and delta once more, as the kernel's own loops want them;
+            None if as they are.
+        own_delta: `delta`, where there are no statistics.
         counter: as in `Partial`, for a kernel whose programs add up dQ in memory; else None.
         sums: of dQ in the accumulator's dtype, between passes, for such a kernel, in an order that only it knows.
     """
@@ -91,10 +97,21 @@ class Saved:
     q: Tensor
     dout: Tensor
     lse: Tensor
-    delta: Tensor
+    own_delta: Tensor | None = None
     statistics: Tensor | None = None
     counter: Tensor | None = None
     sums: Tensor | None = None
+
+    @property
+    def delta(self) -> Tensor:
+        """``[B, H, T]``, ``rowsum(dout * out)``, less the gradient of lse where there is one; undefined for rows that
+        see no key.
+        """
+        if self.own_delta is not None:
+            return self.own_delta
+        assert self.statistics is not None
+        B, T = self.q.shape[:2]
+        return self.statistics[1, :, :T].unflatten(0, (B, -1))
 
 
 @dataclass(frozen=True)
@@ -157,6 +174,13 @@ class Kernel(ABC):
     def abilities(self, device: torch.device) -> Abilities:
         """By default none."""
         return Abilities()
+
+    def rehearsing(self, machine: Machine) -> Kernel | None:
+        """The same kernel for tensors without data (of device "meta"), launched as on such a GPU; for `warming`.
+
+        None where nothing is compiled when a kernel is first launched, which is the default.
+        """
+        return None
 
     def decoding(self, device: torch.device) -> Decoding:
         """How a few new tokens attend to a cache; by default in plain torch. One object's steps follow one another."""

@@ -27,6 +27,11 @@ class Reference(Kernel):
 
     Raises:
         ValueError: a block size is no int of at least 1.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD, kernel=df.kernels.Reference())
+        >>> df.attention(*torch.randn(3, 1, 10, 4, 64), cp=cp).shape
+        torch.Size([1, 10, 4, 64])
     """
 
     block_q: int = 128

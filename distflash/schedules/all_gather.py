@@ -22,6 +22,12 @@ class AllGather(KeysTravel):
 
     Raises:
         ValueError: chunks is no int of at least 1.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD, schedule=df.AllGather(chunks=1))
+        >>> q, k, v = (torch.randn(1, 16, heads, 32) for heads in (4, 2, 2))
+        >>> df.attention(q, k, v, mask=df.Causal(), cp=cp).shape
+        torch.Size([1, 16, 4, 32])
     """
 
     chunks: int = 2

@@ -32,6 +32,12 @@ class DoubleRing(KeysTravel):
     Raises:
         ValueError: ranks_per_node is no int of at least 1. In a call, on every rank and before anything is sent:
             it does not divide the number of ranks.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD, schedule=df.DoubleRing(ranks_per_node=2))
+        >>> q, k, v = (torch.randn(1, 16, heads, 32) for heads in (4, 2, 2))
+        >>> df.attention(q, k, v, mask=df.Causal(), cp=cp).shape
+        torch.Size([1, 16, 4, 32])
     """
 
     ranks_per_node: int | None = None

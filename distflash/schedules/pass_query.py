@@ -32,6 +32,13 @@ class PassQuery(Schedule):
 
         plans = [schedule.plan(geometry, rank) for schedule in (df.Ring(), df.PassQuery())]
         ring, queries = (plan.bytes(heads, kv_heads, d_qk, d_v, torch.bfloat16) for plan in plans)
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD, schedule=df.PassQuery())
+        >>> q = torch.randn(1, 2, 4, 32)  # of 4 queries, the last of 64 tokens
+        >>> k, v = torch.randn(2, 1, 32, 2, 32)
+        >>> df.attention(q, k, v, mask=df.Causal(), cp=cp, seq_len=64, q_start=60, q_len=4).shape
+        torch.Size([1, 2, 4, 32])
     """
 
     def plan(self, geometry: Geometry, rank: int) -> Plan:
@@ -49,6 +56,7 @@ class PassQuery(Schedule):
             lengths=tuple(geometry.keys.length(r) for r in range(geometry.world_size)),
             rows={},
             pairs=needs.pairs,
+            remote=needs.remote,
         )
 
 

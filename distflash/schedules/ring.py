@@ -13,7 +13,25 @@ from distflash.schedules.travel import KeysTravel
 
 @dataclass(frozen=True)
 class Ring(KeysTravel):
-    """Point-to-point ring with one step of prefetch."""
+    """Point-to-point ring with one step of prefetch.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD, schedule=df.Ring())
+        >>> print(cp.plan(df.Causal(), seq_len=64))
+        Plan of rank 0 of 2: 1040 allowed pairs
+        percent of all pairs, by rank: 50.0, 50.0
+        keys of others, by rank: 32, 16; times the bytes of a token's k and v
+        forward    computes                           meanwhile
+          stage 0  keys of 0[0:32]: 528 pairs, first  receive keys of 1 (32) from 1
+                                                      send keys of 0 (16) to 1
+          stage 1  keys of 1[0:32]: 512 pairs, last   -
+        backward   computes                           meanwhile
+          stage 0  keys of 0[0:32]: 528 pairs, first  receive keys of 1 (32) from 1
+                                                      send keys of 0 (16) to 1
+          stage 1  keys of 1[0:32]: 512 pairs, last   -
+          stage 2  -                                  send dK, dV of 1 (32) to 1
+                                                      receive dK, dV of 0 (16) from 1
+    """
 
     def sources(self, rank: int, world_size: int) -> tuple[tuple[int, ...], ...]:
         return tuple(((rank - step) % world_size,) for step in range(world_size))

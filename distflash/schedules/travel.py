@@ -52,6 +52,7 @@ class KeysTravel(Schedule):
             lengths=tuple(geometry.keys.length(r) for r in range(geometry.world_size)),
             rows={source: needs.rows[rank][source] for sources in travel.steps[rank][1:] for source in sources},
             pairs=needs.pairs,
+            remote=needs.remote,
         )
 
     def _travel(self, needs: Needs) -> _Travel:

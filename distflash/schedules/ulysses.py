@@ -33,6 +33,12 @@ class Ulysses(Schedule):
 
     Raises:
         ValueError: an argument is of another kind.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD, schedule=df.Ulysses())
+        >>> q, k, v = (torch.randn(1, 16, heads, 32) for heads in (4, 2, 2))
+        >>> df.attention(q, k, v, mask=df.Causal(), cp=cp).shape
+        torch.Size([1, 16, 4, 32])
     """
 
     inner: Schedule = field(default_factory=Ring)

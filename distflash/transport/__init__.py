@@ -2,20 +2,24 @@
 
 from distflash.transport.alone import Alone
 from distflash.transport.base import Exchanges, Message, Pending, Transport
+from distflash.transport.copy_engine import CopyEngine
 from distflash.transport.distributed import Distributed
 from distflash.transport.failures import RankFailure
 from distflash.transport.guarded import Guarded, during, preparing
+from distflash.transport.silent import Silent
 from distflash.transport.simulated import SimulatedTransport, SimulationError, Simulator, Traffic
 from distflash.transport.subset import Subset
 
 __all__ = [
     "Alone",
+    "CopyEngine",
     "Distributed",
     "Exchanges",
     "Guarded",
     "Message",
     "Pending",
     "RankFailure",
+    "Silent",
     "SimulatedTransport",
     "SimulationError",
     "Simulator",

@@ -7,6 +7,7 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,21 @@ _GROUPS_OWN = timedelta(0)
 _KEPT = 2**20
 # No message that is meant to arrive has this tag.
 _NEVER_SENT = 2**20
+
+
+class UnderWay(Protocol):
+    """An exchange that says what it waits for."""
+
+    @property
+    def works(self) -> Sequence[object]:
+        """What there is to wait for."""
+        ...
+
+    def wait(self) -> None: ...
+
+    def describe(self) -> str:
+        """What is waited for, in words."""
+        ...
 
 
 @dataclass
@@ -96,19 +112,36 @@ class Distributed:
     def carries(self, device: torch.device) -> bool:
         return ("nccl" if device.type == "cuda" else "gloo") in self._backends
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Works:
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> UnderWay:
         """Point to point, one batch: NCCL then runs all of it as one kernel on its own stream."""
-        # Receives first: gloo matches them as they arrive, and NCCL does not care within a batch.
+        messages = *receives, *sends
+        if not messages:
+            return Works((), (), (), _GROUPS_OWN)
+        if not messages[0].tensor.is_cuda:
+            return Works(self._one_by_one(sends, receives), receives, sends, self._limit(messages[0].tensor))
+        work = self._as_one(sends, receives)
+        # A grid as large as the GPU that begins before NCCL's kernel keeps it out until it ends.
+        torch.cuda._sleep(HEAD_START)
+        return Works((work,), receives, sends, _GROUPS_OWN)
+
+    def _one_by_one(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[dist.Work]:
+        # Receives first: gloo matches them as they arrive.
         ops = [
             dist.P2POp(operation, message.tensor, group=self.group, group_peer=message.peer)
             for operation, messages in ((dist.irecv, receives), (dist.isend, sends))
             for message in messages
         ]
-        works = dist.batch_isend_irecv(ops) if ops else []
-        if works and self.device.type == "cuda":
-            # A grid as large as the GPU that begins before NCCL's kernel keeps it out until it ends.
-            torch.cuda._sleep(HEAD_START)
-        return Works(works, receives, sends, self._limit((*receives, *sends)[0].tensor) if works else _GROUPS_OWN)
+        return dist.batch_isend_irecv(ops)
+
+    def _as_one(self, sends: Sequence[Message], receives: Sequence[Message]) -> dist.Work:
+        """What `batch_isend_irecv` does for NCCL, without its checks of every message, which cost the host as much."""
+        device = self.device
+        self.group._start_coalescing(device)
+        for message in receives:
+            self.group.recv([message.tensor], message.peer, 0)
+        for message in sends:
+            self.group.send([message.tensor], message.peer, 0)
+        return self.group._end_coalescing(device)
 
     def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
         mine = torch.tensor(values, dtype=torch.int64, device=self.device)

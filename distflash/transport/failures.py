@@ -34,6 +34,13 @@ class RankFailure(RuntimeError):
 
     Attributes:
         failed: the ranks of the group that failed, as far as is known; empty where it is not.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD, timeout=60)
+        >>> try:
+        ...     out = df.attention(*torch.randn(3, 1, 10, 4, 64), cp=cp)
+        ... except df.RankFailure as failure:  # not here: both ranks came
+        ...     print(failure.failed)
     """
 
     def __init__(self, message: str, failed: tuple[int, ...] = ()) -> None:

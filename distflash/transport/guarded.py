@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distflash.transport.base import Message, Transport
-from distflash.transport.distributed import Distributed, Works
+from distflash.transport.distributed import Distributed, UnderWay
 from distflash.transport.failures import RankFailure, Report, Reports, ranks
 from distflash.transport.watch import Watch
 
@@ -49,6 +49,20 @@ class _Call:
         return f"in call {self.number}, {self.direction} of q {tuple(self.shape)},"
 
 
+@dataclass(frozen=True)
+class _Part(AbstractContextManager[None]):
+    """A part of a call. A class, since a generator costs the host several times as much."""
+
+    guarded: Guarded
+    allowed: tuple[type[BaseException], ...]
+    in_call: bool
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.guarded.leave(error, self.allowed)
+        if self.in_call:
+            self.guarded.leave_call()
+
+
 class Guarded:
     """`Distributed`, with words for what goes wrong. All else is passed on."""
 
@@ -63,6 +77,8 @@ class Guarded:
         self._watch = Watch(self._is_stuck)
         self._calls = 0
         self._call: _Call | None = None
+        self._in_call = _Part(self, (RankFailure,), in_call=True)
+        self._in_preparation = _Part(self, (ValueError, RankFailure), in_call=False)
         self._giving_up = threading.Lock()
         # Words, not an exception: its traceback would keep the tensors of the call.
         self._failure: tuple[str, tuple[int, ...]] | None = None
@@ -72,32 +88,24 @@ class Guarded:
         """The ranks of this group by their numbers in the default group."""
         return self.inner.members
 
-    @contextmanager
-    def during(self, direction: Direction, shape: torch.Size) -> Iterator[None]:
+    def during(self, direction: Direction, shape: torch.Size) -> AbstractContextManager[None]:
         """See the function `during`."""
         self.require_sound()
         self._calls += 1
         self._call = _Call(self._calls, direction, shape)
-        try:
-            yield
-        except RankFailure:
-            raise
-        except BaseException as error:
-            self._tell(error)
-            raise
-        finally:
-            self._call = None
+        return self._in_call
 
-    @contextmanager
-    def preparing(self) -> Iterator[None]:
+    def preparing(self) -> AbstractContextManager[None]:
         """See the function `preparing`."""
-        try:
-            yield
-        except (ValueError, RankFailure):
-            raise
-        except BaseException as error:
+        return self._in_preparation
+
+    def leave(self, error: BaseException | None, allowed: tuple[type[BaseException], ...]) -> None:
+        """A part of a call is over: tell the others of an error, but for those allowed."""
+        if error is not None and not isinstance(error, allowed):
             self._tell(error)
-            raise
+
+    def leave_call(self) -> None:
+        self._call = None
 
     def require_sound(self) -> None:
         """Raises `RankFailure` with the words of the first failure, if there was one."""
@@ -134,7 +142,7 @@ class Guarded:
         with self._collective("the sum over all ranks (all-reduce)"):
             return self.inner.all_reduce(x)
 
-    def wait(self, works: Works) -> None:
+    def wait(self, works: UnderWay) -> None:
         """Wait for an exchange."""
         start = time.monotonic()
         try:
@@ -223,7 +231,7 @@ class _Exchange:
     """Messages in flight, of which a failure to arrive has words."""
 
     guarded: Guarded
-    works: Works
+    works: UnderWay
 
     def wait(self) -> None:
         self.guarded.wait(self.works)

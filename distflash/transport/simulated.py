@@ -47,10 +47,16 @@ class Simulator:
         device: where the ranks' tensors are: "cpu", or one GPU that all ranks share.
         shape: as a mesh of these dimensions, whose product is the number of ranks; None for one dimension.
 
-    Example:
-        >>> simulator = Simulator(8)
-        >>> outs = simulator.run(lambda transport: work(ContextParallel(transport)))   # one result a rank
+    Examples:
+        >>> def work(transport):
+        ...     cp = df.ContextParallel(transport)
+        ...     out = df.attention(*torch.randn(3, 1, 10, 4, 64), mask=df.Causal(), cp=cp)
+        ...     return cp.rank, tuple(out.shape)
+        >>> simulator = df.transport.Simulator(3)
+        >>> simulator.run(work)
+        [(0, (1, 10, 4, 64)), (1, (1, 10, 4, 64)), (2, (1, 10, 4, 64))]
         >>> simulator.traffic.messages
+        12
     """
 
     def __init__(
@@ -80,7 +86,7 @@ class Simulator:
         those of all ranks in its one thread of the device, of which the first to wait for a message stops all others.)
 
         Raises:
-            The first exception that a rank raised, with its traceback and a note that names the rank.
+            BaseException: the first that a rank raised, with its traceback and a note that names the rank.
         """
         self._mail.clear()
         self._expected.clear()

@@ -64,7 +64,8 @@ def eithers(seq_len):
 @given(st.integers(1, 40).flatmap(lambda n: masks(n) | patterns(n) | eithers(n)))
 def test_join_is_the_inverse_of_split(mask):
     form, data = split(mask, 0.5, 3.0, 0.0)
-    again, *numbers, _ = join(form, data)
+    again, *numbers, kv_layout, layout = join(form, data)
+    assert kv_layout is None and layout is None
     assert again == mask and repr(again) == repr(mask) and numbers == [0.5, 3.0, 0.0]
     assert hash(form) == hash(split(mask, 0.5, 3.0, 0.0)[0])
 

@@ -4,9 +4,11 @@ import gc
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import distflash as df
-from distflash.call import Numbers
+from distflash import ops
+from distflash.given import Numbers
 from distflash.transport import Alone
 from tests.counting import Counting
 
@@ -136,3 +138,29 @@ def test_gradcheck():
         return df.attention(q, k, v, mask=df.Causal(), sinks=sinks, softcap=3.0, return_lse=True)
 
     torch.autograd.gradcheck(function, (q, k, v, sinks))
+
+
+def test_tensors_without_data_have_shapes():
+    """Also outside fake modes: models are built on the meta device."""
+    q, k, v = (torch.empty(2, 9, heads, 16, device="meta", requires_grad=True) for heads in (4, 2, 2))
+    out, lse = df.attention(q, k, v, mask=df.Causal(), return_lse=True)
+    assert out.shape == q.shape and lse.shape == (2, 4, 9) and out.is_meta
+    out.sum().backward()
+    assert q.grad.shape == q.shape and k.grad.shape == k.shape
+
+
+def test_what_is_watched_goes_through_the_op(monkeypatch):
+    """A dispatch mode sees attention as one operation; eager code that nobody watches does not go through it."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    q, k, v = torch.randn(3, 1, 9, 2, 16)
+    with Watch():
+        watched = df.attention(q, k, v, mask=df.Causal())
+    assert ops.ATTENTION in seen
+    monkeypatch.setattr(ops, "attention", None)  # whoever calls it fails
+    assert torch.equal(watched, df.attention(q, k, v, mask=df.Causal()))

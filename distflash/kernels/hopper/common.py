@@ -10,7 +10,7 @@ there one alone arrives at the mbarrier; before it does, all of them meet: the c
 or of the warp, between an access to shared memory and the arrival that follows. At the hardware's named barriers every
 thread arrives for itself. The parts of a kernel begin behind a barrier of all threads. compute-sanitizer's racecheck
 does not follow mbarriers between warps, and reports the job's scalars (`post`, `read`) and a kernel's first lines as
-hazards all the same. `benchmarks.compile_hopper` checks the order in the PTX of every kernel.
+hazards all the same. `tools.compile_hopper` checks the order in the PTX of every kernel.
 """
 
 from triton.experimental import gluon

@@ -5,8 +5,8 @@ Importable without triton, which is imported when the kernel is first asked for 
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -15,13 +15,19 @@ from torch import Tensor
 from distflash.kernels.base import Abilities, Kernel, KeyGradient, Keys, Problem, QueryGradient, Saved, Scores
 from distflash.kernels.decoding import Decoding
 from distflash.kernels.hopper.tiles import KEYS, BackwardTile, ForwardTile, backward_tile, forward_tile, padded
+from distflash.kernels.launch import Launch, on
+from distflash.kernels.machine import Machine, machine_of
+from distflash.kernels.replay import Replays, facts_of, of_keys, of_state
 from distflash.kernels.triton import Triton
 from distflash.partial import Partial
 from distflash.plan import Pass
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257, 8)
+TRITONS = (3, 6), (3, 9)  # the first and the last whose Gluon the kernels are compiled with in tests
 ROUNDS = 3  # of blocks of keys: where masks make them unequal, with fewer some programs end long before others
+
+_forward, _backward, _rounding = Replays(), Replays(), Replays()
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,17 @@ class Hopper(Kernel):
             tile instead of five.
         margin: multiprocessors left to communication, which a grid as large as the GPU would hold up.
         forward_tile, backward_tile: in place of the shipped ones, for tuning.
+        machine: see `Kernel.rehearsing`.
 
     Raises:
         ValueError: margin is no int of at least 0.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD, kernel=df.kernels.Hopper(deterministic=True))
+        >>> df.attention(*torch.randn(3, 1, 10, 4, 64), cp=cp)
+        Traceback (most recent call last):
+            ...
+        ValueError: kernel: Hopper(...) does not support this call: the Triton kernel runs on GPUs, not on cpu; ...
     """
 
     base: ClassVar[float] = 2.0
@@ -48,17 +62,22 @@ class Hopper(Kernel):
     margin: int = 0
     forward_tile: ForwardTile | None = None
     backward_tile: BackwardTile | None = None
+    machine: Machine | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.margin, int) or isinstance(self.margin, bool) or self.margin < 0:
             raise ValueError(f"Hopper(margin): expected a number of multiprocessors, at least 0, got {self.margin!r}")
 
     def not_supported_reasons(self, problem: Problem) -> list[str]:
-        reasons = Triton().not_supported_reasons(problem)
-        if not reasons and torch.cuda.get_device_capability(problem.device) != (9, 0):
+        reasons = self._portable.not_supported_reasons(problem)
+        if not reasons and self._machine(problem.device).arch != 90:
             reasons.append("the Hopper kernel needs a GPU of compute capability 9.0 (H100, H200)")
         elif not reasons and self._programs(problem.device) < 1:
             reasons.append(f"margin={self.margin} leaves the Hopper kernel no multiprocessor")
+        elif not reasons:
+            import triton
+
+            reasons += triton_reasons(triton.__version__)
         if problem.dtype not in DTYPES:
             reasons.append(f"the Hopper kernel takes float16 and bfloat16, not {problem.dtype}")
         if padded(problem.d_v) > padded(problem.d_qk):  # outputs leave by the place of the queries
@@ -75,20 +94,31 @@ class Hopper(Kernel):
             return Abilities(two_sources=True)
         return Abilities(two_sources=True, some_heads=True, enough_keys=ROUNDS * KEYS * self._programs(device))
 
+    def rehearsing(self, machine: Machine) -> Hopper | None:
+        if self._portable.rehearsing(machine) is None:
+            return None
+        from distflash.kernels.hopper import launches  # noqa: F401  for processes that are forked from this one
+
+        return replace(self, machine=machine)
+
     def decoding(self, device: torch.device) -> Decoding:
         """The portable kernel's: it is bound by memory, which needs nothing of Hopper's own."""
-        return Triton().decoding(device)
+        return self._portable.decoding(device)
 
     def forward(self, q: Tensor, keys: tuple[Keys, ...], each: Pass, scores: Scores, into: Partial) -> None:
         from distflash.kernels.hopper import launches
 
         seen = each.pairs / (q.shape[1] if each.live is None else max(1, each.live.count))
         tile = self.forward_tile or forward_tile(q.shape[-1], keys[0].v.shape[-1], seen)
-        with torch.cuda.device(q.device):
-            launches.forward(tile, self._programs(q.device), q, keys, each, scores, into).run()
+        programs = self._programs(q.device)
+        tensors = [q, *of_keys(keys), scores.sinks, *of_state(into), None if each.live is None else each.live.groups]
+        inputs = facts_of(q, *(x for of_source in keys for x in (of_source.k, of_source.v)), scores.sinks)
+        key = tile, programs, each.facts, scores.facts, inputs
+        with on(q.device):
+            _forward.run(key, tensors, lambda: launches.forward(tile, programs, q, keys, each, scores, into))
 
     def save(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Saved:
-        saved = Triton().save(q, out, lse, dout, dlse)
+        saved = self._portable.save(q, out, lse, dout, dlse)
         if not self._fused(q, out):
             return saved
         from distflash.kernels.hopper import launches
@@ -99,24 +129,28 @@ class Hopper(Kernel):
         self, saved: Saved, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
     ) -> None:
         if saved.sums is None:
-            Triton().backward(saved, keys, each, scores, dq, dkv)
+            self._portable.backward(saved, keys, each, scores, dq, dkv)
             return
         from distflash.kernels.hopper import launches
 
-        with torch.cuda.device(saved.q.device):
+        sums = saved.sums
+        with on(saved.q.device):
             if each.first:
-                saved.sums.zero_()
+                sums.zero_()
             if each.heads is None and self._few(saved.q, keys.k):
                 self._backward_spread(saved, keys, scores, dkv)
             else:
                 self._backward(saved, keys, scores, dkv, each.heads or range(keys.k.shape[2]))
             if each.last:
-                launches.round_queries(saved.sums, scores.scale, dq.final).run()
+                tensors = [sums, dq.final]
+                facts = scores.facts, facts_of(dq.final)
+                _rounding.run(facts, tensors, lambda: launches.round_queries(sums, scores.scale, dq.final))
 
     def _few(self, q: Tensor, k: Tensor) -> bool:
-        """Whether key heads are shared, and blocks of keys would leave three multiprocessors of four idle."""
-        B, K, G, _ = k.shape
-        return q.shape[2] > G and self._programs(k.device) >= 4 * B * G * -(-K // KEYS)
+        """Whether many queries share few key heads, whose blocks would leave three multiprocessors of four idle."""
+        (B, K, G, _), (_, T, H, _) = k.shape, q.shape
+        # Copies and sums take the host longer than they save where queries are few.
+        return H > G and T >= 4 * K and self._programs(k.device) >= 4 * B * G * -(-K // KEYS)
 
     def _backward_spread(self, saved: Saved, keys: Keys, scores: Scores, dkv: KeyGradient) -> None:
         """`_backward` with a copy of the keys for each query head: more work tiles, of fewer queries each.
@@ -133,21 +167,43 @@ class Hopper(Kernel):
     def _backward(self, saved: Saved, keys: Keys, scores: Scores, dkv: KeyGradient, heads: range) -> None:
         from distflash.kernels.hopper import launches
 
-        tile = self.backward_tile or backward_tile(keys.k.shape[-1], keys.v.shape[-1])
         # The kernel leaves out blocks of keys that no query sees.
         for unseen in keys.rows.unseen:
             for gradient in (dkv.dk, dkv.dv):
                 gradient[:, unseen.start : unseen.stop, heads.start : heads.stop].zero_()
-        launches.backward(tile, self._programs(saved.q.device), saved, keys, scores, dkv, heads).run()
+
+        def build() -> Launch:
+            tile = self.backward_tile or backward_tile(keys.k.shape[-1], keys.v.shape[-1])
+            return launches.backward(tile, self._programs(saved.q.device), saved, keys, scores, dkv, heads)
+
+        rows = keys.rows
+        of_queries = saved.q, saved.dout, saved.statistics, saved.sums, saved.counter
+        tensors = [*of_queries, keys.k, keys.v, rows.col_lo, rows.col_hi, dkv.dk, dkv.dv]
+        inputs = facts_of(saved.q, saved.dout, keys.k, keys.v, dkv.dk)
+        _backward.run((self, heads, scores.facts, inputs), tensors, build)
 
     def _fused(self, q: Tensor, out: Tensor) -> bool:
         d_qk, d_v = padded(q.shape[-1]), padded(out.shape[-1])
         return not self.deterministic and (d_qk == d_v or (d_qk, d_v) == (256, 128))
 
     def _programs(self, device: torch.device) -> int:
-        return _multiprocessors(device) - self.margin
+        return self._machine(device).multiprocessors - self.margin
+
+    def _machine(self, device: torch.device) -> Machine:
+        return self.machine or machine_of(device)
+
+    @cached_property
+    def _portable(self) -> Triton:
+        return Triton(machine=self.machine)
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def triton_reasons(version: str) -> list[str]:
+    """Why the kernels cannot be compiled by this triton: Gluon's names change from one to the next."""
+    first, last = (".".join(map(str, pair)) for pair in TRITONS)
+    found = tuple(int(part) for part in version.split(".")[:2])
+    if TRITONS[0] <= found <= TRITONS[1]:
+        return []
+    return [
+        f"the Hopper kernel is written for triton {first} to {last}, and triton {version} is installed; "
+        "df.kernels.Triton() works with others"
+    ]

@@ -14,15 +14,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from distflash.kernels.base import KeyGradient, Keys, Saved, Scores
+from distflash.kernels.hopper import backward as of_backward
+from distflash.kernels.hopper import backward_parts, backward_wide, common, compat, fragments
+from distflash.kernels.hopper import forward as of_forward
 from distflash.kernels.hopper.backward import backward_kernel
 from distflash.kernels.hopper.backward_wide import backward_wide_kernel
 from distflash.kernels.hopper.forward import forward_kernel
 from distflash.kernels.hopper.fragments import round_kernel
 from distflash.kernels.hopper.tiles import KEYS, QUERIES, BackwardTile, ForwardTile, padded
 from distflash.kernels.launch import Launch, aligned, heads_at_once
+from distflash.kernels.triton.keys import settle
 from distflash.liveness import GROUP_ROWS, all_rows
 from distflash.partial import Partial
 from distflash.plan import Pass
+
+settle(common, compat, fragments, of_forward, backward_parts, of_backward, backward_wide)
 
 ROWS = 64  # of one warpgroup's matrix instruction
 
@@ -146,9 +152,9 @@ def backward(
 def query_sums(q: Tensor) -> Tensor:
     """Room for float32 sums of dQ in fragment order, see `fragments`: ``[B * H * tiles, PARTS, ROWS, N]``."""
     B, T, H, D = q.shape
-    blocks = triton.cdiv(D, 64)
+    blocks = -(-D // 64)
     parts = max(2, blocks)
-    return q.new_empty(B * H * triton.cdiv(T, QUERIES), parts, QUERIES, 64 * blocks // parts, dtype=torch.float32)
+    return q.new_empty(B * H * -(-T // QUERIES), parts, QUERIES, 64 * blocks // parts, dtype=torch.float32)
 
 
 def round_queries(sums: Tensor, scale: float, out: Tensor) -> Launch:

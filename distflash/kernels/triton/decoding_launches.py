@@ -19,8 +19,13 @@ from torch import Tensor
 from distflash.kernels.base import Problem, Scores
 from distflash.kernels.decoding import WORDS, Decoding, Store, Table
 from distflash.kernels.launch import Launch, aligned
+from distflash.kernels.triton import common, decoding_ends
+from distflash.kernels.triton import decoding as of_decoding
 from distflash.kernels.triton.decoding import attend_kernel, merge_kernel
 from distflash.kernels.triton.kernel import Triton, family
+from distflash.kernels.triton.keys import settle
+
+settle(common, decoding_ends, of_decoding)
 
 # The largest tile of rows, by the size of elements: more new tokens than fit into it are worked on by programs of their
 # own. Products of float32 take their operands from registers.

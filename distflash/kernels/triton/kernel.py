@@ -5,16 +5,18 @@ Importable without triton, which is imported when the kernel is first asked for 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from distflash.kernels.base import Abilities, Kernel, KeyGradient, Keys, Problem, QueryGradient, Saved, Scores
+from distflash.kernels.launch import aligned, on
+from distflash.kernels.machine import Machine, machine_of
+from distflash.kernels.replay import Replays, facts_of, of_keys, of_state
 from distflash.kernels.triton.tiles import Tiles
 from distflash.partial import Partial
 from distflash.plan import Gradients, Pass
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257, 8)
+
+_forward, _statistics, _of_keys, _of_queries = Replays(), Replays(), Replays(), Replays()
 
 
 @dataclass(frozen=True)
@@ -39,15 +43,22 @@ class Triton(Kernel):
         tiles: tile sizes in place of the shipped table's, for tuning.
         interpret: take tensors on the CPU, in Triton's interpreter: exact and slow, for tests. It must have been turned
             on (``TRITON_INTERPRET=1``) before triton was first imported.
+        machine: see `Kernel.rehearsing`.
+
+    Examples:
+        >>> problem = df.kernels.Problem(torch.device("cpu"), torch.bfloat16, heads=8, kv_heads=2, d_qk=128, d_v=128)
+        >>> df.kernels.Triton().not_supported_reasons(problem)
+        ['the Triton kernel runs on GPUs, not on cpu']
     """
 
     base: ClassVar[float] = 2.0
 
     tiles: Tiles | None = None
     interpret: bool = False
+    machine: Machine | None = field(default=None, repr=False)
 
     def not_supported_reasons(self, problem: Problem) -> list[str]:
-        reasons = _interpreter_reasons() if self.interpret else _device_reasons(problem.device)
+        reasons = _interpreter_reasons() if self.interpret else _device_reasons(problem.device, self.machine)
         if problem.dtype not in DTYPES:
             reasons.append(f"the Triton kernel takes float32, float16 and bfloat16, not {problem.dtype}")
         for name, dim in (("d_qk", problem.d_qk), ("d_v", problem.d_v)):
@@ -60,6 +71,13 @@ class Triton(Kernel):
     def abilities(self, device: torch.device) -> Abilities:
         return Abilities(separate_gradients=True)
 
+    def rehearsing(self, machine: Machine) -> Triton | None:
+        if self.interpret or _interpreted():
+            return None
+        from distflash.kernels.triton import launches  # noqa: F401  for processes that are forked from this one
+
+        return replace(self, machine=machine)
+
     def decoding(self, device: torch.device) -> Decoding:
         from distflash.kernels.triton.decoding_launches import TritonDecoding
 
@@ -69,15 +87,24 @@ class Triton(Kernel):
         from distflash.kernels.triton import launches
 
         (of_source,) = keys
-        with _on(q.device):
-            launches.forward(self._device(q, of_source.v), q, of_source, each, scores, into).run()
+        rows = of_source.rows
+        groups = None if each.live is None else each.live.groups
+        positions = rows.q_positions, rows.k_positions
+        tensors = [q, *of_keys(keys), *positions, scores.sinks, scores.alibi_slopes, *of_state(into), groups]
+        facts = self, each.facts, scores.facts, facts_of(q, of_source.k, of_source.v, scores.sinks)
+        with on(q.device):
+            _forward.run(
+                facts, tensors, lambda: launches.forward(self._device(q, of_source.v), q, of_source, each, scores, into)
+            )
 
     def save(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Saved:
         from distflash.kernels.triton import launches
 
-        with _on(q.device):
-            launch, saved = launches.save(q, out, lse, dout, dlse)
-            launch.run()
+        saved = launches.saved_of(q, out, lse, dout)
+        out = aligned(out, True)
+        tensors = [out, saved.dout, saved.lse, dlse, saved.statistics]
+        with on(q.device):
+            _statistics.run(facts_of(out, saved.dout, dlse), tensors, lambda: launches.statistics(saved, out, dlse))
         return saved
 
     def backward(
@@ -85,17 +112,28 @@ class Triton(Kernel):
     ) -> None:
         from distflash.kernels.triton import launches
 
-        device = self._device(saved.q, keys.v)
-        with _on(saved.q.device):
+        device, rows = self._device(saved.q, keys.v), keys.rows
+        ends = rows.row_lo, rows.row_hi, rows.col_lo, rows.col_hi, rows.q_positions, rows.k_positions
+        shared = [saved.q, saved.dout, saved.statistics, keys.k, keys.v, *ends, scores.alibi_slopes]
+        facts = self, each.facts, scores.facts, facts_of(saved.q, saved.dout, keys.k, keys.v)
+        with on(saved.q.device):
             if each.gradients is not Gradients.OF_QUERIES:
-                launches.backward_keys(device, saved, keys, scores, dkv).run()
+                tensors = [*shared, dkv.dk, dkv.dv]
+                _of_keys.run(
+                    (facts, facts_of(dkv.dk)), tensors, lambda: launches.backward_keys(device, saved, keys, scores, dkv)
+                )
             if each.gradients is not Gradients.OF_KEYS:
-                launches.backward_queries(device, saved, keys, each, scores, dq).run()
+                tensors = [*shared, dq.final, dq.sum]
+                _of_queries.run(
+                    (facts, facts_of(dq.final)),
+                    tensors,
+                    lambda: launches.backward_queries(device, saved, keys, each, scores, dq),
+                )
 
     def _device(self, q: Tensor, v: Tensor) -> Device:
         from distflash.kernels.triton import launches
 
-        name = family(q.device)
+        name = family(q.device) if self.machine is None else self.machine.family
         return launches.device(name, q.element_size(), max(q.shape[-1], v.shape[-1]), self.tiles)
 
 
@@ -104,21 +142,15 @@ def family(device: torch.device) -> str:
     """The device's row in the table of tiles."""
     if _interpreted():
         return "interpreter"
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major == 9:
-        return "sm_90"
-    if major in (10, 11):
-        return "sm_100"
-    return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
+    return machine_of(device).family
 
 
-def _device_reasons(device: torch.device) -> list[str]:
+def _device_reasons(device: torch.device, machine: Machine | None) -> list[str]:
     reasons = _package_reasons()
-    if device.type != "cuda":
-        reasons.append(f"the Triton kernel runs on GPUs, not on {device.type}")
-    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if machine is None and device.type != "cuda":
+        return [*reasons, f"the Triton kernel runs on GPUs, not on {device.type}"]
+    arch = (machine or machine_of(device)).arch
+    if isinstance(arch, int) and arch < 80:
         reasons.append("the Triton kernel needs an NVIDIA GPU of compute capability 8.0 or later")
     return reasons
 
@@ -142,8 +174,3 @@ def _interpreted() -> bool:
     from distflash.kernels.triton.forward import forward_kernel
 
     return isinstance(forward_kernel, InterpretedFunction)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current GPU, whichever holds the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -17,12 +17,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from distflash.intervals import Intervals
 from distflash.kernels.base import KeyGradient, Keys, QueryGradient, Saved, Scores
 from distflash.kernels.launch import Launch, aligned, heads_at_once, is_aligned, is_packed, steps
+from distflash.kernels.triton import backward as of_backward
+from distflash.kernels.triton import common
+from distflash.kernels.triton import forward as of_forward
 from distflash.kernels.triton.backward import dkdv_kernel, dq_kernel, statistics_kernel
 from distflash.kernels.triton.forward import forward_kernel
+from distflash.kernels.triton.keys import settle
 from distflash.kernels.triton.tiles import Tile, Tiles, choose
 from distflash.liveness import GROUP_ROWS, all_rows
 from distflash.partial import Partial
 from distflash.plan import Pass
+
+settle(common, of_forward, of_backward)
 
 LOG2E = 1.4426950408889634
 # Families whose hardware copies whole tiles given a descriptor. The interpreter does, as a test of the same path.
@@ -77,19 +83,27 @@ def forward(device: Device, q: Tensor, keys: Keys, each: Pass, scores: Scores, i
     )
 
 
-def save(q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> tuple[Launch, Saved]:
-    """What the passes of a backward share, and the launch that fills in its statistics.
+def saved_of(q: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Saved:
+    """What the passes of a backward share, with room for its statistics.
 
     These are float32 ``[2, B * H, T']``, lse in base 2 and delta. T' is T rounded up to 16 bytes; what lies beyond T is
     not read.
     """
-    B, T, H, V = out.shape
+    B, T, H, _ = out.shape
     # Copied here, if at all, and not once more in every pass.
-    q, out, dout, lse = aligned(q, True), aligned(out, True), aligned(dout, True), lse.contiguous()
-    stats = lse.new_empty(2, B * H, triton.cdiv(T, 4) * 4)
+    q, dout, lse = aligned(q, True), aligned(dout, True), lse.contiguous()
+    stats = lse.new_empty(2, B * H, -(-T // 4) * 4)
+    return Saved(q, dout, lse, statistics=stats)
+
+
+def statistics(saved: Saved, out: Tensor, dlse: Tensor | None) -> Launch:
+    """Fills in the statistics of `saved_of`."""
+    B, T, H, V = out.shape
+    dout, lse, stats = saved.dout, saved.lse, saved.statistics
+    assert stats is not None
     block = 64
     strides = (0, 0, 0) if dlse is None else dlse.stride()
-    launch = Launch(
+    return Launch(
         kernel=statistics_kernel,
         programs=triton.cdiv(T, block) * B * H,
         arguments=dict(
@@ -111,7 +125,6 @@ def save(q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None)
             DLSE=dlse is not None,
         ),
     )
-    return launch, Saved(q, dout, lse, delta=stats[1, :, :T].unflatten(0, (B, H)), statistics=stats)
 
 
 def backward_keys(device: Device, saved: Saved, keys: Keys, scores: Scores, dkv: KeyGradient) -> Launch:

@@ -1,4 +1,4 @@
-"""Which tile sizes each kernel runs with: a table that is shipped, tuned offline by ``benchmarks/tune_triton.py``.
+"""Which tile sizes each kernel runs with: a table that is shipped, tuned offline by ``tools/tune_triton.py``.
 
 Nothing is tuned at run time: ranks that time candidates for themselves come to different choices, and skew each other.
 """

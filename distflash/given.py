@@ -1,0 +1,58 @@
+"""What a call of attention is given beside q, k, v and the mask.
+
+[Note: shapes] H query heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distflash.layouts import Layout
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a call is given beside q, k and v.
+
+    Attributes:
+        lengths: ``(seq_len, q_start, q_len)`` with -1 for a length that was left out.
+        sinks: ``[H]`` or None.
+        alibi_slopes: ``[H]`` or None.
+    """
+
+    lengths: Sequence[int]
+    sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a caller says of a call beside tensors, mask and lengths; see `attention`.
+
+    ``layout`` is that of this batch, where it is not the group's; see `ContextParallel.with_mask`.
+    """
+
+    scale: float | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    kv_layout: Layout | None = None
+    layout: Layout | None = None
+
+
+class Signature(NamedTuple):
+    """What a recipe's call depends on of its tensors and lengths."""
+
+    q: torch.Size
+    k: torch.Size
+    v: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    lengths: tuple[int, ...]
+    sinks: bool
+    alibi: bool
+    needs_grad: bool

@@ -1,0 +1,178 @@
+"""Launches that differ only in where their tensors lie: built and compiled once, then replayed with other addresses.
+
+Building a launch (descriptors, tile sizes, strides) and Triton's own look at every argument cost the host ten times as
+much as the launch itself. Layers and steps repeat the same launch with other tensors, so both are done once.
+
+A replay is right only if the launch depends on nothing but its key and the addresses. Callers put into the key the
+shapes, strides and dtypes of the user's tensors (`facts_of`) and every number that the launch is built from; buffers
+that the package allocates follow from these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distflash.kernels.base import Keys
+from distflash.kernels.launch import Launch
+from distflash.kernels.packed import Packed
+from distflash.partial import Partial
+
+# Addresses that Triton may take for granted to be multiples of this many bytes.
+_ALIGNMENT = 16
+# A bound where every step brings other lengths. A replay holds no tensor.
+_REMEMBERED = 1024
+_UNKNOWN: Any = object()
+
+# From an address to an argument.
+Form = Callable[[int], Any]
+
+
+class Replays:
+    """The launches of one kernel, by their keys."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, _Replay | Packed | None] = {}
+
+    def run(self, key: Hashable, tensors: Sequence[Tensor | None], build: Callable[[], Launch]) -> None:
+        """Launch what ``build`` makes of these tensors, on the current device.
+
+        Args:
+            key: all that the launch depends on, but for the addresses of ``tensors`` and which of them are None.
+            tensors: all whose addresses are among the launch's arguments. The first is not None.
+            build: called where no launch with this key can be replayed.
+        """
+        if tensors[0].is_meta:  # type: ignore[union-attr]  # has no address: nothing is launched, see `warming`
+            build().run()
+            return
+        addresses = tuple([0 if x is None else x.data_ptr() for x in tensors])
+        key = key, tuple([address % _ALIGNMENT if address else None for address in addresses])
+        replay = self._known.get(key, _UNKNOWN)
+        if replay is _UNKNOWN:
+            launch = build()
+            launch.run()
+            self._remember(key, launch, addresses)
+        elif replay is None:
+            build().run()
+        else:
+            replay.run(addresses)
+
+    def _remember(self, key: Hashable, launch: Launch, addresses: Sequence[int]) -> None:
+        known = [address for address in addresses if address]
+        if len(set(known)) < len(known):  # which of them an argument is could not be told
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # recording would get in its way
+            return
+        if len(self._known) >= _REMEMBERED:
+            self._known.clear()
+        self._known[key] = _Replay.of(launch, addresses)
+
+
+class _Replay:
+    """A compiled kernel, its grid, and its arguments but for the addresses.
+
+    Args:
+        launch: compiled, with its grid; called with the arguments in the kernel's order. None to launch nothing.
+        arguments: in that order.
+        slots: for each argument that has an address its place, the tensor's number, and what is made of it.
+    """
+
+    def __init__(
+        self, launch: Callable[..., None] | None, arguments: Sequence[Any], slots: Sequence[tuple[int, int, Form]]
+    ) -> None:
+        self.launch, self.arguments, self.slots = launch, list(arguments), tuple(slots)
+
+    @staticmethod
+    def of(launch: Launch, addresses: Sequence[int]) -> _Replay | Packed | None:
+        """None where an argument is no view of a tensor from its first element on: it was copied for this launch."""
+        if not launch.is_compiled:
+            return None
+        numbers = {address: n for n, address in enumerate(addresses) if address}
+        arguments = [launch.arguments[name] for name in launch.kernel.arg_names]
+        slots = []
+        for place, argument in enumerate(arguments):
+            base = _base(argument)
+            if base is None:
+                continue
+            address, form = base.data_ptr(), _form(argument)
+            if not address:  # of no elements
+                arguments[place] = form(0)
+                continue
+            if address not in numbers:
+                return None
+            slots.append((place, numbers[address], form))
+        if not launch.programs:
+            return _Replay(None, (), ())
+        compiled = launch.compile()
+        replay = _Replay(compiled[(launch.programs, 1, 1)], arguments, slots)
+        packed = Packed.of(replay.run, len(addresses)) if _is_plain(compiled.metadata) else None
+        return packed or replay
+
+    def run(self, addresses: Sequence[int]) -> None:
+        if self.launch is None:
+            return
+        arguments = self.arguments.copy()
+        for place, number, form in self.slots:
+            arguments[place] = form(addresses[number])
+        self.launch(*arguments)
+
+
+class _At:
+    """As much of a tensor as a launch looks at."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def facts_of(*tensors: Tensor | None) -> tuple[Hashable, ...]:
+    """What launches may depend on of tensors, but for their addresses."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors])
+
+
+def of_keys(keys: Sequence[Keys]) -> list[Tensor]:
+    """What a forward pass reads of its sources."""
+    return [x for each in keys for x in (each.k, each.v, each.rows.row_lo, each.rows.row_hi)]
+
+
+def of_state(into: Partial) -> list[Tensor | None]:
+    """What a forward pass reads and writes of its softmax."""
+    running = (None, None, None) if into.running is None else into.running.tensors
+    return [into.final, into.lse, into.counter, *running]
+
+
+def _base(argument: Any) -> Tensor | None:
+    """The tensor whose address an argument has: a tensor, ``(tensor, strides...)`` or a descriptor; else None."""
+    if isinstance(argument, tuple):
+        argument = argument[0] if argument else None
+    base = getattr(argument, "base", argument)
+    return base if isinstance(base, Tensor) else None
+
+
+def _form(argument: Any) -> Form:
+    """From another address to such an argument. Triton takes a number for an address."""
+    if isinstance(argument, Tensor):
+        return int
+    if isinstance(argument, tuple):
+        rest = argument[1:]
+        return lambda address: (address, *rest)
+    kind, fields = type(argument), {**vars(argument), "base": None}
+
+    def moved(address: int) -> Any:
+        other = object.__new__(kind)
+        vars(other).update(fields, base=_At(address))
+        return other
+
+    return moved
+
+
+def _is_plain(metadata: Any) -> bool:
+    """Whether a launch is its grid and parameters, and nothing besides."""
+    scratch = getattr(metadata, "global_scratch_size", 0) or getattr(metadata, "profile_scratch_size", 0)
+    special = getattr(metadata, "launch_pdl", False) or getattr(metadata, "launch_cooperative_grid", False)
+    return not (scratch or special) and getattr(metadata, "num_ctas", 1) == 1

@@ -1,0 +1,226 @@
+"""Kernels are compiled before the first call that needs them, if asked for, in several processes.
+
+A rehearsal goes through a call, forward and backward, on tensors without data and over a transport that carries
+nothing. So it makes the launches of the real call, whatever plan, placements and kernel these come from.
+
+What differs between calls of one kind in lengths alone, such as the documents of a batch, is compiled once for the
+kind. A specialisation that is met nowhere but in a later call of the kind is compiled when it is first launched.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import time
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+
+import torch
+
+from distflash import attend, lengths, validation
+from distflash.agreement import Agreement
+from distflash.call import Calls
+from distflash.exact import Exact
+from distflash.geometry import Sharded
+from distflash.given import Given, Numbers
+from distflash.kernels import Kernel, Problem
+from distflash.kernels.machine import Machine, machine_of
+from distflash.layouts import Layout
+from distflash.masks import Mask
+from distflash.specification import Specification, Tokens
+from distflash.transport import Alone, Silent
+
+_LOG = logging.getLogger("distflash")
+_META = torch.device("meta")
+# After so many seconds a line says what the call waits for; after so many more it waits no longer.
+_SILENT_SECONDS, _PATIENCE = 2.0, 120.0
+# Each goes through the whole call, and there are about as many specialisations.
+_PROCESSES = 8
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A call of one rank that is gone through without data.
+
+    Attributes:
+        calls: of the group; what it sends is not sent here.
+        kernel: of `Kernel.rehearsing`.
+        specification: of the call.
+    """
+
+    calls: Calls
+    kernel: Kernel
+    specification: Specification
+
+    def __call__(self) -> None:
+        real, specification = self.calls, self.specification
+        W, rank = real.transport.world_size, real.transport.rank
+        nobody = Silent(rank, W, _META, near=real.transport.near) if W > 1 else Alone(device=_META)
+        calls = Calls(nobody, real.layout, real.schedule, self.kernel, Agreement(Alone(), every_call=False))
+        problem, tokens, H = specification.problem, specification.tokens, specification.problem.heads
+        layout = tokens.layout or real.layout
+        T = Sharded(layout, tokens.q_len, W, tokens.q_start).length(rank)
+        K = Sharded(tokens.kv_layout or layout, tokens.seq_len, W).length(rank)
+        q, k, v, dout = (
+            torch.empty(specification.batch, *sizes, dtype=problem.dtype, device=_META)
+            for sizes in (
+                (T, H, problem.d_qk),
+                (K, problem.kv_heads, problem.d_qk),
+                (K, problem.kv_heads, problem.d_v),
+                (T, H, problem.d_v),
+            )
+        )
+        given = Given(_lengths(specification), *(_of_heads(H, there) for there in (problem.sinks, problem.alibi)))
+        numbers = Numbers(specification.scale, problem.softcap, problem.dropout_p, tokens.kv_layout, tokens.layout)
+        recipe = calls.recipe_of_new(specification.mask.value, numbers)
+        attention, _ = recipe.forward(q, k, v, given, specification.needs_grad)
+        out, lse = attend.forward(q, k, v, attention)
+        if specification.needs_grad:
+            for dlse in (None, torch.empty_like(lse)):  # whoever uses lse has a gradient of it
+                attend.backward(dout, dlse, q, k, v, out, lse, attention)
+
+
+def _lengths(specification: Specification) -> tuple[int, int, int]:
+    """As the caller gave them, for `Given`."""
+    tokens = specification.tokens
+    whole = tokens.q_start == 0 and tokens.q_len == tokens.seq_len and tokens.kv_layout is None
+    return tokens.seq_len, tokens.q_start, -1 if whole else tokens.q_len
+
+
+def _of_heads(heads: int, there: bool) -> torch.Tensor | None:
+    return torch.empty(heads, dtype=torch.float32, device=_META) if there else None
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """q ``[B, T, H, D]``, k ``[B, K, G, D]`` and v ``[B, K, G, V]`` of one rank."""
+
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+
+
+def specification_of(
+    calls: Calls,
+    shapes: Shapes,
+    dtype: torch.dtype,
+    mask: Mask,
+    seq_len: int | None,
+    needs_grad: bool,
+    layout: Layout | None = None,
+) -> Specification:
+    """Of self-attention over such tensors on the group's device, without softcap, sinks and slopes.
+
+    layout: of this batch, where it is not the group's.
+
+    Raises:
+        ValueError: they are no tensors of such a call.
+    """
+    q, k, v = (torch.empty(shape, dtype=dtype, device=_META) for shape in (shapes.q, shapes.k, shapes.v))
+    problem = validation.call_problem(q, k, v, mask, None, None, None, 0.0, 0.0, True)
+    if problem is None:
+        transport = calls.transport
+        length = lengths.seq_len_of(k.shape, mask, transport.world_size) if seq_len is None else seq_len
+        problem = lengths.length_problem(
+            "q", q.shape, mask, length, layout or calls.layout, transport.world_size, transport.rank
+        )
+    if problem is not None:
+        raise ValueError(problem)
+    asked = Problem(transport.device, dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    return Specification(asked, q.shape[0], Tokens(length, 0, length, layout=layout), Exact(mask), None, needs_grad)
+
+
+class Warming:
+    """What has been compiled for the calls of this process."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def before(self, calls: Calls, specification: Specification, kernel: Kernel) -> None:
+        """Compile what a call can need, unless that has been done for calls of its kind, here or in another process.
+
+        Returns where that fails, too: the kernels are then compiled when they are first launched.
+        """
+        problem = specification.problem
+        if problem.device.type != "cuda" or not specification.batch:
+            return
+        kind = kind_of(calls, specification, kernel)
+        if kind in self._known:
+            return
+        self._known.add(kind)
+        machine = machine_of(problem.device)
+        rehearsed = kernel.rehearsing(machine)
+        if rehearsed is None:
+            return
+        try:
+            done = compile_all(Rehearsal(calls, rehearsed, specification), machine)
+        except OSError as error:
+            done = (str(error),)
+        if done:
+            _LOG.warning("kernels are compiled when they are first launched, and not before: %s", "; ".join(done))
+
+
+def compile_all(work: Rehearsal, machine: Machine) -> tuple[str, ...]:
+    """Have processes compile what ``work`` launches, unless a file beside triton's cache says that it is done.
+
+    Returns:
+        Why some of them ended early, if any did.
+
+    Raises:
+        OSError: no process can be started here.
+    """
+    from distflash.kernels.triton import compiling  # here, since it imports triton
+
+    folder, kind = compiling.cache_folder(), kind_of(work.calls, work.specification, work.kernel)
+    name = hashlib.sha256(repr((kind, machine, compiling.VERSION, _sources())).encode()).hexdigest()
+    mark = folder / "distflash" / f"{name}.done"
+    if mark.exists():
+        return ()
+    began = time.monotonic()
+    workers = compiling.Workers(work, machine, min(_PROCESSES, len(os.sched_getaffinity(0))))
+    try:
+        if not workers.wait(_SILENT_SECONDS):
+            _LOG.warning("compiling attention kernels for %s; the result is kept in %s", machine, folder)
+            workers.wait(_PATIENCE)
+    finally:
+        outcome = workers.finish()
+    if not outcome.errors:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    _LOG.info("%d specialisations in %.1f s", len(outcome.compiled), time.monotonic() - began)
+    return outcome.errors
+
+
+def kind_of(calls: Calls, specification: Specification, kernel: Kernel) -> str:
+    """What calls have alike that launch the same specialisations, as far as can be told without planning them."""
+    transport, tokens = calls.transport, specification.tokens
+    lengths = [(n.bit_length(), n % 16) for n in (tokens.seq_len, tokens.q_len, tokens.q_start)]
+    problem: Problem = replace(specification.problem, device=_META, softcap=float(specification.problem.softcap > 0))
+    group = (
+        transport.rank,
+        transport.world_size,
+        transport.near,
+        calls.layout,
+        calls.schedule,
+        tokens.kv_layout,
+        type(tokens.layout),
+    )
+    mask = _names(specification.mask.value)
+    return repr((problem, specification.batch, specification.needs_grad, lengths, group, mask, kernel))
+
+
+def _names(mask: Mask) -> str:
+    """A mask's classes, without its data."""
+    parts: list[object] = [getattr(mask, f.name) for f in fields(mask)] if is_dataclass(mask) else []
+    return f"{type(mask).__name__}({', '.join(_names(part) for part in parts if isinstance(part, Mask))})"
+
+
+@functools.cache
+def _sources() -> bytes:
+    """A digest of the code, which decides what is compiled."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.digest()

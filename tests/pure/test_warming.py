@@ -1,0 +1,232 @@
+"""What is compiled before a call: the launches of its rehearsal, once for calls of a kind, and never in its way."""
+
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import distflash as df
+from distflash import warming
+from distflash.agreement import Agreement
+from distflash.call import Calls
+from distflash.exact import Exact
+from distflash.kernels import Kernel, Problem, Reference
+from distflash.kernels.base import KeyGradient
+from distflash.kernels.machine import MACHINES
+from distflash.specification import Specification, Tokens
+from distflash.transport import Alone, Silent
+
+META = torch.device("meta")
+ZIGZAG, RING, CAUSAL = df.Zigzag(), df.Ring(), df.Causal()
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Passing(Kernel):
+    """Notes the passes that it is asked for."""
+
+    passes: list = field(default_factory=list, compare=False, repr=False)
+
+    def not_supported_reasons(self, problem):
+        return []
+
+    def forward(self, q, keys, each, scores, into):
+        assert q.device == META and all(x.k.device == META for x in keys)
+        self.passes.append(("forward", each.sources))
+
+    def save(self, q, out, lse, dout, dlse):
+        self.passes.append(("save", dlse is not None))
+        return Reference().save(q, out, lse, dout, dlse)
+
+    def backward(self, saved, keys, each, scores, dq, dkv: KeyGradient):
+        assert dkv.dk.shape == keys.k.shape
+        self.passes.append(("backward", each.sources))
+
+
+def calls_of(world_size=2, rank=0, layout=ZIGZAG, schedule=RING, kernel=None):
+    transport = Silent(rank, world_size, META) if world_size > 1 else Alone(device=META)
+    return Calls(transport, layout, schedule.on((world_size,)), kernel, Agreement(transport, every_call=False))
+
+
+def asked(S=64, mask=CAUSAL, batch=1, dtype=torch.float32, needs_grad=True, **special):
+    problem = Problem(META, dtype, 4, 2, 16, 16, **special)
+    return Specification(problem, batch, Tokens(S, 0, S), Exact(mask), None, needs_grad)
+
+
+MASKS = [
+    df.Causal(),
+    df.Window(7),
+    df.Causal() & df.Documents([0, 10, 64]),
+    df.Causal() & (df.Window(7) | df.FirstTokens(4)),
+]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=repr)
+@pytest.mark.parametrize("schedule", [df.Ring(), df.AllGather(), df.Ulysses(), df.PassQuery()], ids=repr)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_rehearsal_makes_the_passes_of_the_call(world_size, schedule, mask):
+    for rank in range(world_size):
+        calls, kernel = calls_of(world_size, rank, schedule=schedule), Passing()
+        warming.Rehearsal(calls, kernel, asked(mask=mask, sinks=True))()
+        plan = calls.plan_on_host(Exact(mask), Tokens(64, 0, 64))
+        expected = {
+            direction: [each.sources for stage in stages for each in stage.passes]
+            for direction, stages in (("forward", plan.forward), ("backward", plan.backward))
+        }
+        made = {way: [sources for name, sources in kernel.passes if name == way] for way in expected}
+        assert made["forward"] == expected["forward"]
+        assert made["backward"] == 2 * expected["backward"]  # without a gradient of lse, and with one
+        assert {dlse for name, dlse in kernel.passes if name == "save"} <= {False, True}
+
+
+def test_a_rehearsal_of_a_forward_alone_has_no_backward():
+    kernel = Passing()
+    warming.Rehearsal(calls_of(), kernel, asked(needs_grad=False, alibi=True))()
+    assert {name for name, _ in kernel.passes} == {"forward"}
+
+
+def test_a_rehearsal_of_rows_and_chunks():
+    kernel, mask = Passing(), df.Rows([df.Causal(), df.Window(3)])
+    warming.Rehearsal(calls_of(), kernel, asked(mask=mask, batch=2))()
+    chunk = replace(asked(needs_grad=False), tokens=Tokens(64, 32, 32))
+    warming.Rehearsal(calls_of(), kernel, chunk)()
+    assert kernel.passes
+
+
+def test_calls_that_differ_in_data_are_of_one_kind():
+    def kind(calls=None, kernel=None, **options):
+        return warming.kind_of(calls or calls_of(), asked(**options), kernel or Reference())
+
+    def packed(*ends):
+        return df.Causal() & df.Documents([0, *ends])
+
+    assert kind(mask=packed(10, 64)) == kind(mask=packed(30, 40, 64)) == kind(mask=packed(10, 64), S=64)
+    assert kind(S=4096) == kind(S=4096 + 16) and kind(softcap=30.0) == kind(softcap=50.0)
+    others = [
+        kind(mask=packed(64)),
+        kind(),
+        kind(S=65),
+        kind(S=128),
+        kind(dtype=torch.bfloat16),
+        kind(needs_grad=False),
+        kind(sinks=True),
+        kind(softcap=30.0),
+        kind(batch=2),
+        kind(calls_of(4)),
+        kind(calls_of(layout=df.Striped())),
+        kind(calls_of(schedule=df.AllGather())),
+        kind(kernel=Passing()),
+    ]
+    assert len(set(others)) == len(others)
+
+
+@dataclass(frozen=True)
+class Compiled(Reference):
+    """Seems to have something to compile."""
+
+    def rehearsing(self, machine):
+        return self
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The specifications that would have been compiled, on a machine that seems to have a GPU."""
+    found = []
+    monkeypatch.setattr(warming, "machine_of", lambda device: MACHINES["sm_90"])
+    monkeypatch.setattr(warming, "compile_all", lambda work, machine: found.append(work.specification) or ())
+    return found
+
+
+def on_gpu(specification):
+    return replace(specification, problem=replace(specification.problem, device=torch.device("cuda", 0)))
+
+
+def test_each_kind_is_compiled_once_and_only_for_gpus(compiled):
+    made, calls = warming.Warming(), calls_of()
+    for specification in (asked(), on_gpu(asked(batch=0))):
+        made.before(calls, specification, Compiled())
+    made.before(calls, on_gpu(asked()), Reference())
+    assert not compiled
+    for specification in (asked(), asked(), asked(dtype=torch.bfloat16)):
+        made.before(calls, on_gpu(specification), Compiled())
+    assert [each.problem.dtype for each in compiled] == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("fails", ["raises", "says"])
+def test_a_call_goes_on_where_nothing_could_be_compiled(compiled, monkeypatch, caplog, fails):
+    def compile_all(work, machine):
+        if fails == "raises":
+            raise OSError("no more processes")
+        return ("no more processes",)
+
+    monkeypatch.setattr(warming, "compile_all", compile_all)
+    with caplog.at_level(logging.WARNING, "distflash"):
+        warming.Warming().before(calls_of(), on_gpu(asked()), Compiled())
+    assert "compiled when they are first launched, and not before: no more processes" in caplog.text
+
+
+def test_a_specification_is_warmed_before_ranks_compare_it():
+    seen = []
+
+    class Transport(Silent):
+        def gather_ints(self, values):
+            seen.append("compared")
+            return super().gather_ints(values)
+
+    transport = Transport(0, 2, torch.device("cpu"))
+    agreement = Agreement(transport, every_call=False)
+    calls = Calls(transport, df.Zigzag(), df.Ring(), Reference(), agreement, lambda *_: seen.append("warmed"))
+    recipe = calls.recipe(df.Causal(), warming.Numbers())
+    q, k, v = (torch.zeros(1, 32, heads, 16) for heads in (4, 2, 2))
+    for _ in range(2):
+        recipe.forward(q, k, v, warming.Given((64, 0, -1)), True)
+    assert seen == ["warmed", "compared"]
+
+
+def test_warm_up_takes_what_attention_takes():
+    cp = df.ContextParallel(Alone())
+    cp.warm_up((1, 64, 4, 16), (1, 64, 2, 16), mask=df.Causal())
+    for arguments, problem in (
+        (((1, 64, 4, 16), (1, 64, 3, 16)), "heads"),
+        (((1, 64, 4), (1, 64, 2)), "q"),
+        (((1, 64, 4, 16), (1, 64, 2, 16), None, torch.float32, df.Documents([0, 10])), "seq_len=10"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            cp.warm_up(*arguments)
+
+
+@pytest.mark.timeout(300)
+def test_what_was_compiled_without_a_gpu_is_what_a_call_launches(tmp_path):
+    """In a process of its own, since in this one triton may interpret."""
+    code = """
+        import os, sys, torch
+        import distflash as df
+        from distflash.__main__ import main
+        options = "compile --gpu sm_90 --ranks 2 --seq-lens 256 --heads 2 --kv-heads 1 --head-dim 32 --dtype float32"
+        assert main(options.split()) == 0
+        folder = os.environ["TRITON_CACHE_DIR"]
+        before = set(os.listdir(folder))
+        assert main(options.split()) == 0 and len(before) > 4
+        from benchmarks import stub
+        stub.start()
+        for rank in range(2):
+            transport = df.transport.Silent(rank, 2, torch.device("cpu"))
+            cp = df.ContextParallel(transport, kernel=stub.KERNELS["triton"])
+            q, k, v = (torch.zeros(1, 128, heads, 32, requires_grad=True) for heads in (2, 1, 1))
+            out, lse = df.attention(q, k, v, mask=df.Causal(), cp=cp, return_lse=True)
+            torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
+            torch.autograd.grad(df.attention(q, k, v, mask=df.Causal(), cp=cp).sum(), (q, k, v))
+        print("new:", set(os.listdir(folder)) - before)
+    """
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280, env=variables, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "new: set()", done.stdout + done.stderr

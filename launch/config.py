@@ -13,6 +13,8 @@ from typing import Literal
 
 from launch.options import Placed, positive, printable, require
 
+VOCABULARY = 256  # bytes; text has no byte 0, so that one separates documents
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -100,7 +102,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(Placed):
-    """Train a byte-level decoder with every sequence sharded over all ranks, or over those of a data-parallel group."""
+    """Train a byte-level decoder with every sequence sharded over all ranks, or over those of a data-parallel group.
+
+    The defaults take about 3 minutes on two CPU cores, with two ranks.
+    """
 
     data: Path | None = None
     """A text file, or a folder whose text files are read in the order of their paths. Left out: the source of the
@@ -118,7 +123,7 @@ class TrainConfig(Placed):
     """Optimizer steps of the whole run, those before a resume included."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data. It does not depend on the number of ranks."""
-    layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
+    layout: Literal["zigzag", "contiguous", "striped", "balanced"] = "zigzag"
     """Which positions a rank holds. zigzag and striped balance the work of a causal mask."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. auto: the GPUs if there are any."""
@@ -164,3 +169,8 @@ class TrainConfig(Placed):
         require(shown == str(self.out), "--out", shown, "a name in UTF-8")
         require(not (self.resume and self.overwrite), "--resume", "--overwrite beside it", "one of the two")
         self.check_device()
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries of the model's vocabulary."""
+        return VOCABULARY

@@ -21,9 +21,9 @@ from launch.checkpoint import checkpoints_of
 from launch.data import Corpus
 from launch.deepspeed_checkpoint import check_engine, load_checkpoint, save_checkpoint, writer_of
 from launch.deepspeed_config import DeepSpeedConfig
-from launch.loop import StopSignals, loop
+from launch.loop import AfterStep, StopSignals, loop
 from launch.model import Decoder, loss_sum
-from launch.optimizer import adamw, learning_rate
+from launch.optimizer import adamw, share_of_lr
 from launch.pipeline import pipeline_layers
 from launch.reporting import Metrics, Reporter, plot_loss
 from launch.step import Step
@@ -75,7 +75,8 @@ def train(config: DeepSpeedConfig, corpus: Corpus, device: torch.device) -> int:
         report.print(job.describe(first))
         if job.verified is not None:
             show(job.verified, report)
-        loop(config, first, job.step, partial(save_checkpoint, job.engine), writer, report, stop)
+        after = AfterStep(config, partial(save_checkpoint, job.engine), writer, report, stop)
+        loop(first, config.steps, job.step, after)
     if lead:
         print(f"loss plot: {plot_loss(config.out, title(config, job.topology.cp))}", flush=True)
     return 0
@@ -112,7 +113,7 @@ class Job:
             model=model,
             config=config.for_deepspeed(),
             optimizer=adamw(model, config.optimizer),
-            lr_scheduler=partial(LambdaLR, lr_lambda=partial(share_of_lr, config)),
+            lr_scheduler=partial(LambdaLR, lr_lambda=partial(share_of_lr, config.optimizer, steps=config.steps)),
         )
         check_engine(engine)
         return cls(config, corpus, device, topology, engine, parameters, verified)
@@ -182,8 +183,3 @@ def pipeline(decoder: Decoder, topology: dfd.Topology, config: DeepSpeedConfig) 
         activation_checkpoint_func=checkpoint,
         checkpointable_layers=[dfd.DecoderBlock.__name__],
     )
-
-
-def share_of_lr(config: DeepSpeedConfig, step: int) -> float:
-    # The scheduler asks for the step after the last, too.
-    return learning_rate(config.optimizer, min(step, config.steps - 1), config.steps) / config.optimizer.lr

@@ -52,11 +52,16 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> int:
 
 def agree(config: EvaluateConfig, trained: Trained) -> Job:
     """Open the text and look at the output folder; a Refused on all ranks where any refuses or reads other text."""
-    length = config.trained_seq_len or trained_length(trained.choice)
-    seq_len = config.seq_len or (None if length is None else 2 * length)
+    source, told = trained.choice.source, trained_length(trained.choice)
+    if None not in (told, config.trained_seq_len) and told != config.trained_seq_len:
+        raise Refused(
+            f"--trained-seq-len: got {config.trained_seq_len}, but {source} was trained with {told}; leave it out, and "
+            "pass --seq-len for other lengths"
+        )
+    seq_len = config.seq_len or (None if told is None else 2 * told)
     if seq_len is None:
-        source = trained.choice.source
         raise Refused(f"--seq-len: {source} does not say with what length it was trained; give --seq-len")
+    length = told or config.trained_seq_len
     out = config.out or trained.choice.source.parent.parent
 
     def look() -> tuple[Corpus, str]:

@@ -18,9 +18,8 @@ from launch.config import ModelConfig, TrainConfig, require
 from launch.manifest import check
 from launch.together import Refused, together
 from launch.trainer import build, mesh_of
+from launch.uptrain_config import Method
 from launch.weights import WRITER, load_state, read_whole, save_state
-
-Method = Literal["mean", "first", "random"]
 
 
 def source_of(path: Path) -> Path:

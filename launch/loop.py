@@ -3,6 +3,7 @@
 import math
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -33,37 +34,48 @@ class StopSignals:
         return bool(asked.item())
 
 
-def loop(
-    config: TrainConfig,
-    first: int,
-    step: Callable[[int], Metrics],
-    save: Callable[[Path], None],
-    writer: str,
-    report: Reporter,
-    stop: StopSignals,
-) -> None:
-    """Make the steps from `first` on, and the checkpoints that are due. All ranks call.
+@dataclass
+class AfterStep:
+    """What follows each step, in this order: its report, a checkpoint if one is due, and whether the run goes on.
 
-    Raises:
-        NotFinite: on every rank, at the first step whose loss or gradient is not finite.
+    save: writes weights and state to a folder. writer: the program, as checkpoints name it.
     """
-    checkpoints, proven = checkpoints_of(config), False
-    for number in range(first, config.steps):
-        metrics = step(number)
+
+    config: TrainConfig
+    save: Callable[[Path], None]
+    writer: str
+    report: Reporter
+    stop: StopSignals
+    _proven: bool = False  # whether the newest checkpoint is known to be sound
+
+    def __call__(self, metrics: Metrics) -> bool:
+        """Whether a signal ends the run here. All ranks call.
+
+        Raises:
+            NotFinite: on every rank, where the loss or the gradient of the step is not finite.
+        """
+        config, done, checkpoints = self.config, metrics.step, checkpoints_of(self.config)
         check_finite(metrics, checkpoints)
-        if not proven:
+        if not self._proven:
             on_lead(checkpoints.prune)
-            proven = True
-        report.step(metrics)
-        stopped, done = stop.agreed(), number + 1
+            self._proven = True
+        self.report.step(metrics)
+        stopped = self.stop.agreed()
         due = config.checkpoint_every and done % config.checkpoint_every == 0
         if stopped or due or done == config.steps:
-            with checkpoints.writing(done, config.model, writer, config.seq_len) as folder:
-                save(folder)
-            report.print(f"checkpoint: {checkpoints.folder / f'step-{done:08d}'}")
-            proven = False
+            with checkpoints.writing(done, config.model, self.writer, config.seq_len) as folder:
+                self.save(folder)
+            self.report.print(f"checkpoint: {checkpoints.folder / f'step-{done:08d}'}")
+            self._proven = False
         if stopped:
-            report.print(f"stopped by a signal after step {done}; --resume continues")
+            self.report.print(f"stopped by a signal after step {done}; --resume continues")
+        return stopped
+
+
+def loop(first: int, steps: int, step: Callable[[int], Metrics], after: AfterStep) -> None:
+    """Make the steps from `first` on. All ranks call; raises as `AfterStep`."""
+    for number in range(first, steps):
+        if after(step(number)):
             break
 
 

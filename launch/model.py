@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import distflash as df
-from launch.config import ModelConfig
-
-VOCABULARY = 256  # bytes; text has no byte 0, so that one separates documents
+from launch.config import VOCABULARY, ModelConfig
 
 
 class RMSNorm(nn.Module):
@@ -127,7 +125,7 @@ def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def flops_per_token(config: ModelConfig, seq_len: int, vocabulary: int = VOCABULARY) -> float:
     """FLOPs that training needs for one token, averaged over a causal sequence of `seq_len` tokens.
 
     Forward costs 2 for every weight of a matrix (the embedding is a look-up) and 4 * head_dim for every head and every
@@ -136,7 +134,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """
     q_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
     attention = config.dim * (2 * q_dim + 2 * kv_dim)
-    weights = config.layers * (attention + 3 * config.dim * config.ffn_dim) + config.dim * VOCABULARY
+    weights = config.layers * (attention + 3 * config.dim * config.ffn_dim) + config.dim * vocabulary
     pairs_per_token = (seq_len + 1) / 2
     forward = 2 * weights + config.layers * 4 * q_dim * pairs_per_token
     return 3 * forward

@@ -19,6 +19,11 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
 
 
+def share_of_lr(config: OptimizerConfig, step: int, steps: int) -> float:
+    """`learning_rate` as a share of the highest. Schedulers ask for that of the step after the last, too."""
+    return learning_rate(config, min(step, steps - 1), steps) / config.lr
+
+
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves the gains of the norms alone."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]

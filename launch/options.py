@@ -86,6 +86,7 @@ class Placed:
 
     def make_layout(self) -> df.Layout:
         layouts: dict[str, df.Layout] = {
+            "balanced": df.Balanced(df.Causal()),
             "zigzag": df.Zigzag(),
             "contiguous": df.Contiguous(),
             "striped": df.Striped(),

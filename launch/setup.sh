@@ -22,11 +22,11 @@ require_python() { # interpreter
 
 # All that an installation depends on; a moved clone counts, since a venv holds absolute paths.
 fingerprint() { # interpreter
-    { pwd; "$1" -V; printf '%s\n' "${constraints[@]}"; cat setup.cfg pyproject.toml launch/constraints-cpu.txt; } | cksum
+    { pwd; "$1" -V; printf '%s\n' "${constraints[@]}"; cat setup.cfg setup.py pyproject.toml launch/constraints-cpu.txt; } | cksum
 }
 
 install() { # pip options
-    .venv/bin/python -m pip install -qq -e '.[train,test,dev]' "$@"
+    .venv/bin/python -m pip install -qq -e '.[train,test,dev,docs]' "$@"
 }
 
 set_up_venv() {

@@ -4,15 +4,11 @@ torchrun --standalone --nproc-per-node 2 launch/train.py --seq-len 2048
 python launch/train.py                                                      # one rank, no launcher
 """
 
-import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # A script's own folder leads the path: there the modules beside this one would be `data`, `model` and so on, in the
-    # way of others. From the repository's root they are `launch.data` and `launch.model`.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+def job() -> int:
     from launch.config import TrainConfig
     from launch.options import parse
 
@@ -20,8 +16,14 @@ if __name__ == "__main__":
 
     from launch.trainer import main
 
-    code = main(config)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Threads of torch's communication and of autograd outlive the group now and then, and abort an ordinary exit.
-    os._exit(code)
+    return main(config)
+
+
+if __name__ == "__main__":
+    # A script's own folder leads the path: there the modules beside this one would be `data`, `model` and so on, in the
+    # way of others. From the repository's root they are `launch.data` and `launch.model`.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+    from launch.process import end_with
+
+    end_with(job)

@@ -10,19 +10,24 @@ import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # As in train.py: modules are found from the repository's root, and an ordinary exit is not waited for.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+def job() -> int:
     from launch.deepspeed_config import DeepSpeedConfig
     from launch.options import parse
 
-    config = parse(DeepSpeedConfig, None)
+    config = parse(DeepSpeedConfig, None)  # before torch is loaded: `--help` needs none
     os.environ["DS_ACCELERATOR"] = config.device_type  # which DeepSpeed reads when it is imported
 
     from launch.deepspeed_trainer import main
 
-    code = main(config)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    return main(config)
+
+
+if __name__ == "__main__":
+    # A script's own folder leads the path: there the modules beside this one would be `data`, `model` and so on, in the
+    # way of others. From the repository's root they are `launch.data` and `launch.model`.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+    from launch.process import end_with
+
+    end_with(job)

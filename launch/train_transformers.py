@@ -1,4 +1,4 @@
-"""Train a Llama of Transformers with FSDP2 and every sequence spread over ranks. `--help` lists the options.
+"""Train a Llama of Transformers with its Trainer and every sequence spread over ranks. `--help` lists the options.
 
 torchrun --standalone --nproc-per-node 2 launch/train_transformers.py --seq-len 2048          # 2 CPU processes or GPUs
 torchrun --standalone --nproc-per-node 2 launch/train_transformers.py --seq-len 262144 --batch-size 1 --layers 16 \
@@ -6,17 +6,26 @@ torchrun --standalone --nproc-per-node 2 launch/train_transformers.py --seq-len 
     --log-every 1 --checkpoint-activations                       # 1.2 B parameters; add --attention torch to compare
 """
 
-import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # As in train.py: modules are found from the repository's root, and an ordinary exit is not waited for.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+def job() -> int:
+    from launch.options import parse
+    from launch.transformers_config import TransformersConfig
+
+    config = parse(TransformersConfig, None)  # before torch is loaded: `--help` needs none
 
     from launch.transformers_trainer import main
 
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    return main(config)
+
+
+if __name__ == "__main__":
+    # A script's own folder leads the path: there the modules beside this one would be `data`, `model` and so on, in the
+    # way of others. From the repository's root they are `launch.data` and `launch.model`.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+    from launch.process import end_with
+
+    end_with(job)

@@ -17,7 +17,7 @@ from launch.checkpoint import Choice, checkpoints_of
 from launch.config import TrainConfig
 from launch.data import Corpus, open_corpus
 from launch.fsdp import ShardedGradients, shard_model
-from launch.loop import StopSignals, loop
+from launch.loop import AfterStep, StopSignals, loop
 from launch.model import Decoder, flops_per_token
 from launch.optimizer import Gradients, adamw, learning_rate
 from launch.options import Placed, require
@@ -161,7 +161,8 @@ def train(config: TrainConfig, corpus: Corpus, device: torch.device, watch: Watc
             return metrics
 
         watch(model, forward_backward, first)
-        loop(config, first, step, partial(save_state, model=model, optimizer=optimizer), WRITER, report, stop)
+        save = partial(save_state, model=model, optimizer=optimizer)
+        loop(first, config.steps, step, AfterStep(config, save, WRITER, report, stop))
     if lead:
         print(f"loss plot: {plot_loss(config.out, title(config, cp))}")
         if verified is not None:
@@ -216,7 +217,7 @@ def metrics_of(
 ) -> Metrics:
     """What is reported of a step 0, 1, ... of all ranks together that took so many seconds."""
     tokens = config.batch_size * config.seq_len
-    flops = tokens * flops_per_token(config.model, config.seq_len)
+    flops = tokens * flops_per_token(config.model, config.seq_len, config.vocabulary)
     return Metrics(
         step=step + 1,
         loss=loss,
@@ -241,7 +242,7 @@ def prepare_out(config: TrainConfig, choice: Choice | None) -> None:
 
 
 def describe(config: TrainConfig, corpus: Corpus, parameters: int, cp: df.ContextParallel, first: int) -> str:
-    flops = flops_per_token(config.model, config.seq_len)
+    flops = flops_per_token(config.model, config.seq_len, config.vocabulary)
     lines = [
         f"data: {len(corpus.files)} documents, {corpus.size / 1e6:.1f} MB",
         f"model: {parameters / 1e6:.2f} M parameters, {flops / 1e6:.1f} MFLOP a token",

@@ -1,201 +1,224 @@
-"""A Llama of Transformers with FSDP2 over data x context. Options, data and reports are those of the main job."""
+"""A Llama of Transformers under `dft.Trainer`. Options, data, reports and checkpoints are those of the main job.
+
+The trainer makes the steps. Around them are callbacks: before the first one the weights of a checkpoint and --verify,
+after each one what follows a step in every job.
+"""
 
 import os
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from tyro.conf import Suppress
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, SequentialSampler, default_collate
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 import distflash as df
-from launch.checkpoint import checkpoints_of
-from launch.config import TrainConfig, require
+from distflash.integrations import transformers as dft
+from launch.checkpoint import Choice, checkpoints_of
 from launch.data import Corpus
-from launch.fsdp import whole
-from launch.loop import check_finite
-from launch.model import VOCABULARY, flops_per_token
-from launch.optimizer import adamw, learning_rate
-from launch.options import parse
+from launch.loop import AfterStep, StopSignals
+from launch.optimizer import share_of_lr
 from launch.reporting import Metrics, Reporter, peak_memory_gib, plot_loss
 from launch.together import on_lead
-from launch.trainer import prepare_out, ranks_of, run
-from launch.transformers_model import (
-    Attention,
-    CausalLM,
-    DistflashAttention,
-    Shape,
-    TorchAttention,
-    Unsharded,
-    checkpoint_layers,
-    shard_model,
-)
+from launch.torch_attention import TorchAttention
+from launch.trainer import describe, mesh_of, metrics_of, prepare_out, run
+from launch.transformers_config import TransformersConfig
+from launch.transformers_model import Llama, build, unsharded
 from launch.verify import show, verify_run
+from launch.weights import load_state, save_state
 
+WRITER = "launch/train_transformers.py"
 # Steps that are left out of the rate: memory pools grow and kernels are compiled.
 WARM_UP = 2
 
 
-@dataclass(frozen=True)
-class TransformersConfig(TrainConfig):
-    """Train a randomly initialised Llama of Transformers: FSDP2 over all ranks, each sequence over some or all."""
-
-    out: Path = Path("runs/transformers")
-    """Folder of the run: metrics.jsonl and loss.png."""
-    attention: Literal["distflash", "torch"] = "distflash"
-    """distflash, or for comparison torch's own context parallelism: on GPUs, sequences that twice the ranks divide."""
-    vocab_size: int = VOCABULARY
-    """Entries of the vocabulary. Bytes use 256; more make embedding, logits and loss as large as with a tokenizer."""
-    loss_chunk: int = 4096
-    """Tokens of each sequence whose logits are computed at a time, and again in backward. 0: all of them once."""
-    repeat_kv: bool = False
-    """Beside --attention torch: give every query head its own keys and values."""
-
-    # What the main job has and this one has not.
-    fsdp: Suppress[bool] = True
-    resume: Suppress[bool] = False
-    overwrite: Suppress[bool] = False
-    checkpoint_every: Suppress[int] = 0
-    keep_checkpoints: Suppress[int] = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.vocab_size >= VOCABULARY, "--vocab-size", self.vocab_size, f"at least {VOCABULARY}")
-        require(self.loss_chunk >= 0, "--loss-chunk", self.loss_chunk, "0 or more tokens")
-        require(
-            self.attention == "torch" or not self.repeat_kv, "--repeat-kv", "it alone", "--attention torch beside it"
-        )
-        if self.attention == "torch":
-            require(not self.verify, "--verify", "--attention torch beside it", "--attention distflash")
-            pieces = 2 * int(os.environ.get("WORLD_SIZE", 1)) // self.data_parallel
-            require(self.device_type == "cuda", "--attention", "torch on CPUs", "GPUs, or --attention distflash")
-            require(self.seq_len % max(1, pieces) == 0, "--seq-len", self.seq_len, f"a multiple of {pieces} for torch")
-            require(self.layout == "zigzag", "--layout", self.layout, "zigzag, the only one that torch has")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the job and return the exit code: 0 done, else that of `launch.together`."""
-    config = parse(TransformersConfig, arguments)
+def main(config: TransformersConfig) -> int:
+    """Run the job and return the exit code: 0 done or stopped by a signal, else that of `launch.together`."""
     return run(config, lambda corpus, device: train(config, corpus, device))
 
 
 def train(config: TransformersConfig, corpus: Corpus, device: torch.device) -> int:
-    mesh = init_device_mesh(
-        device.type,
-        (config.data_parallel, dist.get_world_size() // config.data_parallel),
-        mesh_dim_names=("data", "context"),
-    )
-    everyone = mesh["data", "context"]._flatten("ranks")
+    stop, lead = StopSignals(device), dist.get_rank() == 0
+    config = replace(config, fsdp=device.type == "cuda" and "LOCAL_RANK" in os.environ)  # as accelerate has it
+    choice = checkpoints_of(config).choose(config.model, WRITER) if config.resume else None
+    on_lead(lambda: prepare_out(config, choice))
+    first = choice.step if choice else 0
+    mesh = mesh_of(config, device)
     cp = df.ContextParallel(mesh["context"], layout=config.make_layout())
-    ours = config.attention == "distflash"
-    attention = DistflashAttention(cp) if ours else TorchAttention(mesh["context"], config.repeat_kv)
-    model = build(config, attention, everyone, device)
-    optimizer = adamw(model, config.optimizer)
-    step = Step(config, corpus, device, cp, attention, everyone, (mesh.get_local_rank("data"), config.data_parallel))
-
-    lead, made = dist.get_rank() == 0, []
-    on_lead(lambda: prepare_out(config, None))
-    with Reporter(config, first_step=0, active=lead) as report:
-        report.print(describe(config, model, cp, device))
-        if config.verify:
-            show(verify_run(partial(step.run, model), model.model.model, cp, 0, None), report)
-        for number in range(config.steps):
-            made.append(step(model, optimizer, number))
-            check_finite(made[-1], checkpoints_of(config))
-            report.step(made[-1])
-        report.print(summary(made, device))
+    attention = TorchAttention(mesh["context"], config.repeat_kv) if config.attention == "torch" else None
+    if attention is None:
+        dft.register(cp)
+    model = build(config, attention, device)
+    with Reporter(config, first_step=first, active=lead) as report:
+        report.print(describe(config, corpus, sum(p.numel() for p in model.parameters()), cp, first))
+        job = JobTrainer(config, Sequences(config, corpus, first), model, cp, attention)
+        steps = Steps(job, device, choice, AfterStep(config, job.save, WRITER, report, stop))
+        job.add_callback(steps)
+        if first < config.steps:
+            job.train()
+            report.print(summary(steps.made, device))
     if lead:
-        plot_loss(
-            config.out, f"Llama of Transformers, {config.attention}, {config.batch_size} x {config.seq_len} tokens"
-        )
+        title = f"Llama of Transformers, {config.attention}, {config.batch_size} x {config.seq_len} tokens"
+        print(f"loss plot: {plot_loss(config.out, title)}", flush=True)
     return 0
 
 
-def build(config: TransformersConfig, attention: Attention, mesh: DeviceMesh, device: torch.device) -> CausalLM:
-    torch.manual_seed(config.seed)
-    with device:  # the same weights on every rank, of which FSDP leaves it a part
-        llama = Shape(config.model, config.vocab_size, config.seq_len).build(attention.name)
-    if config.model.checkpoint_activations:
-        checkpoint_layers(llama, *() if config.model.recompute_attention else (attention.keep,))
-    model = CausalLM(llama.train(), config.loss_chunk)
-    shard_model(model, mesh, config.compute_dtype)
-    return model
+class Sequences(Dataset[dict[str, Tensor]]):
+    """The sequences of all steps from `first` on, in their order."""
 
+    def __init__(self, config: TransformersConfig, corpus: Corpus, first: int) -> None:
+        self.config, self.corpus, self.first = config, corpus, first
 
-@dataclass(frozen=True)
-class Step:
-    """One step of the optimizer. share: (n, of), which part of the batch is this rank's."""
+    def __len__(self) -> int:
+        return (self.config.steps - self.first) * self.config.batch_size
 
-    config: TransformersConfig
-    corpus: Corpus
-    device: torch.device
-    cp: df.ContextParallel
-    attention: Attention
-    everyone: DeviceMesh
-    share: tuple[int, int]
-
-    def __call__(self, model: CausalLM, optimizer: torch.optim.Optimizer, number: int) -> Metrics:
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        """input_ids and shift_labels, int64 [S]."""
         config = self.config
-        begin = time.perf_counter()
-        loss = self.run(model, number, self.cp)
-        limit = config.optimizer.grad_clip
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else torch.inf))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, number, config.steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        numbers = loss.item(), norm.item()  # waits for the device, so the clock below sees the whole step
-        seconds = time.perf_counter() - begin
-        tokens = config.batch_size * config.seq_len
-        flops = flops_per_token(config.model, config.seq_len) + 6 * config.model.dim * (config.vocab_size - VOCABULARY)
-        return Metrics(
-            step=number + 1,
-            loss=numbers[0],
-            grad_norm=numbers[1],
-            lr=optimizer.param_groups[0]["lr"],
-            seconds=seconds,
-            tokens_per_second=tokens / seconds,
-            tflops_per_rank=tokens * flops / seconds / dist.get_world_size() / 1e12,
-            peak_memory_gib=peak_memory_gib(self.device),
-        )
-
-    def run(self, model: CausalLM, number: int, cp: df.ContextParallel | None) -> Tensor:
-        """The mean loss over all tokens of all ranks; the parameters have its gradient.
-
-        `cp=None`: this rank holds the whole batch, and attends by torch's own attention.
-        """
-        config = self.config
+        step, sequence = divmod(n, config.batch_size)
         tokens, labels = self.corpus.batch(
             seed=config.seed,
-            step=number,
+            step=self.first + step,
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             positions=torch.arange(config.seq_len),
-            share=self.share if cp is not None else (0, 1),
+            share=(sequence, config.batch_size),
         )
-        attention = self.attention if cp is not None else Unsharded(model.model)
-        with attention.shard(tokens.to(self.device), labels.to(self.device)) as (inputs, mine):
-            total = model(inputs, mine)
-            count = mine.numel()
-            loss = total / count if cp is None else cp.mean(total, count, reduction="mean", group=self.everyone)
-            loss.backward()
-        return loss.detach()
+        return {"input_ids": tokens[0], "shift_labels": labels[0]}
 
 
-def describe(config: TransformersConfig, model: CausalLM, cp: df.ContextParallel, device: torch.device) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return (
-        f"model: {parameters / 1e9:.3f} B parameters, attention {config.attention}\n"
-        f"ranks: {ranks_of(config, cp)}, {config.layout} layout, {config.batch_size} x {config.seq_len} tokens a step, "
-        f"{config.compute_dtype} on {kind}"
+class JobTrainer(dft.Trainer):
+    """The trainer with the job's order of the data, learning rate and precision."""
+
+    def __init__(
+        self,
+        config: TransformersConfig,
+        data: Sequences,
+        model: Llama,
+        cp: df.ContextParallel,
+        attention: TorchAttention | None,
+    ) -> None:
+        self.config, self.data, self.attention = config, data, attention
+        arguments = training_arguments(config, config.steps - data.first)
+        super().__init__(model, arguments, context_parallel=cp, train_dataset=data, data_collator=default_collate)
+        self.remove_callback(PrinterCallback)
+
+    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+        return SequentialSampler(self.data)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        config, first = self.config, self.data.first
+        rate = partial(share_of_lr, config.optimizer, steps=config.steps)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: rate(first + step))
+        return self.lr_scheduler
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.config.fsdp:  # gradients are added up in float32
+            policy = MixedPrecisionPolicy(param_dtype=self.config.compute_dtype, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        step = super().training_step
+        if self.attention is None:
+            return step(model, inputs, num_items_in_batch)
+        with self.attention.sharded(self._prepare_input(inputs), self.context_parallel) as part:
+            return step(model, part, num_items_in_batch)
+
+    @property
+    def body(self) -> nn.Module:
+        """The model without its head, whose weights are the embedding's."""
+        return self.accelerator.unwrap_model(self.model).model
+
+    def save(self, folder: Path) -> None:
+        save_state(folder, self.body, without_accelerate(self.optimizer))
+
+    def replay(self, step: int, cp: df.ContextParallel | None) -> Tensor:
+        """Forward and backward of a step; the mean loss over all tokens of all ranks, on each. As `df.verify` wants it.
+
+        `cp=None`: this rank holds the whole batch, and attends by torch's own attention.
+        """
+        config, ranks = self.config, self.data_ranks
+        size = config.batch_size // (1 if cp is None else ranks.count)
+        begin = step * config.batch_size + (0 if cp is None else ranks.rank * size)
+        batch = default_collate([self.data[begin + n] for n in range(size)])
+        if cp is None:
+            whole = self._prepare_input(batch)
+            with unsharded(self.accelerator.unwrap_model(self.model)):
+                loss = self.model_wrapped(**whole, num_items_in_batch=whole["shift_labels"].numel()).loss
+                self.accelerator.backward(loss)
+            return loss.detach()
+        [batch], count = self.get_batch_samples(iter([batch]), 1, self.args.device)
+        loss = self.training_step(self.model_wrapped, batch, count)
+        return cp.mean(loss, 1, reduction="mean", group=dist.group.WORLD)
+
+
+def without_accelerate(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def training_arguments(config: TransformersConfig, steps: int) -> TrainingArguments:
+    optimizer = config.optimizer
+    fsdp = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    return TrainingArguments(
+        str(config.out),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size // config.data_parallel,
+        optim="adamw_torch",
+        learning_rate=optimizer.lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        max_grad_norm=optimizer.grad_clip,
+        seed=config.seed % 2**32,
+        use_cpu=config.device_type == "cpu",
+        bf16=config.compute_dtype == torch.bfloat16 and not config.fsdp,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # which would show another number in its place
+        save_strategy="no",
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=config.device_type == "cuda",
+        **({"fsdp": "full_shard", "fsdp_config": fsdp} if config.fsdp else {}),
     )
+
+
+class Steps(TrainerCallback):
+    """What every job does before its first step and after each one."""
+
+    def __init__(self, job: JobTrainer, device: torch.device, choice: Choice | None, after: AfterStep) -> None:
+        self.job, self.device, self.choice, self.after = job, device, choice, after
+        self.made: list[Metrics] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        job = self.job
+        if self.choice:
+            load_state(self.choice.source, job.body, without_accelerate(job.optimizer))
+        if job.config.verify:
+            show(verify_run(job.replay, job.body, job.context_parallel, 0, None), self.after.report)
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.begin = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if "grad_norm" not in logs:  # of the whole run
+            return
+        seconds = time.perf_counter() - self.begin  # the loss that is logged has been waited for
+        number = self.job.data.first + state.global_step - 1
+        numbers = logs["loss"], float(logs["grad_norm"]), logs["learning_rate"]
+        self.made.append(metrics_of(self.job.config, self.device, number, *numbers, seconds))
+        if self.after(self.made[-1]):
+            control.should_training_stop = True
 
 
 def summary(made: list[Metrics], device: torch.device) -> str:

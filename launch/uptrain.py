@@ -4,19 +4,26 @@ torchrun --standalone --nproc-per-node 2 launch/uptrain.py --source runs/train -
 python launch/uptrain.py --source runs/train --kv-heads 2 --compare                 # one rank, no launcher
 """
 
-import os
 import sys
 from pathlib import Path
+
+
+def job() -> int:
+    from launch.options import parse
+    from launch.uptrain_config import UptrainConfig
+
+    config = parse(UptrainConfig, None)  # before torch is loaded: `--help` needs none
+
+    from launch.uptraining import main
+
+    return main(config)
+
 
 if __name__ == "__main__":
     # A script's own folder leads the path: there the modules beside this one would be `data`, `model` and so on, in the
     # way of others. From the repository's root they are `launch.data` and `launch.model`.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    from launch.uptraining import main
+    from launch.process import end_with
 
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Threads of torch's communication and of autograd outlive the group now and then, and abort an ordinary exit.
-    os._exit(code)
+    end_with(job)

@@ -6,20 +6,19 @@ after an interruption too, and what it writes is read by all that reads checkpoi
 
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tyro.conf import Suppress
 
 from launch.checkpoint import checkpoints_of, step_of
-from launch.config import ModelConfig, TrainConfig, positive, require
+from launch.config import ModelConfig, require
 from launch.data import Corpus
-from launch.grouping import Method, open_source, write_grouped
+from launch.grouping import open_source, write_grouped
 from launch.held_out import HeldOut, open_on_all, plot_curves, read_curve
-from launch.options import parse
 from launch.together import gather, on_lead, together
 from launch.trainer import check_out, no_watch, prepare_out, run, train
+from launch.uptrain_config import Method, UptrainConfig
 
 # What `--compare` trains: without a change, then by each method.
 COMPARED: dict[str, Method | None] = {
@@ -31,56 +30,6 @@ COMPARED: dict[str, Method | None] = {
 
 
 @dataclass(frozen=True)
-class UptrainConfig(TrainConfig):
-    """Give a checkpoint of launch/train.py fewer key heads, and train it on for a share of its steps."""
-
-    source: Path = field(kw_only=True)
-    """The --out of a run of launch/train.py, of which the newest checkpoint is taken, or one of its step-* folders."""
-    kv_heads: int = field(kw_only=True)
-    """Key and value heads afterwards: a divisor of the query heads, and fewer than the source has."""
-    method: Method = "mean"
-    """What a new key head is: the mean of those of its group of query heads, the first of them, or drawn anew."""
-    share: float = 0.1
-    """Steps to train on for, as a share of those that the source has made. The learning rate warms up and falls again
-    over them, and moments and step counts of keys and values begin anew."""
-    compare: bool = False
-    """Uptrain by all three methods, and the source as it is, each in a folder of --out; the held-out losses against
-    steps are in compare.json and compare.png. With --resume it goes on where it was stopped."""
-    held_out: Path | None = None
-    """Text that the source was not trained on, as --data: its loss is measured on the way, and kept in held_out.json.
-    Left out: with --compare the tests of the running Python's standard library, which the default of --data has not."""
-    held_out_batches: int = 8
-    """Batches of held-out text that are read each time."""
-    held_out_points: int = 10
-    """How often it is measured on the way, beside at once."""
-    seed: int = 1
-    """Seed of the order of the data, and of heads that are drawn. Give another one than the source had: with its own,
-    the text of its first steps comes once more."""
-    out: Path = Path("runs/uptrain")
-    """Folder of the run: metrics.jsonl, loss.png and checkpoints, the first of them at once."""
-    checkpoint_activations: bool = False
-    """As in launch/train.py: keep only the input of each block and the result of its attention."""
-    recompute_attention: bool = False
-    """Beside --checkpoint-activations: recompute attention too."""
-
-    # Known from the source.
-    model: Suppress[ModelConfig] = field(default_factory=ModelConfig)
-    steps: Suppress[int] = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("--share", self.share)
-        for name in ("held_out_batches", "held_out_points"):
-            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')}", getattr(self, name), "at least 1")
-        require(
-            not (self.compare and self.data is not None and self.held_out is None),
-            "--compare",
-            "--data without --held-out beside it",
-            "text for --held-out that --data does not have",
-        )
-
-
-@dataclass(frozen=True)
 class Source:
     """What is uptrained: a checkpoint, the steps that it has made, and its model."""
 
@@ -89,9 +38,8 @@ class Source:
     shape: ModelConfig
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(config: UptrainConfig) -> int:
     """Run the job and return the exit code: 0 done or stopped by a signal, else that of `launch.together`."""
-    config = parse(UptrainConfig, arguments)
     # A comparison has its checkpoints in folders of --out, each of which is looked at by itself.
     whole = replace(config, resume=False) if config.compare else config
     return run(whole, lambda corpus, device: uptrain(config, corpus, device))

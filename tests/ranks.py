@@ -14,7 +14,7 @@ import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -56,10 +56,11 @@ class Ranks:
     Args:
         backend: "gloo", or "nccl", where rank n takes GPU n; ranks beyond the last GPU begin anew with the first.
         timeout: seconds that a call of `run` may take.
+        preload: further modules that ranks begin with. The first `Ranks` of a process decide.
     """
 
-    def __init__(self, count: int, backend: str, timeout: float = 60.0) -> None:
-        self.count, self.backend, self.timeout = count, backend, timeout
+    def __init__(self, count: int, backend: str, timeout: float = 60.0, preload: Sequence[str] = ()) -> None:
+        self.count, self.backend, self.timeout, self.preload = count, backend, timeout, preload
         self._workers: list[_Worker] = []
 
     def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -103,7 +104,7 @@ class Ranks:
     def _start(self) -> None:
         # A fork server that has loaded torch, but no CUDA, starts a rank in a tenth of a second.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["distflash", "tests.dense"])
+        context.set_forkserver_preload(["distflash", "tests.dense", *self.preload])
         store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.count):
             ours, theirs = context.Pipe()

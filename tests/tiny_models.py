@@ -118,6 +118,11 @@ CONFIGS_OF_HYBRIDS = {
         "qwen3_next": dict(
             **SMALL,
             **dict(layer_types=_TWO, mlp_only_layers=[0, 1]),
+            **dict(linear_num_key_heads=6, linear_num_value_heads=12, linear_key_head_dim=8, linear_value_head_dim=8),
+        ),
+        "qwen3_5_text": dict(
+            **SMALL,
+            layer_types=_TWO,
             **dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8),
         ),
         "lfm2": dict(**SMALL, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, conv_bias=True),
@@ -134,7 +139,7 @@ CONFIGS_OF_HYBRIDS = {
         ),
         "nemotron_h": dict(
             **{**SMALL, "num_hidden_layers": 3, "layers_block_type": ["mamba", "attention", "mlp"]},
-            **dict(mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=1, chunk_size=8),
+            **dict(mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=2, chunk_size=8),
         ),
         "granitemoehybrid": dict(
             **SMALL,
@@ -143,8 +148,25 @@ CONFIGS_OF_HYBRIDS = {
         ),
         "recurrent_gemma": dict(**SMALL, block_types=["recurrent", "attention"], lru_width=32, attention_window_size=6),
         "mamba": dict(**_NO_ATTENTION, state_size=8),
-        "mamba2": dict(**_NO_ATTENTION, state_size=8, num_heads=4, head_dim=16, n_groups=1, chunk_size=8),
+        "mamba2": dict(
+            **_NO_ATTENTION, **dict(state_size=8, num_heads=6, head_dim=16, expand=3, n_groups=1, chunk_size=8)
+        ),
         "falcon_mamba": dict(**_NO_ATTENTION, state_size=8),
+        "rwkv": dict(**_NO_ATTENTION, attention_hidden_size=32),
+        "zamba": dict(
+            **{**SMALL, "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
+            **dict(mamba_d_state=8, mamba_dt_rank=4, n_mamba_heads=2),
+        ),
+        "minimax": dict(
+            **SMALL,
+            **dict(layer_types=_TWO, num_local_experts=2, num_experts_per_tok=2, block_size=8),
+            experts_implementation="eager",  # others have no float64
+        ),
+        "zaya": dict(
+            **SMALL,
+            **dict(cca_time0=3, cca_time1=2, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8),
+            **dict(eos_token_id=2, experts_implementation="eager"),
+        ),
     }.items()
 }
 

@@ -32,6 +32,7 @@ class Run:
     """What is trained, then how it is spread over ranks. options: further arguments of the trainer.
 
     batch: sequences of a micro-batch, of all data ranks together. stream: whether the data set is an iterable one.
+    rounded: whether frozen weights have values of bfloat16; kept: whether they are kept in it, as 16-bit bases are.
     """
 
     options: tuple[tuple[str, Any], ...] = ()
@@ -43,6 +44,8 @@ class Run:
     family: str = "llama"
     padded: bool = False
     lora: bool = False
+    rounded: bool = False
+    kept: bool = False
     stream: bool = False
 
     data: int = 1
@@ -137,6 +140,10 @@ def make_model(run: Run, attention: str) -> Any:
         return model
     from peft import LoraConfig, get_peft_model
 
+    if run.rounded or run.kept:
+        model = model.to(torch.bfloat16)
+    if run.rounded:
+        model = model.to(torch.float32)
     return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
 
 
@@ -199,7 +206,7 @@ def train_on_rank(run: Run, folder: Path, **others: Any) -> Outcome:
         return finish(trainer)
 
 
-def fully_sharded(kind: Any) -> Any:
+def fully_sharded(kind: Any, layer: str = "LlamaDecoderLayer") -> Any:
     """A trainer whose accelerator takes to FSDP2, which accelerate does on GPUs only."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.utils import DistributedType
@@ -211,7 +218,7 @@ def fully_sharded(kind: Any) -> Any:
             self.accelerator.state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
                 fsdp_version=2,
                 auto_wrap_policy="transformer_based_wrap",
-                transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+                transformer_cls_names_to_wrap=[layer],
             )
             self.is_fsdp_enabled = True
 

@@ -132,13 +132,22 @@ def test_a_checkpoint_that_does_not_say_its_length(trained: Path, text: Path, tm
     (newest / "model.json").write_text(json.dumps(model))
     manifest.seal(newest, WRITER, 120)
     config = replace(CONFIG, checkpoint=run, held_out=text)
-    refused = ranks_of(2).run(evaluate, replace(config, seq_len=None))
-    assert [rank.code for rank in refused] == [2, 2] and "give --seq-len" in refused[0].errors
+    for told in (None, 100):  # no length of training makes that of the sequences
+        refused = ranks_of(2).run(evaluate, replace(config, seq_len=None, trained_seq_len=told))
+        assert [rank.code for rank in refused] == [2, 2] and "give --seq-len" in refused[0].errors
     assert ranks_of(2).run(evaluate, config)[0].code == 0
     result = json.loads((run / "evaluation.json").read_text())  # beside the run's other results, by default
     assert result["trained_seq_len"] is None and result["bits_per_byte_within_training_length"] is None
     assert ranks_of(2).run(evaluate, replace(config, trained_seq_len=100))[0].code == 0
     assert 100 in [r["last"] for r in json.loads((run / "evaluation.json").read_text())["by_context"]]
+
+
+def test_another_length_of_training_than_the_checkpoints_is_refused(trained: Path, text: Path, ranks_of) -> None:
+    config = replace(CONFIG, checkpoint=trained, held_out=text, trained_seq_len=10**6)
+    refused = ranks_of(2).run(evaluate, config)
+    assert [rank.code for rank in refused] == [2, 2]
+    assert f"--trained-seq-len: got 1000000, but {trained}" in refused[0].errors
+    assert f"was trained with {SEQ_LEN}; leave it out" in refused[0].errors
 
 
 def test_as_a_command(trained: Path, tmp_path: Path) -> None:

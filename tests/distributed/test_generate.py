@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import signal
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -135,3 +137,12 @@ def test_as_a_command_that_reads_standard_input(trained: Path, tmp_path: Path) -
     line = " ".join(str(part) for part in command) + f" --max-new-tokens {NEW} <{tmp_path}/prompt 2>{tmp_path}/errors"
     assert finish(jobs.start("bash", "-c", line)) == without_a_cache(trained)
     assert "Warning" not in (tmp_path / "errors").read_text()
+
+
+def test_an_interrupted_job_ends_with_a_line(trained: Path) -> None:
+    options = ("--prompt", TEXT[:50], "--max-new-tokens", 10**5, "--temperature", 1, "--top-p", 1, "--device", "cpu")
+    job = jobs.start(sys.executable, "launch/generate.py", "--checkpoint", trained, *options)
+    assert job.stdout is not None and job.stdout.read(1)  # it has begun to write
+    job.send_signal(signal.SIGINT)
+    output = finish(job, 130)
+    assert output.endswith("\ninterrupted\n") and "Traceback" not in output

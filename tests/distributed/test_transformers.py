@@ -2,17 +2,20 @@
 
 import math
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distflash as df
+from launch.reporting import read_metrics
 from tests.jobs import finish, start, torchrun
 from tests.tiny_models import CONFIGS, CONFIGS_OF_MASKS, Case, eager, relative, results
 
@@ -178,6 +181,58 @@ def test_the_loss_function_is_the_mean_over_all_ranks_on_each(world_size, data, 
         assert relative(mean, expected[name]) <= 1e-5, name
 
 
+def two_heads(model, inputs, tokens, losses):
+    """Results of a loss of two tokens ahead: the second head is given the next token's embedding, too.
+
+    tokens: the next ones. losses: of each head's logits.
+    """
+    torch.manual_seed(4)
+    second = torch.nn.Linear(2 * model.config.hidden_size, model.config.vocab_size)
+    out = model(**inputs, output_hidden_states=True)
+    further = second(torch.cat([out.hidden_states[-1], model.get_input_embeddings()(tokens)], -1))
+    loss = losses[0](out.logits) + 0.3 * losses[1](further)
+    loss.backward()
+    return results(torch.nn.ModuleList([model, second]), torch.cat([out.logits, further], -1), loss)
+
+
+def two_heads_on_rank(case, layout):
+    """Runs as a rank."""
+    tf = integration()
+    cp = df.ContextParallel(dist.group.WORLD, layout)
+    tf.register(cp)
+    try:
+        part = tf.shard_batch(case.inputs(), cp, shifts=(1, 2))
+        ahead, mean = part["shifted"], tf.loss_function(cp)
+        losses = [partial(mean, shift_labels=ahead.labels[by], distflash=part["distflash"]) for by in (1, 2)]
+        return two_heads(case.model("distflash"), part, ahead.tokens[1], losses)
+    finally:
+        tf.unregister()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_losses_of_several_tokens_ahead_are_one_processs(lengths, ranks_of):
+    case = Case("llama", lengths)
+    whole = case.inputs()
+
+    def ahead(name, by, fill):  # in each document by itself
+        parts = whole[name].split(lengths, 1)
+        return torch.cat([torch.cat([x[:, by:], torch.full_like(x[:, :by], fill)], 1) for x in parts], 1)
+
+    def mean(logits, labels):
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    losses = [partial(mean, labels=ahead("labels", by, -100)) for by in (1, 2)]
+    inputs = {**whole, "use_cache": False}  # with a cache the library would not part the documents
+    expected = two_heads(case.model("eager"), inputs, ahead("input_ids", 1, 0), losses)
+    for world_size, layout in ((2, df.Zigzag()), (3, df.Contiguous())):
+        parts = ranks_of(world_size).run(two_heads_on_rank, case, layout)
+        got = joined(parts, layout, case.seq_len)
+        assert got.keys() == expected.keys() and {"1.weight", "1.bias"} <= got.keys()
+        errors = {name: relative(got[name], x) for name, x in expected.items()}
+        assert max(errors.values()) <= 1e-5, errors
+
+
 def wrapped_on_rank(case, wrap):
     """Runs as a rank: the gradients of a wrapped, checkpointed model with its own loss, put together again."""
     tf = integration()
@@ -299,16 +354,20 @@ SCRIPT += ["--warmup", "2", "--lr", "1e-2", "--vocab-size", "300"]
 
 
 def train(ranks: int, *options: str, out: Path) -> list[float]:
-    """The losses of the steps, as the script prints them."""
-    output = finish(start(*torchrun(ranks), *SCRIPT, *options, "--out", out), timeout=100)
+    """The losses of all steps."""
+    output = finish(start(*torchrun(ranks), *SCRIPT, *options, "--out", out), timeout=150)
     assert re.search(r"median [\d,]+ tokens/s \| peak \d+\.\d+ GiB", output), output
     assert ("verified: sharded and unsharded agree" in output) is ("--verify" in options)
-    return [float(loss) for loss in re.findall(r"step \d+/4 \| loss ([\d.]+)", output)]
+    assert (out / "loss.png").exists()
+    return [metrics.loss for metrics in read_metrics(out / "metrics.jsonl")]
 
 
-@pytest.mark.timeout(240)
-def test_the_script_learns_alike_on_one_rank_and_over_two(tmp_path):
+@pytest.mark.timeout(460)
+def test_the_script_learns_alike_on_one_rank_over_two_and_after_a_resume(tmp_path):
     alone = train(1, "--loss-chunk", "0", out=tmp_path / "1")
-    over_two = train(2, "--loss-chunk", "50", "--checkpoint-activations", "--verify", out=tmp_path / "2")
+    spread = "--loss-chunk", "50", "--checkpoint-activations", "--checkpoint-every", "2"
+    over_two = train(2, *spread, "--verify", out=tmp_path / "2")
     assert len(alone) == 4 and alone[-1] < alone[0] - 0.3
-    assert over_two == pytest.approx(alone, abs=1.5e-4)  # four digits are printed
+    assert over_two == pytest.approx(alone, rel=1e-5)
+    shutil.rmtree(tmp_path / "2" / "checkpoints" / "step-00000004")
+    assert train(1, *spread, "--resume", out=tmp_path / "2") == pytest.approx(alone, rel=1e-5)

@@ -59,6 +59,33 @@ def test_the_table_has_nothing_but_equal_and_refused_families():
     assert sum(result.startswith("equal") for result in table.values()) > 90
 
 
+def test_the_table_lists_the_installed_librarys_families():
+    import transformers
+
+    from tools.families import families
+    from tools.transformers_families import published
+
+    page = PAGE.read_text()
+    listed, installed = published(page).keys(), {(f.model_type, f.class_name, f.head) for f in families()}
+    if f"transformers {transformers.__version__} and torch" in page:
+        assert listed == installed
+    else:  # another version has a few families more, or less
+        assert len(listed & installed) > 0.8 * len(listed)
+
+
+def test_a_row_is_written_by_itself_and_no_other_changes():
+    from tools.families import Family, families
+    from tools.transformers_families import published, with_table
+
+    page = with_table(PAGE.read_text(), [(family, "equal (0)") for family in families()], 2)
+    chosen = Family("llama", "LlamaForCausalLM", "causal")
+    changed = published(with_table(page, [(chosen, "refused: a | b")], 2))
+    key = ("llama", "LlamaForCausalLM", "causal")
+    assert changed.pop(key) == r"refused: a \| b"
+    before = published(page)
+    assert before.pop(key).startswith("equal") and changed == before
+
+
 def longrope_on_rank(seq_len, layout, after_another=False):
     """Runs as a rank: the logits of a model with longrope whose limit is 20 tokens, or the error's text."""
     from distflash.integrations import transformers as tf

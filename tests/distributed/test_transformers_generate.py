@@ -219,6 +219,11 @@ def refusals(cp):
     note("capacity", lambda: over_ranks(asked, cp, capacity=38))
     parted = ids.clone()
     parted[0, -1] = 1 + cp.rank
+    another = ids.clone()
+    another[0, 3] = 1 + (another[0, 3] + 1) % 40
+    note("prompt", lambda: model.generate(another, past_key_values=cache, max_new_tokens=3))
+    of_one = another if cp.rank else ids
+    note("prompt of one", lambda: model.generate(of_one.clone(), past_key_values=cache, max_new_tokens=3))
     note("last token", lambda: model.generate(parted, past_key_values=cache, max_new_tokens=3))
     return words, model.generate(ids, past_key_values=cache, **asked.arguments()).sequences
 
@@ -230,5 +235,7 @@ def test_wrong_calls_are_refused_by_all_ranks(ranks_of):
         assert "contents" in words["few tokens"]
         assert words["max_time"].startswith("max_time: every rank has a clock of its own")
         assert "expected at most capacity=38" in words["capacity"]
+        assert words["prompt"].startswith("generate: was given other tokens than cache.prefill. ids: token 3 of seq")
+        assert "prompt of one" in words
         assert "different tokens" in words["last token"]
         assert torch.equal(tokens, on_one_process(Generation("llama", new=5)).tokens)

@@ -58,6 +58,7 @@ MORE_RUNS = [
 SPREAD = [
     Run(fsdp=True),
     Run(fsdp=True, data=2, batch=4, clip=CLIP, optimizer="adamw_torch"),
+    Run(fsdp=True, lora=True, options=CHECKPOINTED),
     Run(options=COMPILED, steps=5),
 ]
 BATCH = dict.fromkeys(
@@ -177,6 +178,21 @@ def test_bfloat16_is_as_exact_as_one_processs(ranks_of, tmp_path):
         for name in ("loss", "grad_norm"):
             bar = relative(own.logged[name], truth.logged[name])
             assert bar > 1e-5 and relative(outcome.logged[name], truth.logged[name]) <= 3 * bar, name
+
+
+@pytest.mark.timeout(600)
+def test_adapters_of_a_frozen_base_in_bfloat16_are_as_exact_as_one_processs(request, ranks_of, tmp_path):
+    run = Run(steps=6, lora=True, kept=True)
+    truth, own = alone(replace(run, context=1, kept=False, rounded=True)), alone(replace(run, context=1))
+    runs = [replace(run, fsdp=True, options=CHECKPOINTED)]
+    runs += [replace(run, options=CHECKPOINTED)] if request.config.getoption("--full") else []
+    for each in runs:
+        for outcome in ranks_of(2).run(on_rank, each, tmp_path):
+            dtypes = {p.dtype for name, p in outcome.weights.items() if "lora" not in name}
+            assert dtypes == {torch.bfloat16} and len(outcome.weights) == len(own.weights)
+            for name in ("loss", "grad_norm"):
+                bar = relative(own.logged[name], truth.logged[name])
+                assert bar > 1e-5 and relative(outcome.logged[name], truth.logged[name]) <= 3 * bar, name
 
 
 @pytest.mark.timeout(300)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from launch import manifest, trainer, uptraining
 from launch.config import ModelConfig, OptimizerConfig, TrainConfig
 from launch.together import end
-from launch.uptraining import UptrainConfig
+from launch.uptrain_config import UptrainConfig
 from tests import jobs
 from tests.jobs import finish, torchrun
 

@@ -115,6 +115,43 @@ def test_parts_are_the_batch_with_labels_shifted_before(lengths, world_size, lay
         assert shard.documents == (None if len(lengths) == 1 else df.Documents([0, 1, 4, S]))
 
 
+@pytest.mark.parametrize("layout", [df.Contiguous(), df.Zigzag(), df.Striped()], ids=repr)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [(S,), (1, 3, 7)], ids=str)
+def test_shifts_are_those_of_each_document_before_it_is_sharded(lengths, world_size, layout):
+    batch, shifts = whole_batch(lengths=lengths), (1, 2, 5, S)
+
+    def ahead(x, by, fill):
+        parts = x.split(lengths, 1)
+        return torch.cat([torch.cat([part[:, by:], torch.full_like(part[:, :by], fill)], 1) for part in parts], 1)
+
+    shards = Simulator(world_size).run(
+        lambda t: tf.shard_batch(batch, df.ContextParallel(t, layout), shifts=shifts)["shifted"]
+    )
+    for rank, part in enumerate(shards):
+        mine = layout.positions(S, world_size, rank)
+        assert tuple(part.tokens) == tuple(part.labels) == shifts
+        for by in shifts:
+            assert torch.equal(part.tokens[by], ahead(batch["input_ids"], by, 0)[:, mine])
+            assert torch.equal(part.labels[by], ahead(batch["labels"], by, -100)[:, mine])
+
+
+def test_labels_that_are_shifted_are_shifted_by_one_less(cp):
+    ids = torch.arange(1, 9)[None]
+    batch = {"input_ids": ids, "shift_labels": ids + 1, "cu_seqlens": [0, 3, 8]}
+    labels = tf.shard_batch(batch, cp, shifts=[1, 3])["shifted"].labels
+    assert torch.equal(labels[1], ids + 1)
+    assert labels[3].tolist() == [[4, -100, -100, 7, 8, 9, -100, -100]]
+    without = tf.shard_batch({"input_ids": ids}, cp, shifts=(2,))["shifted"]
+    assert without.labels == {} and without.tokens[2].tolist() == [[3, 4, 5, 6, 7, 8, 0, 0]]
+
+
+@pytest.mark.parametrize("shifts", [2, (0,), (1, -1), (True,), (1.0,), "12", None], ids=repr)
+def test_shifts_are_positive_numbers(shifts, cp):
+    with pytest.raises(ValueError, match="shifts: expected numbers of tokens, each at least 1, as in"):
+        tf.shard_batch({"input_ids": torch.ones(1, 4, dtype=torch.int64)}, cp, shifts=shifts)
+
+
 def test_documents_from_lengths_are_those_from_positions():
     ids = whole_batch()["input_ids"]
     cu_seqlens = torch.tensor([0, 1, 4, S], dtype=torch.int32)
@@ -403,3 +440,19 @@ def test_layers_compile_without_a_graph_break(family, cp):
     got, expected = results(model, out.logits, out.loss), eager(case)
     assert all(relative(got[name], expected[name]) <= 1e-5 for name in expected)
     torch._dynamo.reset()
+
+
+def test_balanced_is_chosen_for_the_documents_of_each_batch():
+    for ends in ([0, 3, 20, 41], [0, 30, 41]):
+        ids = torch.arange(41)[None]
+
+        def run(transport, ids=ids, ends=ends):
+            cp = df.ContextParallel(transport, df.Balanced(chunk=4))
+            part = tf.shard_batch({"input_ids": ids, "cu_seqlens": ends}, cp)
+            assert tf.batch.group_problem(part[tf.batch.NAME], cp) is None
+            return part["input_ids"][0], part["position_ids"][0], cp.with_mask(df.Causal() & df.Documents(ends))
+
+        for held, places, cp in df.transport.Simulator(3).run(run):
+            assert torch.equal(held, cp.positions(41))
+            start = torch.tensor(ends)[torch.searchsorted(torch.tensor(ends), held, right=True) - 1]
+            assert torch.equal(places, held - start)

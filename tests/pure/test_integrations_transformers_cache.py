@@ -287,6 +287,33 @@ def test_a_turn_that_begins_with_another_prompt_is_refused(cp):
     assert cache.lengths == (45,)
 
 
+@pytest.mark.parametrize("mode", ["greedy", "several", "beams", "lookup"])
+def test_generate_with_other_tokens_than_prefill_is_refused(mode, cp):
+    asked = Generation("llama", mode, new=4)
+    model, ids, cache = prefilled(cp, asked)
+    other = ids.clone()
+    other[0, 7] += 1
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"generate: was given other tokens than .*prefill. ids: token 7 of seq"):
+            model.generate(other, past_key_values=cache, **asked.arguments())
+    cache.batch_select_indices([0])
+    got = model.generate(ids, past_key_values=cache, **GREEDY.arguments()).sequences
+    assert torch.equal(got, GREEDY.model("eager").generate(ids, **GREEDY.arguments()).sequences)
+
+
+def test_what_was_cropped_may_be_another_prompts(cp):
+    model, ids, cache = prefilled(cp)
+    other = ids.clone()
+    other[0, 30] += 1
+    cache.crop(-10)
+    got = model.generate(other, past_key_values=cache, **GREEDY.arguments()).sequences
+    expected = GREEDY.model("eager").generate(other, **GREEDY.arguments()).sequences
+    assert torch.equal(got, expected)
+    longer = torch.cat([got, ids[:, :9]], 1)
+    cache.prefill(model, longer)
+    assert cache.lengths == (longer.shape[1] - 1,)
+
+
 def test_a_long_prompt_that_was_not_prefilled_is_refused(cp):
     model, ids = GREEDY.model("distflash"), torch.ones(1, 65, dtype=torch.int64)
     with pytest.raises(

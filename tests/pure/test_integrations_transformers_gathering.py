@@ -78,17 +78,20 @@ def test_a_family_that_is_not_known_is_refused_unless_classes_are_named(cp):
     assert tf.gather_layers(model, cp, classes=["LlamaMLP"]).names == ("model.layers.0.mlp", "model.layers.1.mlp")
 
 
+REFUSED = r"gather_layers\(model, cp\)|no position_ids|no layer of the model has used|registry of attentions"
+
+
 @pytest.mark.parametrize("family", CONFIGS_OF_HYBRIDS)
 def test_families_of_the_table_are_refused_before_and_run_after(family, cp):
     model, part = Case(family).model("distflash"), tf.shard_batch(Case(family).inputs(), cp)
-    with pytest.raises(ValueError, match=r"gather_layers\(model, cp\)|no position_ids|no layer of the model has used"):
+    with pytest.raises(ValueError, match=REFUSED):
         model(**part)
     layers = tf.gather_layers(model, cp)
     with pytest.raises(ValueError, match="model: its layers are gathered already"):
         tf.gather_layers(model, cp)
     model(**tf.shard_batch(Case(family).inputs(), cp))
     layers.remove()
-    with pytest.raises(ValueError, match=r"gather_layers\(model, cp\)|no position_ids|no layer of the model has used"):
+    with pytest.raises(ValueError, match=REFUSED):
         model(**tf.shard_batch(Case(family).inputs(), cp))
 
 
@@ -109,6 +112,53 @@ def test_wrong_classes(classes, words, cp):
 def test_what_is_no_group_is_refused():
     with pytest.raises(ValueError, match="cp: expected the ContextParallel that register was given, got int"):
         tf.gather_layers(Block(Sum()), 3, [Sum])
+
+
+def test_a_mixer_of_the_table_that_is_not_named_is_refused(cp):
+    model = Case("rwkv").model("distflash")
+    words = "classes: RwkvForCausalLM mixes tokens by RwkvFeedForward too"
+    with pytest.raises(ValueError, match=words):
+        tf.gather_layers(model, cp, classes=["RwkvSelfAttention"])
+    layers = tf.gather_layers(model, cp, classes=["RwkvBlock"])  # which holds both
+    assert layers.names == ("rwkv.blocks.0", "rwkv.blocks.1")
+
+
+class Dropping(Sum):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.attention_dropout = nn.Sequential(nn.Dropout(0.0)), 0
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["gathered", "split"])
+def test_dropout_is_refused_in_training(split, cp):
+    part = tf.shard_batch({"input_ids": torch.ones(1, 4, dtype=torch.long)}, cp)
+    if split:
+        model = Case("mamba2").model("distflash")
+        tf.gather_layers(model, cp, split_heads=True)
+        model.backbone.layers[0].mixer.inner = nn.Dropout(0.5)
+        words = r"dropout: Mamba2Mixer has dropout \(inner.p = 0.5\)"
+    else:
+        model = Block(Dropping())
+        part = {"x": torch.ones(1, 4, 2), "position_ids": part["position_ids"], "distflash": part["distflash"]}
+        tf.gather_layers(model, cp, [Dropping])
+        model(**part)
+        model.mixer.attention_dropout = 0.1
+        words = r"dropout: Dropping has dropout \(Dropping.attention_dropout = 0.1\)"
+    model.eval()(**part)
+    with pytest.raises(ValueError, match=words):
+        model.train()(**part)
+
+
+def test_a_layer_whose_first_result_is_not_one_a_token_is_refused(cp):
+    class Last(Sum):
+        def forward(self, hidden_states, attention_mask, position_ids, **others):
+            return hidden_states[:, -1:], None
+
+    block = Block(Last())
+    tf.gather_layers(block, cp, [Last])
+    shard = tf.shard_batch({"input_ids": torch.ones(1, 4, dtype=torch.long)}, cp)["distflash"]
+    with pytest.raises(ValueError, match="classes: Last returns no result for each token first"):
+        block(torch.ones(1, 4, 2), position_ids=torch.arange(4)[None], distflash=shard)
 
 
 CALLS = [

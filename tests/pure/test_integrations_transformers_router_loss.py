@@ -1,14 +1,17 @@
 """The routers' loss over all ranks' tokens: the library's of the whole batch, with its gradient."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, JetMoeConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, JetMoeConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import distflash as df
 from distflash.integrations import transformers as tf
+from distflash.integrations.transformers.router_loss import router_loss_problem
 from distflash.transport import Alone, Simulator
 from tests.strategies import examples, layouts
 from tests.tiny_models import SMALL, Case
@@ -85,6 +88,12 @@ def test_a_tuple_in_which_the_loss_is_not_found_is_refused(cp):
         Case("mixtral").model("distflash")(**part, output_router_logits=True, return_dict=False)
 
 
+def test_an_output_without_router_logits_is_refused():
+    output = SimpleNamespace(loss=torch.zeros(()), aux_loss=torch.zeros(()))
+    problem = router_loss_problem(Case("mixtral").model("eager"), output, None)
+    assert "has no router_logits" in problem and problem.endswith("set router_aux_loss_coef=0.0")
+
+
 def test_a_loss_that_is_not_known_is_refused(cp):
     sizes = {name: size for name, size in SMALL.items() if name not in ("num_attention_heads", "head_dim")}
     config = JetMoeConfig(**sizes, kv_channels=8, num_local_experts=4)
@@ -95,3 +104,22 @@ def test_a_loss_that_is_not_known_is_refused(cp):
     ):
         model(**part, output_router_logits=True)
     model(**part)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama"])
+def test_a_compiled_model_has_the_loss_of_all_tokens_too(family, monkeypatch):
+    """The hook alone, with a loss of this rank's tokens that is wrong: compiling a whole model takes long."""
+    cp = df.ContextParallel(Alone())
+    tf.register(cp)
+    try:
+        model, part = Case(family).model("distflash"), tf.shard_batch(Case(family).inputs(), cp)
+        asked = {"output_router_logits": family == "mixtral"}
+        output = model(**part, **({"output_router_logits": True} if family == "mixtral" else {}))
+        output["aux_loss"] = torch.zeros(())
+        hooks = AttentionInterface._global_mapping[tf.NAME].hooks
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        changed = hooks._after(model, (), {**part, **asked}, output)
+        assert (changed is None) == (family == "llama")
+        assert changed is None or changed.aux_loss > 0
+    finally:
+        tf.unregister()

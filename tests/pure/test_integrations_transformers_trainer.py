@@ -19,7 +19,11 @@ from distflash.integrations.transformers.data_ranks import DataRanks, data_ranks
 from distflash.integrations.transformers.loaders import prepare_loader, seed_workers
 from distflash.integrations.transformers.padding import is_padded, padded_again, unpadded, without_padding
 from distflash.integrations.transformers.trainer import count_labels
-from distflash.integrations.transformers.trainer_arguments import arguments_problem, checkpoint_all_but_attention
+from distflash.integrations.transformers.trainer_arguments import (
+    arguments_problem,
+    checkpoint_all_but_attention,
+    class_problem,
+)
 from distflash.transport import Alone
 from tests.tiny_models import Case, eager, relative
 from tests.trainer_runs import (
@@ -183,8 +187,8 @@ def test_a_group_has_to_be_a_context_parallel():
 # What is refused
 
 
-def stand_in(kind=object, tp=1, compute_loss_func=None, cp_size=1, **args):
-    class Trainer(kind):
+def stand_in(tp=1, compute_loss_func=None, cp_size=1, **args):
+    class Trainer:
         def __init__(self):
             defaults = {"eval_use_gather_object": False, "n_gpu": 1}
             self.args = SimpleNamespace(**{**defaults, **args})
@@ -200,9 +204,7 @@ def stand_in(kind=object, tp=1, compute_loss_func=None, cp_size=1, **args):
 @pytest.mark.parametrize(
     ("trainer", "text"),
     [
-        (stand_in(trl.DPOTrainer), "DPOTrainer: is not supported"),
-        (stand_in(trl.GRPOTrainer), "GRPOTrainer: is not supported"),
-        (stand_in(trl.RewardTrainer), "RewardTrainer: is not supported"),
+        (stand_in(neftune_noise_alpha=5.0), "neftune_noise_alpha: is not supported"),
         (stand_in(predict_with_generate=True), "predict_with_generate: is not supported"),
         (stand_in(compute_loss_func=print), "compute_loss_func: is not supported"),
         (stand_in(train_sampling_strategy="batch_rebalance"), "train_sampling_strategy: 'batch_rebalance'"),
@@ -217,9 +219,16 @@ def test_what_cannot_be_right_is_refused(trainer, text):
     assert arguments_problem(trainer).startswith(text)
 
 
-@pytest.mark.parametrize("kind", [object, trl.SFTTrainer])
-def test_what_is_right_is_not(kind):
-    assert arguments_problem(stand_in(kind)) is None
+@pytest.mark.parametrize("name", ["DPOTrainer", "GRPOTrainer", "RewardTrainer", "KTOTrainer", "RLOOTrainer"])
+def test_trainers_whose_losses_are_of_sequences_are_refused_before_anything_else(name):
+    kind = type("Mine", (dft.ContextParallelMixin, getattr(trl, name)), {})
+    with pytest.raises(ValueError, match=f"^{name}: is not supported with context parallelism"):
+        kind(context_parallel=None)
+
+
+def test_what_is_right_is_not():
+    assert arguments_problem(stand_in()) is None
+    assert class_problem(dft.Trainer) is None and class_problem(dft.SFTTrainer) is None
 
 
 def test_a_loss_of_ones_own_is_refused_by_the_trainer(cp, tmp_path):

@@ -3,6 +3,9 @@
 import json
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from math import inf, nan
 from pathlib import Path
@@ -23,6 +26,9 @@ from launch.optimizer import Gradients, learning_rate
 from launch.options import parse
 from launch.together import Refused
 from launch.trainer import check_out
+from launch.transformers_config import TransformersConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -188,14 +194,33 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
 
 
 def test_commands_of_the_readme_write_to_folders_of_their_own() -> None:
-    from launch.transformers_trainer import TransformersConfig  # which loads transformers, for some seconds
-
-    text = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     jobs = re.findall(r"launch/(train\w*)\.py (.*)", text)
     kinds = {"train": TrainConfig, "train_deepspeed": DeepSpeedConfig, "train_transformers": TransformersConfig}
     assert {name for name, _ in jobs} == set(kinds)
     outs = [parse(kinds[name], shlex.split(options, comments=True)).out for name, options in jobs]
     assert len(set(outs)) == len(outs), outs
+
+
+CONFIGS = "config", "deepspeed_config", "inference_config", "transformers_config", "uptrain_config"
+
+
+def test_options_are_read_without_torch() -> None:
+    modules = ", ".join(f"launch.{name}" for name in ("options", *CONFIGS))
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("job", ["train", "train_deepspeed", "train_transformers", "uptrain", "generate", "evaluate"])
+def test_help_says_the_time_and_survives_a_reader_that_leaves(job: str) -> None:
+    script = [sys.executable, f"launch/{job}.py", "--help"]
+    shown = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert re.search(r"(minute|second)s? on two CPU cores", " ".join(shown.split())), shown
+    ended = subprocess.Popen(script, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert ended.stdout is not None and ended.stderr is not None
+    ended.stdout.close()
+    assert ended.stderr.read() == "" and ended.wait() == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize(

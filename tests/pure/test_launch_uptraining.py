@@ -14,7 +14,8 @@ from launch.grouping import keys_and_values, source_of
 from launch.held_out import plot_curves, read_curve
 from launch.model import Decoder
 from launch.options import parse
-from launch.uptraining import Source, UptrainConfig, configured
+from launch.uptrain_config import UptrainConfig
+from launch.uptraining import Source, configured
 
 SHAPE = ModelConfig(layers=2, dim=32, heads=8, kv_heads=8)
 

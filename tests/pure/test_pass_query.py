@@ -124,6 +124,8 @@ def test_a_plan_is_a_table():
     assert str(df.PassQuery().plan(geometry, 0)) == "\n".join(
         [
             "Plan of rank 0 of 2: 10 allowed pairs",
+            "percent of all pairs, by rank: 27.8, 72.2",
+            "keys of others, by rank: 0, 4; times the bytes of a token's k and v",
             "forward    computes                                                   meanwhile",
             "  stage 0  keys of 0[0:4]: 10 pairs, first, last                      receive queries of 1 (4) from 1",
             "  stage 1  queries of 1, keys of 0[0:4]: 16 pairs, first, adds        -",

@@ -121,6 +121,8 @@ def test_a_plan_is_a_table():
     assert str(df.Ring().plan(geometry, 1)) == "\n".join(
         [
             "Plan of rank 1 of 2: 26 allowed pairs",
+            "percent of all pairs, by rank: 27.8, 72.2",
+            "keys of others, by rank: 0, 4; times the bytes of a token's k and v",
             "forward    computes                         meanwhile",
             "  stage 0  keys of 1[0:4]: 10 pairs, first  receive keys of 0 (4) from 0",
             "  stage 1  keys of 0[0:4]: 16 pairs, last   -",

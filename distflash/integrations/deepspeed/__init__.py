@@ -13,16 +13,19 @@ Nothing of DeepSpeed is patched: it is given ranks that hold one sequence as dat
 and averages, and the loss is scaled so that this average is the gradient.
 """
 
-from distflash.integrations.deepspeed.attention import (
-    DistributedAttention,
-    Order,
-    redirect_attention,
-    replace_attention,
-)
-from distflash.integrations.deepspeed.batch import ShardBatch, shift_labels
-from distflash.integrations.deepspeed.engine import checkpoint_layers, clip_gradients, initialize, pipeline_module
-from distflash.integrations.deepspeed.layers import CausalLoss, DecoderBlock, Embedding, TokenWise
-from distflash.integrations.deepspeed.topology import Topology
+from distflash.integrations.extras import needed
+
+with needed("deepspeed", "deepspeed"):
+    from distflash.integrations.deepspeed.attention import (
+        DistributedAttention,
+        Order,
+        redirect_attention,
+        replace_attention,
+    )
+    from distflash.integrations.deepspeed.batch import ShardBatch, shift_labels
+    from distflash.integrations.deepspeed.engine import checkpoint_layers, clip_gradients, initialize, pipeline_module
+    from distflash.integrations.deepspeed.layers import CausalLoss, DecoderBlock, Embedding, TokenWise
+    from distflash.integrations.deepspeed.topology import Topology
 
 __all__ = [
     "CausalLoss",

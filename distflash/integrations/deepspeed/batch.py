@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distflash.context import ContextParallel
+from distflash.integrations.labels import IGNORED, are_tokens, digest, shift
 from distflash.masks import Documents
 
 # What the ranks of a ring compare once a batch.
@@ -35,7 +35,7 @@ class ShardBatch:
     """
 
     def __init__(
-        self, cp: ContextParallel, seq_len: int, *, max_documents: int | None = None, ignored: int = -100
+        self, cp: ContextParallel, seq_len: int, *, max_documents: int | None = None, ignored: int = IGNORED
     ) -> None:
         self.cp, self.seq_len = cp, seq_len
         self.max_documents, self.ignored = max_documents, ignored
@@ -57,15 +57,15 @@ class ShardBatch:
         problem, cu_seqlens = _problem(batch, self), None
         if problem:
             self.cp.refuse(problem, _KIND)
+        inputs, labels = batch
+        tokens, *documents = inputs if isinstance(inputs, tuple | list) else (inputs,)
         try:
-            self.cp.agree(_KIND, batch=_digest(batch))
+            self.cp.agree(_KIND, batch=digest(tokens, *documents, labels))
         except ValueError as difference:
             raise ValueError(
                 f"batch: {difference}. The ranks of a ring hold one sequence together: give each of them the same "
                 "whole batch (sampler=topology.sampler(dataset), the same seed), and shard it here only"
             ) from None
-        inputs, labels = batch
-        tokens, *documents = inputs if isinstance(inputs, tuple | list) else (inputs,)
         part = self.cp.shard(tokens)
         if documents:
             cu_seqlens = self._padded(documents[0])
@@ -77,9 +77,9 @@ class ShardBatch:
         return F.pad(ends, (0, missing), value=self.seq_len)
 
 
-def shift_labels(tokens: Tensor, ignored: int = -100) -> Tensor:
+def shift_labels(tokens: Tensor, ignored: int = IGNORED) -> Tensor:
     """The label of each token, ``[B, S] -> [B, S]``: the token after it, and none for the last."""
-    return F.pad(tokens[:, 1:], (0, 1), value=ignored)
+    return shift(tokens, fill=ignored)
 
 
 def _problem(batch: Any, how: ShardBatch) -> str | None:
@@ -114,10 +114,7 @@ def _tokens_problem(tokens: Any, how: ShardBatch) -> str | None:
 def _labels_problem(tokens: Tensor, labels: Any, how: ShardBatch) -> str | None:
     if not isinstance(labels, Tensor) or labels.shape != tokens.shape:
         return f"labels: expected a tensor {list(tokens.shape)}, as tokens, got {_kind(labels)}"
-    counted = labels[:, :-1] != how.ignored
-    own = ((labels == tokens)[:, :-1] | ~counted).all()
-    following = ((labels[:, :-1] == tokens[:, 1:]) | ~counted).all()
-    if counted.any() and own and not following:
+    if are_tokens(labels, tokens, how.ignored):
         return (
             "labels: are the tokens themselves; a label is the token after: pass shift_labels(tokens), which shifts in "
             "the whole sequence, so that none is lost where a rank's part ends"
@@ -143,15 +140,6 @@ def _documents_problem(cu_seqlens: Any, how: ShardBatch) -> str | None:
             "raise it, or pack fewer"
         )
     return None
-
-
-def _digest(batch: Any) -> str:
-    inputs, labels = batch
-    digest = hashlib.blake2b(digest_size=7)
-    for x in (*(inputs if isinstance(inputs, tuple | list) else (inputs,)), labels):
-        digest.update(f"{x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _kind(x: Any) -> str:

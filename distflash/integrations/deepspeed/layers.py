@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distflash.context import ContextParallel
 from distflash.integrations.deepspeed.topology import Topology
+from distflash.integrations.labels import IGNORED
 from distflash.masks import Causal, Documents, Mask
 
 Stream = Tensor | tuple[Tensor, Tensor]
@@ -113,7 +114,7 @@ class CausalLoss(nn.Module):
         ignored: the label of tokens that do not count.
     """
 
-    def __init__(self, topology: Topology, ignored: int = -100) -> None:
+    def __init__(self, topology: Topology, ignored: int = IGNORED) -> None:
         super().__init__()
         self.topology, self.ignored = topology, ignored
 

@@ -21,22 +21,26 @@ that reaches every layer.
 from importlib import import_module
 from typing import Any
 
-from distflash.integrations.transformers.batch import (
-    NAME,
-    OTHER_NAME,
-    Shard,
-    shard_batch,
-    shard_labels,
-    shard_position_ids,
-)
-from distflash.integrations.transformers.gathering import GatheredLayers, gather_layers
-from distflash.integrations.transformers.grouping import group_key_heads
-from distflash.integrations.transformers.loss import loss_function
-from distflash.integrations.transformers.mixers import MIXERS
-from distflash.integrations.transformers.one_rank import DecidedByOneRank
-from distflash.integrations.transformers.registry import register, unregister
-from distflash.integrations.transformers.router_loss import router_aux_loss
-from distflash.integrations.transformers.sharded_cache import ShardedCache
+from distflash.integrations.extras import needed
+
+with needed("transformers", "transformers"):
+    from distflash.integrations.transformers.batch import (
+        NAME,
+        OTHER_NAME,
+        Shard,
+        shard_batch,
+        shard_labels,
+        shard_position_ids,
+    )
+    from distflash.integrations.transformers.gathering import GatheredLayers, gather_layers
+    from distflash.integrations.transformers.grouping import group_key_heads
+    from distflash.integrations.transformers.loss import loss_function
+    from distflash.integrations.transformers.mixers import MIXERS
+    from distflash.integrations.transformers.one_rank import DecidedByOneRank
+    from distflash.integrations.transformers.registry import register, unregister
+    from distflash.integrations.transformers.router_loss import router_aux_loss
+    from distflash.integrations.transformers.sharded_cache import ShardedCache
+    from distflash.integrations.transformers.shifting import Shifted
 
 __all__ = [
     "MIXERS",
@@ -47,6 +51,7 @@ __all__ = [
     "DecidedByOneRank",
     "Shard",
     "ShardedCache",
+    "Shifted",
     "group_key_heads",
     "loss_function",
     "register",
@@ -69,4 +74,5 @@ _IMPORTED_LATE = {
 def __getattr__(name: str) -> Any:
     if name not in _IMPORTED_LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_IMPORTED_LATE[name]}"), name)
+    with needed("trainer", "accelerate", "trl"):
+        return getattr(import_module(f"{__name__}.{_IMPORTED_LATE[name]}"), name)

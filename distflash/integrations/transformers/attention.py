@@ -17,6 +17,7 @@ from distflash.integrations.transformers.batch import (
     KIND,
     OUR_CACHE,
     PASS_ALL,
+    SHIFTED,
     Shard,
     group_problem,
     require_same_batch,
@@ -25,13 +26,14 @@ from distflash.integrations.transformers.cached_layer import CachedLayer, layer_
 from distflash.integrations.transformers.hooks import ModelHooks
 from distflash.integrations.transformers.masks import LayerMask, describe_mask
 from distflash.integrations.transformers.one_rank import clock_problem, generating
+from distflash.integrations.transformers.prefilling import generate_problem
 from distflash.integrations.transformers.rope import cached_rope_problem, rope_problem
 from distflash.integrations.transformers.scales import rescaled
 
 # Keywords that layers pass on, and what they mean here. All others would be dropped in silence, so they are refused.
 _HARMLESS = {
     *("is_causal", "sliding_window", "output_hidden_states", "output_router_logits", "return_dict"),
-    *("labels", "shift_labels", "num_items_in_batch", "tokenizer"),
+    *("labels", "shift_labels", "num_items_in_batch", "tokenizer", SHIFTED),
 }
 _REFUSED = {
     "use_cache": "a KV cache would hold this rank's tokens only; pass use_cache=False, as shard_batch does, or "
@@ -90,7 +92,8 @@ class Attention:
         seq_len = None if distflash is None else distflash.seq_len
         if layer is not None:
             return layer.attend(q, k, v, mask, seq_len, scale=scaling, softcap=softcap, sinks=s_aux), None
-        out = attention(q, k, v, mask=mask, cp=self.cp, seq_len=seq_len, scale=scaling, softcap=softcap, sinks=s_aux)
+        cp = self.cp if distflash is None else self.cp.with_layout(distflash.layout)
+        out = attention(q, k, v, mask=mask, cp=cp, seq_len=seq_len, scale=scaling, softcap=softcap, sinks=s_aux)
         return out, None
 
     @torch.compiler.disable
@@ -106,6 +109,7 @@ class Attention:
                 or too_many_tokens(tokens)
                 or cached_rope_problem(module.config, layer.lengths, tokens)
                 or clock_problem(self.cp)
+                or generate_problem(sequences, layer.get_seq_length())
             )
         if problem is not None:
             self.cp.refuse(problem, in_attention=True)

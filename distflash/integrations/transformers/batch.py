@@ -5,19 +5,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distflash.context import ContextParallel
+from distflash.integrations.labels import IGNORED, are_shifted, are_tokens, digest, shift
+from distflash.integrations.transformers.shifting import as_shifts, shard_shifted
 from distflash.layouts import Layout
-from distflash.masks import Documents
+from distflash.masks import Causal, Documents
 
 # The name in attn_implementation, and the keyword by which a batch brings its Shard to the attention.
 NAME = "distflash"
@@ -25,9 +25,6 @@ NAME = "distflash"
 # Another name in attn_implementation, for models that take none with "flash" in it.
 OTHER_NAME = "context_parallel"
 NAMES = (NAME, OTHER_NAME)
-
-# What losses of the library leave out.
-IGNORED = -100
 
 _TYPES = ("token_type_ids", "mm_token_type_ids")
 # Models make nothing of these but their masks, so that they are given the whole.
@@ -43,6 +40,9 @@ _KNOWN = (*_PER_TOKEN, *_WHOLE, *_BOUNDARIES, *_DERIVED, "position_ids", "num_it
 
 # What the ranks compare once a batch.
 KIND = "Transformers batch"
+
+# The keyword by which a batch brings what is shifted further; models pass it on, and read it not.
+SHIFTED = "shifted"
 
 OUR_CACHE = "past_key_values=distflash.integrations.transformers.ShardedCache(cp)"
 PASS_ALL = "pass the model all that shard_batch(batch, cp) returns: model(**shard_batch(batch, cp))"
@@ -125,12 +125,18 @@ class Shard:
 
 def group_problem(shard: Shard, cp: ContextParallel) -> str | None:
     """Whether a batch was sharded for another group or rank."""
-    if (shard.layout, shard.world_size, shard.rank) == (cp.layout, cp.world_size, cp.rank):
+    layout = for_documents(cp, shard.documents).layout
+    if (shard.layout, shard.world_size, shard.rank) == (layout, cp.world_size, cp.rank):
         return None
     return (
         f"batch: was sharded for rank {shard.rank} of {shard.world_size}, {shard.layout!r}, but {cp!r} is registered; "
         "pass shard_batch the same cp as register"
     )
+
+
+def for_documents(cp: ContextParallel, documents: Documents | None) -> ContextParallel:
+    """The group with its layout for a batch: `Balanced` is chosen anew for each."""
+    return cp.with_mask(Causal() if documents is None else Causal() & documents)
 
 
 def require_same_batch(shard: Shard, cp: ContextParallel) -> None:
@@ -144,7 +150,9 @@ def require_same_batch(shard: Shard, cp: ContextParallel) -> None:
         ) from None
 
 
-def shard_batch(batch: Mapping[str, Any], cp: ContextParallel, whole: Sequence[str] = ()) -> dict[str, Any]:
+def shard_batch(
+    batch: Mapping[str, Any], cp: ContextParallel, whole: Sequence[str] = (), shifts: Sequence[int] = ()
+) -> dict[str, Any]:
     """This rank's part of a batch, to be passed to the model as it is: ``model(**shard_batch(batch, cp))``.
 
     Asks no other rank (the first layer of the model does: all ranks must have been given the same batch), so that it
@@ -161,24 +169,32 @@ def shard_batch(batch: Mapping[str, Any], cp: ContextParallel, whole: Sequence[s
         whole: ``("token_type_ids",)`` for models that make their mask of them (images in Gemma 3, the prefix in
             PaliGemma). A mask is of the whole sequence, so that it has to be made of all tokens' types. Models that
             look them up in an embedding (BERT) need those of this rank's tokens.
+        shifts: by how many tokens ahead to give tokens and labels, too, for heads that predict several tokens: with
+            ``(1, 2)`` a module is given ``tokens[1]`` and its loss ``labels[2]``. None leave their document.
 
     Returns:
         ``input_ids, position_ids, attention_mask`` (and ``token_type_ids, shift_labels``) ``[B, T]`` of this rank's
         tokens, what is ``whole``, ``mm_token_type_ids`` among it, as it was, and what makes the model use all this
         rightly. The model's loss is this rank's share: the mean over ranks of ``loss``, and of its gradients, is that
-        of the whole batch. `loss_function` returns that mean itself.
+        of the whole batch. `loss_function` returns that mean itself. With ``shifts`` also ``shifted``, a `Shifted` of
+        ``tokens`` and ``labels [B, T]`` by shift.
 
     Raises:
         ValueError: the batch has been sharded before, has padding, or holds what cannot be sharded.
     """
-    given = _checked(batch, cp)
-    as_is = {*_FOR_MASKS, *_as_types(whole)}
+    if not isinstance(cp, ContextParallel):
+        raise ValueError(f"cp: expected the ContextParallel that register was given, got {type(cp).__name__}")
+    given = _checked(batch)
+    as_is, shifts = {*_FOR_MASKS, *_as_types(whole)}, as_shifts(shifts)
     ids = given["input_ids"]
     B, S = ids.shape
     documents = _documents(given, S)
+    cp = for_documents(cp, documents)
+    _require_tokens(ids, cp)
     labels = _shifted_labels(given)
     compared = {"input_ids": ids, "labels": labels, **{name: given.get(name) for name in _TYPES}}
     contents = tuple((name, "" if x is None else digest(x)) for name, x in compared.items())
+    contents = (*contents, ("shifts", str(shifts)))
     shard = Shard(cp.layout, cp.world_size, cp.rank, S, documents, contents)
     per_token = {name: given[name] for name in _PER_TOKEN if given.get(name) is not None}
     part: dict[str, Any] = {name: x if name in as_is else cp.shard(x) for name, x in per_token.items()}
@@ -189,6 +205,8 @@ def shard_batch(batch: Mapping[str, Any], cp: ContextParallel, whole: Sequence[s
         "use_cache": False,
         NAME: shard,
     }
+    if shifts:
+        part[SHIFTED] = shard_shifted(given, cp, documents, shifts)
     if labels is None:
         return {**part, "num_items_in_batch": _Unreadable(_NO_LABELS)}
     count = given.get("num_items_in_batch")
@@ -206,12 +224,12 @@ def shard_labels(labels: Tensor, cp: ContextParallel) -> Tensor:
 
     They are shifted before they are sharded, so that none is lost where a shard ends.
     """
-    return cp.shard(_shift(labels))
+    return cp.shard(shift(labels))
 
 
 def shard_position_ids(seq_len: int, cp: ContextParallel, documents: Documents | None = None) -> Tensor:
     """int64 ``[T]``: the place of each of this rank's tokens in the sequence, or in its document."""
-    shard = Shard(cp.layout, cp.world_size, cp.rank, seq_len, documents)
+    shard = Shard(for_documents(cp, documents).layout, cp.world_size, cp.rank, seq_len, documents)
     return shard.position_ids(cp.transport.device)
 
 
@@ -262,10 +280,8 @@ def _as_types(whole: Any) -> Sequence[str]:
     return whole
 
 
-def _checked(batch: Mapping[str, Any], cp: ContextParallel) -> dict[str, Any]:
+def _checked(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch as a dict of tensors ``[B, S]``, or the reason why it cannot be sharded."""
-    if not isinstance(cp, ContextParallel):
-        raise ValueError(f"cp: expected the ContextParallel that register was given, got {type(cp).__name__}")
     if not isinstance(batch, Mapping):
         raise ValueError(f"batch: expected tensors by name, as a collator returns them, got {type(batch).__name__}")
     whole = dict(batch)
@@ -285,7 +301,6 @@ def _checked(batch: Mapping[str, Any], cp: ContextParallel) -> dict[str, Any]:
             raise ValueError(f"{name}: expected a tensor {list(ids.shape)}, as input_ids, got {_shape(x)}")
         if x is not None and name != "attention_mask" and (x.is_floating_point() or x.is_complex()):
             raise ValueError(f"{name}: expected integers, got {x.dtype}")
-    _require_tokens(ids, cp)
     ones = whole.get("attention_mask")
     if ones is not None and not bool((ones == 1).all()):
         raise ValueError(
@@ -370,21 +385,8 @@ def _shifted_labels(whole: Mapping[str, Any]) -> Tensor | None:
     given = whole.get("labels") if shifted is None else shifted
     if given is None:
         return None
-    ignored = given == IGNORED
-    own = bool(((given == ids) | ignored).all())
-    following = bool(((given == _shift(ids)) | ignored)[:, :-1].all())
-    if shifted is not None and own and not following:
+    if shifted is not None and are_tokens(given, ids):
         raise ValueError("shift_labels: are the tokens themselves, not those that follow; pass them as labels")
-    if shifted is None and following and not own:
+    if shifted is None and are_shifted(given, ids):
         raise ValueError("labels: are the tokens that follow, so shifted already; pass them as shift_labels")
-    return _shift(given) if shifted is None else shifted
-
-
-def _shift(labels: Tensor) -> Tensor:
-    """Each label to the token before it, along the whole sequence."""
-    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-
-
-def digest(x: Tensor) -> str:
-    """A few words that differ where tensors do."""
-    return hashlib.blake2b(x.detach().cpu().contiguous().numpy().tobytes(), digest_size=7).hexdigest()
+    return shift(given) if shifted is None else shifted

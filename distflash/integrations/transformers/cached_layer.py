@@ -20,7 +20,7 @@ from distflash.api import attention
 from distflash.cache import Cache
 from distflash.chunks import seen_later
 from distflash.context import ContextParallel
-from distflash.decode import MOST_TOKENS, decode
+from distflash.decode_step import MOST_TOKENS, decode
 from distflash.masks import Mask
 from distflash.resizing import resized
 
@@ -50,6 +50,7 @@ class Sequences:
         starts: how many tokens the sequences of this forward had in that layer before it.
         checked: whether this forward's tokens are known to be those that come next.
         prompt: int64 ``[B, S]``, what was prefilled last, with which a later turn has to begin; None if not known.
+        generated: the ``input_ids`` of the ``generate`` that were last compared with it.
     """
 
     cp: ContextParallel
@@ -62,6 +63,7 @@ class Sequences:
     starts: tuple[int, ...] = ()
     checked: bool = False
     prompt: Tensor | None = None
+    generated: Tensor | None = None
 
 
 class CachedLayer(CacheLayerMixin):

@@ -4,7 +4,7 @@ A state-space layer, a gated delta net or a convolution reads tokens that other 
 such layer run, unchanged, on the hidden states of the whole sequence, and keeps this rank's part of the result. A
 rank's loss depends on the layer through its own tokens only. So the gradients of weights add up over ranks to those of
 one process, and those of hidden states are reduced and scattered. The price is that every rank does the layer's whole
-work.
+work, but for layers that read a few tokens back (`reach`), or whose heads are split (`split_heads`).
 
 [Note: shapes] B batch, T local tokens, S global tokens.
 """
@@ -12,14 +12,14 @@ work.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -28,28 +28,32 @@ from distflash.integrations.transformers.batch import (
     KIND,
     NAME,
     PASS_ALL,
+    SHIFTED,
     Shard,
     group_problem,
     require_same_batch,
 )
-from distflash.integrations.transformers.mixers import mixers_of
+from distflash.integrations.transformers.mixers import missing_mixers, mixers_of, tokens_before
+from distflash.integrations.transformers.reach import Piece, reach
+from distflash.integrations.transformers.split_heads import Kind, kind_of, run_split
 
 # Where a gathered layer keeps what `gather_layers` has made of it.
 _MARK = "_distflash_gathered"
 
 # What a layer is given of the batch that is no matter of its tokens, or not read by it.
-_IGNORED = ("labels", "shift_labels", "num_items_in_batch")
+_IGNORED = ("labels", "shift_labels", "num_items_in_batch", SHIFTED)
 _MASK = "attention_mask"
-_MASKS = (_MASK, "padding_mask")
+_MASKS = (_MASK, "padding_mask", "conv_mask")
 _ROTARY = "position_embeddings"
-_CACHES = ("cache_params", "past_key_values", "past_key_value")
+_CACHES = ("cache_params", "past_key_values", "past_key_value", "state")
 
 
 @dataclass(frozen=True)
 class GatheredLayers:
-    """What `gather_layers` has done. names: of the layers, in the model."""
+    """What `gather_layers` has done. names: of the layers, in the model. split: of those whose heads are split."""
 
     names: tuple[str, ...]
+    split: tuple[str, ...]
     handles: tuple[RemovableHandle, ...]
     layers: tuple[nn.Module, ...] = field(repr=False)
 
@@ -59,10 +63,15 @@ class GatheredLayers:
             handle.remove()
         for layer in self.layers:
             delattr(layer, _MARK)
+            vars(layer).pop("forward", None)
 
 
 def gather_layers(
-    model: nn.Module, cp: ContextParallel, classes: Sequence[str | type[nn.Module]] | None = None
+    model: nn.Module,
+    cp: ContextParallel,
+    classes: Sequence[str | type[nn.Module]] | None = None,
+    *,
+    split_heads: bool = False,
 ) -> GatheredLayers:
     """Let a model's layers that mix the sequence by something else than attention see the whole of it.
 
@@ -90,6 +99,11 @@ def gather_layers(
     missing = set(names) - {type(module).__name__ for module in found.values()}
     if missing:
         raise ValueError(f"classes: {type(model).__name__} has no layer of class {', '.join(sorted(missing))}")
+    if forgotten := missing_mixers(model, found.values()):
+        raise ValueError(
+            f"classes: {type(model).__name__} mixes tokens by {', '.join(sorted(forgotten))} too, which would see this "
+            "rank's tokens only; name all of them, or leave classes out"
+        )
     if any(is_gathered(module) for module in found.values()):
         raise ValueError(
             "model: its layers are gathered already; call gather_layers once, or remove() what it returned"
@@ -97,9 +111,12 @@ def gather_layers(
     batches = _Batches(cp)
     parents = {path.rpartition(".")[0] for path in found}
     handles = [handle for path in _above(found) for handle in batches.watch(model.get_submodule(path), path in parents)]
-    for module in found.values():
-        handles += _Gathered(batches).hook(module)
-    return GatheredLayers(tuple(found), tuple(handles), tuple(found.values()))
+    kinds = {path: kind_of(module, cp.world_size) if split_heads else None for path, module in found.items()}
+    for path, module in found.items():
+        kind = kinds[path]
+        handles += _Gathered(batches).hook(module) if kind is None else _Split(batches, kind).hook(module)
+    split = tuple(path for path, kind in kinds.items() if kind is not None)
+    return GatheredLayers(tuple(found), split, tuple(handles), tuple(found.values()))
 
 
 def is_gathered(module: nn.Module) -> bool:
@@ -174,6 +191,21 @@ class _Batches:
             self._compared = shard
         return shard
 
+    def read(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], str, Shard]:
+        """What a layer is given, by name, the name of its hidden states, and of which batch it is."""
+        parameters = list(inspect.signature(type(layer).forward).parameters)[1:]
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        shard = self.of(given)
+        shard.trace.note(layer)
+        if _ROTARY not in parameters:
+            given.pop(_ROTARY, None)  # which layers around it pass on to all that they hold
+        problem = _problem(layer, given, parameters[0], shard)
+        if problem is not None:
+            self.cp.refuse(problem, KIND)
+        return given, parameters[0], shard
+
     @torch.compiler.disable
     def _enter(self, holds_layer: bool, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         shard, mask = kwargs.get(NAME), kwargs.get(_MASK)
@@ -195,6 +227,24 @@ class _Batches:
             self._running.pop()
 
 
+class _Split:
+    """One layer, whose heads are split."""
+
+    def __init__(self, batches: _Batches, kind: Kind) -> None:
+        self._batches, self._kind = batches, kind
+
+    def hook(self, layer: nn.Module) -> list[RemovableHandle]:
+        """Run a layer's own forward on this rank's heads. No hook can do that: it would run on all heads too."""
+        setattr(layer, _MARK, self)
+        vars(layer)["forward"] = partial(self._forward, layer)
+        return []
+
+    @torch.compiler.disable
+    def _forward(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        given, hidden, shard = self._batches.read(layer, args, kwargs)
+        return run_split(layer, self._kind, given[hidden], shard, self._batches.cp)
+
+
 class _Gathered:
     """One layer."""
 
@@ -202,7 +252,7 @@ class _Gathered:
         self._batches, self._cp = batches, batches.cp
         # Between the two hooks: what the layer is called with for the other documents, and which rows are kept.
         self._others: list[dict[str, Any]] = []
-        self._kept = torch.empty(0)
+        self._kept, self._lengths = torch.empty(0), list[int]()
 
     def hook(self, layer: nn.Module) -> list[RemovableHandle]:
         """Run a layer on the whole sequence."""
@@ -214,71 +264,51 @@ class _Gathered:
 
     @torch.compiler.disable
     def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        parameters = list(inspect.signature(layer.forward).parameters)
-        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        shard = self._batches.of(given)
-        shard.trace.note(layer)
-        if _ROTARY not in parameters:
-            given.pop(_ROTARY, None)  # which layers around it pass on to all that they hold
-        problem = _problem(layer, given, parameters[0], shard)
-        if problem is not None:
-            self._cp.refuse(problem, KIND)
-        whole = {name: self._whole(given[name], shard.seq_len) for name in (parameters[0], _ROTARY) if name in given}
-        documents = _documents(shard)
-        calls = [_call({**given, **whole}, (*whole,), document) for document in documents]
-        positions = shard.layout.positions(shard.seq_len, shard.world_size, shard.rank)
-        self._kept = _place_within(positions, documents).to(whole[parameters[0]].device)
-        self._others = calls[1:]
+        given, hidden, shard = self._batches.read(layer, args, kwargs)
+        seen = reach(tokens_before(layer), shard)
+        fetch = partial(seen.fetch, shard=shard, cp=self._cp.with_layout(shard.layout))
+        rows = {name: _each(given[name], fetch) for name in (hidden, _ROTARY) if name in given}
+        pieces = seen.pieces(shard)
+        calls = [_call({**given, **rows}, (*rows,), piece) for piece in pieces]
+        self._kept = seen.kept(shard).to(rows[hidden].device)
+        self._others, self._lengths = calls[1:], [len(piece.rows) for piece in pieces]
         return (), calls[0]
-
-    def _whole(self, x: Any, seq_len: int) -> Any:
-        if isinstance(x, tuple):
-            return tuple(self._whole(each, seq_len) for each in x)
-        return self._cp.gather(x, 1, seq_len)
 
     @torch.compiler.disable
     def _after(self, layer: nn.Module, args: Any, output: Any) -> Any:
         outputs = [output, *(layer.forward(**call) for call in self._others)]
         self._others = []
-        if isinstance(output, tuple):
-            return tuple(self._part(each) for each in zip(*outputs, strict=True))
-        return self._part(outputs)
+        parts = tuple(self._part(each) for each in zip(*(_as_tuple(x) for x in outputs), strict=True))
+        if parts[0] is None:
+            self._cp.refuse(f"classes: {type(layer).__name__} returns no result for each token first", KIND)
+        return parts if isinstance(output, tuple) else parts[0]
 
     def _part(self, outputs: Sequence[Any]) -> Any:
-        """Of one result for each document ``[B, tokens, ...]``, this rank's part; what is no tensor is as it was."""
-        if not isinstance(outputs[0], Tensor):
-            return outputs[0]
+        """Of one result for each piece ``[B, rows, ...]``, this rank's part; None of anything else, such as states."""
+        lengths = [x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else None for x in outputs]
+        if lengths != self._lengths:
+            return None
         return torch.cat(list(outputs), 1).index_select(1, self._kept)
 
 
-def _documents(shard: Shard) -> list[range]:
-    """The positions of each document that this rank has tokens of."""
-    ends = (0, shard.seq_len) if shard.documents is None else shard.documents.cu_seqlens
-    bounds = torch.tensor(ends)
-    below = shard.layout.count_below(bounds, shard.seq_len, shard.world_size, shard.rank).tolist()
-    return [range(*each) for each, (a, b) in zip(pairwise(ends), pairwise(below), strict=True) if b > a]
-
-
-def _place_within(positions: Tensor, documents: Sequence[range]) -> Tensor:
-    """Where each position is in the documents, end to end."""
-    starts = torch.tensor([document.start for document in documents])
-    lengths = torch.tensor([len(document) for document in documents])
-    document = torch.searchsorted(starts, positions, right=True) - 1
-    return positions - starts[document] + (lengths.cumsum(0) - lengths)[document]
-
-
-def _call(given: Mapping[str, Any], per_token: Sequence[str], document: range) -> dict[str, Any]:
-    """What a layer is called with for one document, of what it is given for the whole sequence."""
-    call = {**given, **{name: _slice(given[name], document) for name in per_token}}
+def _call(given: Mapping[str, Any], per_token: Sequence[str], piece: Piece) -> dict[str, Any]:
+    """What a layer is called with for one piece, of what it is given for all rows."""
+    rows = slice(piece.rows.start, piece.rows.stop)
+    call = {**given, **{name: _each(given[name], lambda x: x[:, rows]) for name in per_token}}
     call |= dict.fromkeys(name for name in _MASKS if name in given)  # none is padding, see shard_batch
     hidden = call[per_token[0]]
     if given.get("position_ids") is not None:
-        call["position_ids"] = torch.arange(len(document), device=hidden.device).expand(len(hidden), -1)
+        end = piece.start + len(piece.rows)
+        call["position_ids"] = torch.arange(piece.start, end, device=hidden.device).expand(len(hidden), -1)
     return call
 
 
-def _slice(x: Any, document: range) -> Any:
-    return tuple(_slice(each, document) for each in x) if isinstance(x, tuple) else x[:, document.start : document.stop]
+def _as_tuple(x: Any) -> tuple[Any, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _each(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return tuple(_each(each, change) for each in x) if isinstance(x, tuple) else change(x)
 
 
 def _problem(layer: nn.Module, given: Mapping[str, Any], hidden: str, shard: Shard) -> str | None:
@@ -292,6 +322,11 @@ def _problem(layer: nn.Module, given: Mapping[str, Any], hidden: str, shard: Sha
         )
     if any(given.get(cache) is not None for cache in _CACHES):
         return f"past_key_values: {name} cannot go on from a cache over several ranks; pass use_cache=False"
+    if layer.training and (dropout := _dropout(layer)) is not None:
+        return (
+            f"dropout: {name} has dropout ({dropout}), which every rank would draw for itself; it is not supported in "
+            "layers that see other ranks' tokens. Set it to 0, or call model.eval()"
+        )
     known = {hidden, "position_ids", _ROTARY, NAME, *_MASKS, *_IGNORED}
     for other, value in given.items():
         if other not in known and _holds_tensors(value):
@@ -299,6 +334,16 @@ def _problem(layer: nn.Module, given: Mapping[str, Any], hidden: str, shard: Sha
                 f"{other}: {name} is given a tensor that gather_layers does not know how to make whole; it knows "
                 f"{hidden}, position_ids, position_embeddings and masks. Name the class of a module within or around it"
             )
+    return None
+
+
+def _dropout(layer: nn.Module) -> str | None:
+    """Where a layer has dropout: in words; None for nowhere."""
+    for path, module in layer.named_modules():
+        for name, p in vars(module).items():
+            is_probability = "dropout" in name or (name == "p" and isinstance(module, _DropoutNd))
+            if is_probability and isinstance(p, float | int) and p > 0:
+                return f"{path or type(layer).__name__}.{name} = {p}"
     return None
 
 

@@ -23,7 +23,12 @@ from distflash.integrations.transformers.models import (
 )
 from distflash.integrations.transformers.one_rank import follow, logits_of
 from distflash.integrations.transformers.rope import rope_problem
-from distflash.integrations.transformers.router_loss import router_loss_problem, wants_router_loss, with_router_loss
+from distflash.integrations.transformers.router_loss import (
+    asks_for_router_logits,
+    router_loss_problem,
+    wants_router_loss,
+    with_router_loss,
+)
 from distflash.integrations.transformers.sharded_cache import ShardedCache
 
 
@@ -73,8 +78,12 @@ class ModelHooks:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         """The output, if it is to be another one."""
-        if torch.compiler.is_compiling() or not isinstance(module, PreTrainedModel):
+        if not isinstance(module, PreTrainedModel):
             return None
+        if torch.compiler.is_compiling():
+            # Only this changes the result. It is not compiled: without it the loss would be of this rank's tokens.
+            asked = kwargs.get("output_router_logits")
+            return self._compiled_router_loss(module, kwargs, output) if asks_for_router_logits(module, asked) else None
         shard, cache = kwargs.get(NAME), kwargs.get("past_key_values")
         if isinstance(cache, ShardedCache):
             cache.require_attended()
@@ -94,6 +103,12 @@ class ModelHooks:
         if wants_router_loss(module, kwargs.get("output_router_logits")):
             return self._with_router_loss(module, kwargs.get("attention_mask"), output)
         return None
+
+    @torch.compiler.disable
+    def _compiled_router_loss(self, model: PreTrainedModel, kwargs: Mapping[str, Any], output: Any) -> Any:
+        if not isinstance(kwargs.get(NAME), Shard) or not wants_router_loss(model, kwargs.get("output_router_logits")):
+            return None
+        return self._with_router_loss(model, kwargs.get("attention_mask"), output)
 
     def _with_router_loss(self, model: PreTrainedModel, attention_mask: Tensor | None, output: Any) -> Any:
         if model not in self._known_losses:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distflash.context import ContextParallel
-from distflash.integrations.transformers.batch import IGNORED, PASS_ALL, Shard
+from distflash.integrations.labels import IGNORED
+from distflash.integrations.transformers.batch import PASS_ALL, Shard
 
 
 def loss_function(

@@ -50,7 +50,7 @@ def model_problem(model: PreTrainedModel) -> str | None:
             f"model: {name}.forward takes no further keywords, by which a batch's Shard would reach the layers; the "
             "model is not supported"
         )
-    if _has_own_attention(type(model)):
+    if _own_attentions(type(model)) - {type(layer).__name__ for layer in gathered(model)}:
         return (
             f"model: the attention of {name} does not go through the library's registry of attentions, by which "
             "distflash is used; the model is not supported"
@@ -175,14 +175,15 @@ def _own_modules(model: nn.Module) -> Iterator[nn.Module]:
             yield from _own_modules(child)
 
 
-def _has_own_attention(model: type) -> bool:
-    """By the source of the model's file, which the library, too, asks whether the attention can be changed."""
+def _own_attentions(model: type) -> set[str]:
+    """Classes of a model's file that attend past the registry; the library asks the same of the file's source."""
     try:
         source = inspect.getsource(sys.modules[model.__module__])
     except (KeyError, OSError, TypeError):  # no file: a notebook
-        return False
-    defines_attention = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE)
-    return defines_attention is not None and "ALL_ATTENTION_FUNCTIONS" not in source
+        return set()
+    if "ALL_ATTENTION_FUNCTIONS" in source:
+        return set()
+    return set(re.findall(r"^class (\w*Attention\w*)\(nn\.Module\):", source, re.MULTILINE))
 
 
 def _takes_keywords(function: Any) -> bool:

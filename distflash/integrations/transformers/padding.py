@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distflash.integrations.transformers.batch import IGNORED
+from distflash.integrations.labels import IGNORED
 
 # What a padded batch of text holds. With anything else it is left padded, and refused with its reason.
 _KNOWN = {"input_ids", "labels", "attention_mask"}

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distflash.decode import MOST_TOKENS
+from distflash.decode_step import MOST_TOKENS
 from distflash.integers import as_int
-from distflash.integrations.transformers.batch import KIND, NAME, NAMES, Shard, digest
+from distflash.integrations.labels import digest
+from distflash.integrations.transformers.batch import KIND, NAME, NAMES, Shard
+from distflash.integrations.transformers.cached_layer import Sequences
+from distflash.integrations.transformers.one_rank import generating
 from distflash.integrations.transformers.scales import scales_queries
 
 if TYPE_CHECKING:
@@ -108,6 +111,23 @@ def _shape_problem(ids: object, attention_mask: object) -> str | None:
         return f"attention_mask: expected a tensor {list(ids.shape)}, as ids"
     if not bool((attention_mask[:, 1:] >= attention_mask[:, :-1]).all() and (attention_mask[:, -1] == 1).all()):
         return "attention_mask: expected zeros on the left and ones behind them; pad with padding_side='left'"
+    return None
+
+
+def generate_problem(sequences: Sequences, had: int) -> str | None:
+    """Whether a running ``generate`` was given other tokens than those that were prefilled; asked once for each.
+
+    had: how many tokens there have been, padding included.
+    """
+    frame = generating()
+    ids = None if frame is None else frame.f_locals.get("input_ids")
+    if ids is None or ids is sequences.generated or sequences.prompt is None:
+        return None
+    are_tokens = len(ids) == len(sequences.prompt) and ids.shape[1] >= had  # else embeddings were given, not tokens
+    problem = _prefix_problem(sequences.prompt, ids, had) if are_tokens else None
+    if problem is not None:
+        return f"generate: was given other tokens than cache.prefill. {problem}"
+    sequences.generated = ids
     return None
 
 

@@ -91,6 +91,11 @@ def router_loss_problem(model: PreTrainedModel, output: Any, attention_mask: Ten
     name = type(model).__name__
     if not hasattr(output, "aux_loss"):
         return f"return_dict: {name} returns a tuple, in which the routers' auxiliary loss is not found; leave it True"
+    if getattr(output, "router_logits", None) is None:
+        return (
+            f"output_router_logits: the {type(output).__name__} of {name} has no router_logits, of which the routers' "
+            "auxiliary loss of all tokens could be made; in TRL's SFTTrainer set router_aux_loss_coef=0.0"
+        )
     code = _code(model)
     if _COMPUTES in code and _ADDS in code:
         experts = model.num_experts, model.num_experts_per_tok
@@ -105,8 +110,12 @@ def router_loss_problem(model: PreTrainedModel, output: Any, attention_mask: Ten
 
 def wants_router_loss(model: PreTrainedModel, asked: Any) -> bool:
     """Whether a forward with ``output_router_logits=asked`` makes an auxiliary loss."""
-    asked = getattr(model.config, "output_router_logits", False) if asked is None else asked
-    return bool(asked) and "aux_loss" in _code(model)
+    return asks_for_router_logits(model, asked) and "aux_loss" in _code(model)
+
+
+def asks_for_router_logits(model: PreTrainedModel, asked: Any) -> bool:
+    """Whether a forward with ``output_router_logits=asked`` returns what routers compute."""
+    return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
 
 
 def _code(model: nn.Module) -> str:

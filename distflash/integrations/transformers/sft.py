@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from distflash.integrations.transformers.trainer import ContextParallelMixin
+import trl
 
-try:
-    import trl
-except ImportError as error:
-    raise ImportError('SFTTrainer: needs TRL; pip install "distflash[trainer]"') from error
+from distflash.integrations.transformers.trainer import ContextParallelMixin
 
 
 class SFTTrainer(ContextParallelMixin, trl.SFTTrainer):
@@ -18,7 +15,8 @@ class SFTTrainer(ContextParallelMixin, trl.SFTTrainer):
     Packed sequences and ``padding_free`` batches are documents, each of which sees itself only.
 
     Raises:
-        ValueError: also for ``label_smoothing_factor``, which TRL computes from whole labels.
+        ValueError: also for ``label_smoothing_factor``, which TRL computes from whole labels, and for the routers'
+            auxiliary loss of a mixture of experts, which TRL computes from a rank's tokens.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -27,4 +25,9 @@ class SFTTrainer(ContextParallelMixin, trl.SFTTrainer):
             raise ValueError(
                 "label_smoothing_factor: is not supported by SFTTrainer over several ranks; set it to 0, or use "
                 "dft.Trainer, which supports it"
+            )
+        if getattr(self, "aux_loss_enabled", False):
+            raise ValueError(
+                f"router_aux_loss_coef: got {self.router_aux_loss_coef}, but the routers' auxiliary loss is not "
+                "supported by SFTTrainer over several ranks: it would be that of each rank's tokens; set it to 0.0"
             )

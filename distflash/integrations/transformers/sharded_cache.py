@@ -129,16 +129,21 @@ class ShardedCache(Cache):
         """Sequence n becomes what sequence ``beam_idx[n]`` was: the beams that go on."""
         indices = beam_idx.tolist()
         super().reorder_cache(indices)
-        self.sequences.prompt = None
-        self._take_padding(indices)
+        self._take(indices)
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keep some of the sequences, also more than once, in this order."""
         if isinstance(indices, Tensor):
             indices = (indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist()
         super().batch_select_indices(indices)
-        self.sequences.batch, self.sequences.prompt = len(indices), None
-        self._take_padding(indices)
+        self.sequences.batch = len(indices)
+        self._take(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget so many of the last tokens, given as a number of at most 0: drafts that were rejected."""
+        super().crop(tokens_to_remove)
+        if self.sequences.prompt is not None and tokens_to_remove:
+            self.sequences.prompt = self.sequences.prompt[:, : self.get_seq_length()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence so many times, one behind the other."""
@@ -179,6 +184,10 @@ class ShardedCache(Cache):
                 in_attention=True,
             )
 
-    def _take_padding(self, indices: Sequence[int]) -> None:
-        if self.sequences.padding:
-            self.sequences.padding = tuple(self.sequences.padding[n] for n in indices)
+    def _take(self, indices: Sequence[int]) -> None:
+        """What is known of the sequences, for those that are kept."""
+        sequences = self.sequences
+        if sequences.padding:
+            sequences.padding = tuple(sequences.padding[n] for n in indices)
+        if sequences.prompt is not None:
+            sequences.prompt = sequences.prompt[list(indices)]

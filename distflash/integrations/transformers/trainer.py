@@ -14,11 +14,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from distflash.context import ContextParallel
-from distflash.integrations.transformers.batch import IGNORED, NAME, shard_batch
+from distflash.integrations.labels import IGNORED
+from distflash.integrations.transformers.batch import NAME, shard_batch
 from distflash.integrations.transformers.data_ranks import data_ranks
 from distflash.integrations.transformers.loaders import prepare_loader
 from distflash.integrations.transformers.padding import is_padded, padded_again, unpadded
-from distflash.integrations.transformers.trainer_arguments import arguments_problem, checkpoint_all_but_attention
+from distflash.integrations.transformers.trainer_arguments import (
+    arguments_problem,
+    checkpoint_all_but_attention,
+    class_problem,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -46,6 +51,8 @@ class ContextParallelMixin(_Trainer):
     accelerator: Any
 
     def __init__(self, *args: Any, context_parallel: ContextParallel, **kwargs: Any) -> None:
+        if (problem := class_problem(type(self))) is not None:  # before the trainer makes batches, or runs a model
+            raise ValueError(problem)
         self.context_parallel = context_parallel
         self.data_ranks = data_ranks(context_parallel)
         super().__init__(*args, **kwargs)

@@ -12,9 +12,8 @@ from distflash.checkpointing import keep_attention
 _KNOWN_OF_TRL = ("SFTTrainer",)
 
 
-def arguments_problem(trainer: Any) -> str | None:
-    """Why a trainer cannot be right over several ranks; None if nothing is known."""
-    args, kind = trainer.args, type(trainer)
+def class_problem(kind: type) -> str | None:
+    """Why trainers of a class cannot be right over several ranks; None if nothing is known."""
     for base in kind.__mro__:
         of_trl = base.__module__.startswith("trl.") and base.__name__.endswith("Trainer")
         if of_trl and base.__name__ not in (*_KNOWN_OF_TRL, "_BaseTrainer"):
@@ -23,6 +22,17 @@ def arguments_problem(trainer: Any) -> str | None:
                 "(rewards, or sums of log-probabilities), of which a rank has a part, and it makes batches of its own. "
                 "SFTTrainer and transformers.Trainer are supported"
             )
+    return None
+
+
+def arguments_problem(trainer: Any) -> str | None:
+    """Why a trainer cannot be right over several ranks; None if nothing is known."""
+    args = trainer.args
+    if getattr(args, "neftune_noise_alpha", None) is not None:
+        return (
+            "neftune_noise_alpha: is not supported: the size of the noise goes by the length of what a rank holds, not "
+            "of the sequence; leave it out"
+        )
     if getattr(args, "predict_with_generate", False):
         return "predict_with_generate: is not supported; evaluate the loss, and generate with a ShardedCache"
     if trainer.compute_loss_func is not None:

@@ -1,0 +1,15 @@
+"""torchtitan (0.3.0): its whole trainer over ranks that hold sequences together.
+
+    from distflash.integrations.torchtitan import context_parallel
+
+    def llama3_8b_ring():                               # in a config_registry of your own
+        return context_parallel(llama3_8b())            # then --parallelism.context_parallel_degree 8
+
+Nothing of torchtitan is patched: its own `override` replaces the inner attention of the decoder's layers, and a trainer
+derived from its own tells each layer where the documents of the batch end.
+"""
+
+from distflash.integrations.torchtitan.attention import Batch, RingAttention
+from distflash.integrations.torchtitan.trainer import Trainer, Validator, context_parallel
+
+__all__ = ["Batch", "RingAttention", "Trainer", "Validator", "context_parallel"]

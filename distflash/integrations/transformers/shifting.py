@@ -1,0 +1,52 @@
+"""Tokens and labels further ahead, for heads that predict several tokens: shifted in the whole sequence, then sharded.
+
+[Note: shapes] B batch, T local tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from distflash.context import ContextParallel
+from distflash.integrations.labels import shift
+from distflash.masks import Documents
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """What is further ahead of each of this rank's tokens, int64 ``[B, T]`` each, by the number of tokens.
+
+    tokens: 0 behind the end of a document. labels: -100 there; none where the batch has none.
+    """
+
+    tokens: Mapping[int, Tensor]
+    labels: Mapping[int, Tensor]
+
+
+def shard_shifted(
+    batch: Mapping[str, Any], cp: ContextParallel, documents: Documents | None, shifts: Sequence[int]
+) -> Shifted:
+    """Of a whole batch with ``input_ids`` and, perhaps, ``labels`` or ``shift_labels``; no shift leaves a document."""
+    labels, done = batch.get("labels"), 0
+    if batch.get("shift_labels") is not None:
+        labels, done = batch["shift_labels"], 1
+    return Shifted(
+        {by: cp.shard(shift(batch["input_ids"], by, documents, fill=0)) for by in shifts},
+        {} if labels is None else {by: cp.shard(shift(labels, by - done, documents)) for by in shifts},
+    )
+
+
+def as_shifts(shifts: Any) -> tuple[int, ...]:
+    """``shifts`` as `shard_batch` is given them.
+
+    Raises:
+        ValueError: they are no positive integers.
+    """
+    numbers = tuple(shifts) if isinstance(shifts, Sequence) else (None,)
+    if not all(type(by) is int and by >= 1 for by in numbers):
+        raise ValueError(f"shifts: expected numbers of tokens, each at least 1, as in (1, 2), got {shifts!r}")
+    return numbers

@@ -226,15 +226,36 @@ class _Eager(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         *saved, number, sinks, alibi_slopes = ctx.saved_tensors
         if dout is None and dlse is None:
             return (None,) * 7
         given = Given(ctx.lengths, sinks, alibi_slopes)
-        with _named("distflash::attention_backward"):
-            dq, dk, dv, dsinks = _backward_of(dout, dlse, saved, number, given, ctx.recipe)
-        return dq, dk, dv, dsinks, None, None, None
+        with _named("distflash::attention_backward"), torch.no_grad():
+            found = _backward_of(dout, dlse, saved, number, given, ctx.recipe)
+        if torch.is_grad_enabled():
+            found = _First.apply(*found, dout, dlse, *saved, sinks)
+        return *found, None, None, None
+
+
+class _First(torch.autograd.Function):
+    """First derivatives, which have none themselves; see the inputs that theirs would be of.
+
+    `torch.autograd.function.once_differentiable` leaves these out: whoever asks for a second derivative with respect to
+    one of them is given None.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        return tensors[:4]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> None:
+        raise RuntimeError(
+            "attention: its gradients are asked to differentiate twice, which is not supported; only first derivatives "
+            "by a backward pass are"
+        )
 
 
 def call(

@@ -7,7 +7,7 @@ Two ops, ``distflash::attention`` and its backward. A custom op takes tensors an
 call (mask, layout, ranks, kernel) is a `Recipe`, found by its number, and in compiled graphs its `compiled.Data` beside
 it. The table of live recipes is weak: a recipe goes with the `ContextParallel` that made it.
 
-[Note: arguments] Both ops take ``lengths``, see `call.Given`; ``recipe``, its number; ``ints, boundaries, numbers``,
+[Note: arguments] Both ops take ``lengths``, see `given.Given`; ``recipe``, its number; ``ints, boundaries, numbers``,
 the fields of `compiled.Data`.
 """
 
@@ -268,7 +268,7 @@ def call(
     recipe: int,
     data: Data,
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of a call, differentiable. lengths: see `call.Given`; recipe, data: see [Note: arguments]."""
+    """``(out, lse)`` of a call, differentiable. lengths: see `given.Given`; recipe, data: see [Note: arguments]."""
     tensors = q, k, v, sinks, alibi_slopes
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if _is_watched(tensors):

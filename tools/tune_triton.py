@@ -100,8 +100,8 @@ class Bench:
 
         self.launches = launches
         self.launch("forward", self.shipped).run()
-        launch, self.saved = launches.save(self.q, self.into.final, self.into.lse.clone(), self.dout, None)
-        launch.run()
+        self.saved = launches.saved_of(self.q, self.into.final, self.into.lse.clone(), self.dout)
+        launches.statistics(self.saved, self.into.final, None).run()
 
     def launch(self, kernel: str, tiles: Tiles) -> Any:
         device = self.launches.device(self.name, self.q.element_size(), self.shape.d_qk, tiles)

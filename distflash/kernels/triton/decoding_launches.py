@@ -8,7 +8,6 @@ many keys there are.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from distflash.kernels.base import Problem, Scores
 from distflash.kernels.decoding import WORDS, Decoding, Store, Table
-from distflash.kernels.launch import Launch, aligned
+from distflash.kernels.launch import Launch, aligned, on
 from distflash.kernels.triton import common, decoding_ends
 from distflash.kernels.triton import decoding as of_decoding
 from distflash.kernels.triton.decoding import attend_kernel, merge_kernel
@@ -190,7 +189,7 @@ class TritonDecoding(Decoding):
         return Triton(interpret=self.interpret).not_supported_reasons(problem)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, store: Store, table: Table, scores: Scores, rank: int) -> Tensor:
-        with _on(q.device):
+        with on(q.device):
             launch, message = attend_launch(self._device(q, v), q, k, v, store, table, scores, rank)
             self._run(launch, q.device)
         return message
@@ -198,7 +197,7 @@ class TritonDecoding(Decoding):
     def alone(
         self, q: Tensor, k: Tensor, v: Tensor, store: Store, table: Table, scores: Scores, sinks: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        with _on(q.device):
+        with on(q.device):
             launch, out, lse = alone_launch(self._device(q, v), q, k, v, store, table, scores, sinks)
             self._run(launch, q.device)
         return out, lse
@@ -207,7 +206,7 @@ class TritonDecoding(Decoding):
         words = messages.shape[2]
         rows = q.shape[1] * q.shape[2]
         out, lse = _results(q, (words - WORDS) // rows - 2)
-        with _on(q.device):
+        with on(q.device):
             merge_launch(messages.contiguous(), store, sinks, out, lse).run()
         return out, lse
 
@@ -370,7 +369,3 @@ def _lanes(room: int, levels: int) -> int:
     while lanes**levels < room:
         lanes *= 2
     return lanes
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Carrying out the transfers of a plan: which tensors a rank has at hand, and which are on their way.
+"""The transfers of a plan: which tensors a rank has, and which messages are in flight.
 
 [Note: tokens] Tensors are ``[B, T, heads, dim]`` or ``[B, heads, T]``: B batch, T tokens.
 """
@@ -21,14 +21,14 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass
 class Exchange:
-    """The tensors of one direction of a call.
+    """The tensors of one direction (forward or backward) of a call.
 
     Attributes:
         plan, transport: of this rank.
-        like: for each kind that arrives, tensors of this rank with its shapes (but for tokens) and dtypes.
-        on_arrival: what is done with what has arrived; by default it is put at hand.
-        at_hand: tensors by what they are and whose.
-        derived: what was made of tensors at hand, by the same names; both are let go of together.
+        like: for each kind that is received, tensors with the same dtypes and shapes, apart from the number of tokens.
+        on_arrival: what to do with a received kind; by default it is stored in ``at_hand``.
+        at_hand: the local and received tensors, by kind and source rank.
+        derived: objects made from tensors at hand, by the same keys; both are freed together.
     """
 
     plan: Plan
@@ -37,39 +37,39 @@ class Exchange:
     on_arrival: dict[What, Callable[[Transfer, Tensors], None]] = field(default_factory=dict)
     at_hand: dict[Arrived, Tensors] = field(default_factory=dict)
     derived: dict[Arrived, Any] = field(default_factory=dict)
-    _under_way: list[tuple[int, Pending, list[tuple[Transfer, Tensors]]]] = field(default_factory=list)
+    _in_flight: list[tuple[int, Pending, list[tuple[Transfer, Tensors]]]] = field(default_factory=list)
 
     def walk(self, stages: Sequence[Stage], done_with: Sequence[frozenset[Arrived]]) -> Iterator[Stage]:
-        """Each stage, while its transfers run."""
+        """Yield each stage while its transfers are in flight, and wait for those that the next stage reads."""
         for number, stage in enumerate(stages):
             if stage.transfers:
                 self._start(stage, number)
             yield stage
-            if self._under_way:
+            if self._in_flight:
                 self._finish(number + 1)
             for name in done_with[number]:
                 self.at_hand.pop(name, None)
                 self.derived.pop(name, None)
 
-    def keys(self, source: int, some: range) -> tuple[Tensor, Tensor]:
-        """K and v of some of a source's keys at hand."""
+    def keys(self, source: int, rows: range) -> tuple[Tensor, Tensor]:
+        """These rows of a source's k and v, as views."""
         k, v = self.at_hand[What.KEYS, source]
-        if len(some) == k.shape[1]:
+        if len(rows) == k.shape[1]:
             return k, v
-        return k[:, some.start : some.stop], v[:, some.start : some.stop]
+        return k[:, rows.start : rows.stop], v[:, rows.start : rows.stop]
 
     def _start(self, stage: Stage, number: int) -> None:
         for until in sorted({transfer.until for transfer in stage.transfers}):
-            some = [transfer for transfer in stage.transfers if transfer.until == until]
-            arriving = [(t, self._room(t)) for t in some if not t.sends]
-            sends = [message for t in some if t.sends for message in self._messages(t, self._taken(t), number)]
+            group = [transfer for transfer in stage.transfers if transfer.until == until]
+            arriving = [(t, self._receive_buffers(t)) for t in group if not t.sends]
+            sends = [message for t in group if t.sends for message in self._messages(t, self._sent_tensors(t), number)]
             receives = [message for t, tensors in arriving for message in self._messages(t, tensors, number)]
-            self._under_way.append((until, self.transport.exchange(sends, receives), arriving))
+            self._in_flight.append((until, self.transport.exchange(sends, receives), arriving))
 
     def _finish(self, number: int) -> None:
-        """Wait for what has to be there by the beginning of stage ``number``."""
-        due = [each for each in self._under_way if each[0] <= number]
-        self._under_way = [each for each in self._under_way if each[0] > number]
+        """Wait for the transfers that stage ``number`` needs."""
+        due = [each for each in self._in_flight if each[0] <= number]
+        self._in_flight = [each for each in self._in_flight if each[0] > number]
         for _, pending, arriving in due:
             pending.wait()
             for transfer, tensors in arriving:
@@ -81,19 +81,19 @@ class Exchange:
         else:
             self.at_hand[transfer.what, transfer.of] = tensors
 
-    def _room(self, transfer: Transfer) -> Tensors:
-        """Contiguous buffers for what arrives."""
+    def _receive_buffers(self, transfer: Transfer) -> Tensors:
+        """Contiguous buffers for a transfer that is received."""
         return tuple(x.new_empty(_with_tokens(x, transfer.count)) for x in self.like[transfer.what])
 
-    def _taken(self, transfer: Transfer) -> Tensors:
-        """What is sent, contiguous."""
+    def _sent_tensors(self, transfer: Transfer) -> Tensors:
+        """The tensors of a transfer that is sent, contiguous."""
         tensors = self.at_hand[transfer.what, transfer.of]
         if transfer.what in (What.KEY_GRADIENTS, What.QUERY_GRADIENTS, What.PARTIALS):
-            del self.at_hand[transfer.what, transfer.of]  # kept by the messages alone
+            del self.at_hand[transfer.what, transfer.of]  # only the messages refer to them now
         return tuple(take(x, transfer.rows) for x in tensors)
 
     def _messages(self, transfer: Transfer, tensors: Tensors, number: int) -> Iterator[Message]:
-        # Keys are named by the step that they are for, gradients by the one that they come from.
+        # Error messages name keys by the step that reads them, and gradients by the step that computed them.
         step = transfer.until if transfer.what in (What.KEYS, What.QUERIES) else number - 1
         words = _words(transfer.what, step)
         return (Message(x, transfer.peer, words) for x in tensors)
@@ -115,13 +115,27 @@ def _words(what: What, step: int) -> str:
 
 def _with_tokens(x: Tensor, count: int) -> list[int]:
     shape = list(x.shape)
-    shape[1 if x.dim() == 4 else 2] = count
+    shape[1 if x.dim() == 4 else 2] = count  # as `tokens_of`, without a call: this is of every message
     return shape
 
 
+def tokens_of(x: Tensor) -> int:
+    """Which dimension counts tokens: see [Note: tokens]."""
+    return 1 if x.dim() == 4 else 2
+
+
 def take(x: Tensor, rows: tuple[range, ...] | None) -> Tensor:
-    """The tokens in ``rows`` of ``x [B, T, ...]``, contiguous; no copy where they lie side by side in memory."""
+    """The tokens in ``rows`` of ``x``, contiguous; a view if they already are contiguous in memory."""
     if rows is None:
         return x
-    pieces = [x[:, r.start : r.stop] for r in rows]
-    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, 1)
+    dim = 1 if x.dim() == 4 else 2
+    pieces = [x.narrow(dim, r.start, len(r)) for r in rows]
+    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def copy_of(x: Tensor, rows: tuple[range, ...]) -> Tensor:
+    """The tokens in ``rows`` of ``x``, in memory of their own: strides and alignment do not depend on the rest."""
+    dim = tokens_of(x)
+    pieces = [x.narrow(dim, r.start, len(r)) for r in rows]
+    into = x.new_empty(_with_tokens(x, sum(map(len, rows))))
+    return torch.cat([x.narrow(dim, 0, 0), *pieces], dim, out=into)

@@ -1,8 +1,8 @@
-"""Two sets of tokens under a mask: which queries and which keys each rank holds, and who sees what.
+"""The geometry of a call: a mask, and which queries and keys each rank holds.
 
-Self-attention is the case in which both sets are the same. A chunk of the sequence as queries, cross-attention, the
-rows of a batch laid end to end, and ranks that put their tokens together are other sets (`Tokens`); nothing above this
-module tells them apart.
+In self-attention both are the same tokens. Other `Tokens` are a chunk of a sequence, the other sequence of
+cross-attention, the concatenated sequences of a batch, and ranks that gather their tokens. Modules above this one do
+not distinguish them.
 
 [Note: shapes] S sequence length, T local queries, K local keys, W ranks.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from distflash.layouts import Layout
 from distflash.masks import Ends, Mask, wrapped
 
-# A union of more intervals than this is refused: each is a pass over all queries.
+# The largest number of intervals of a union: each costs a pass over all queries.
 MOST_PARTS = 16
 
 
@@ -45,13 +45,21 @@ class Tokens(ABC):
     def count_below(self, positions: Tensor, rank: int) -> Tensor:
         """How many of the rank's tokens lie before each global position: int64, of the same shape."""
 
+    def chunks(self, size: int) -> tuple[range, ...]:
+        """All ranks' tokens in runs of ``size`` positions, cut at fixed places: the last of a sequence may be shorter.
+
+        Raises:
+            ValueError: the tokens are not cut, by default.
+        """
+        raise ValueError(f"{type(self).__name__}: these tokens are not cut into chunks")
+
     def require_cover(self) -> None:  # noqa: B027  (most sets of tokens have nothing of the user's to check)
         """Refuse a user's layout that loses tokens or holds them twice, with a ValueError."""
 
 
 @dataclass(frozen=True)
 class Sharded(Tokens):
-    """``total`` tokens from position ``start`` on, spread over the ranks by a layout."""
+    """``total`` tokens from position ``start`` on, sharded over the ranks by a layout."""
 
     layout: Layout
     total: int
@@ -72,6 +80,10 @@ class Sharded(Tokens):
     def count_below(self, positions: Tensor, rank: int) -> Tensor:
         return self.layout.count_below(positions - self.start, self.total, self.ranks, rank)
 
+    def chunks(self, size: int) -> tuple[range, ...]:
+        stop = self.start + self.total
+        return tuple(range(first, min(first + size, stop)) for first in range(self.start, stop, size))
+
     def require_cover(self) -> None:
         held = [[r for r in self.layout.ranges(self.total, self.ranks, rank) if len(r)] for rank in range(self.ranks)]
         ascend = all(r.step > 0 for ranges in held for r in ranges) and all(
@@ -88,7 +100,7 @@ class Sharded(Tokens):
 
 @dataclass(frozen=True)
 class Together(Tokens):
-    """Groups of ranks that put their tokens together. Rank n of these is the group ``members[n]``."""
+    """Groups of ranks that gather their tokens. Rank n stands for the group ``members[n]``."""
 
     tokens: Tokens
     members: tuple[tuple[int, ...], ...]
@@ -112,7 +124,7 @@ class Together(Tokens):
 
 @dataclass(frozen=True)
 class Folded(Tokens):
-    """``rows`` sequences of ``seq_len`` positions end to end: row r's token at p is at ``r * seq_len + p``."""
+    """``rows`` concatenated sequences of ``seq_len`` positions: row r's token at p is at ``r * seq_len + p``."""
 
     tokens: Tokens
     seq_len: int
@@ -134,6 +146,10 @@ class Folded(Tokens):
         within = self.tokens.count_below(positions - row * self.seq_len, rank)
         return row * self.tokens.length(rank) + within
 
+    def chunks(self, size: int) -> tuple[range, ...]:
+        starts = [row * self.seq_len for row in range(self.rows)]
+        return tuple(range(at + r.start, at + r.stop) for at in starts for r in self.tokens.chunks(size))
+
     def require_cover(self) -> None:
         self.tokens.require_cover()
 
@@ -144,10 +160,10 @@ class Geometry:
 
     Attributes:
         mask: over global positions.
-        queries, keys: which of them each rank holds; equally many ranks.
-        seq_len: the length that the mask is told: positions of keys are below it.
-        for_backward: whether intervals are wanted for columns too; a forward needs those of rows alone.
-        distances: whether positions of keys are wanted, for scores that depend on the distance (ALiBi).
+        queries, keys: which of them each rank holds, over the same number of ranks.
+        seq_len: the length passed to the mask; positions of keys are below it.
+        for_backward: whether to compute column intervals, which only the backward needs.
+        distances: whether to keep positions of keys, for scores that depend on the distance (ALiBi).
     """
 
     mask: Mask
@@ -174,12 +190,12 @@ class Geometry:
         return Needs.of(self)
 
     def parts(self, rank: int) -> tuple[Ends, ...]:
-        """The global ends ``(lo, hi)``, int64 ``[T]``, of each part of the mask, for the queries that ``rank`` holds.
+        """The global bounds ``(lo, hi)``, int64 ``[T]``, of each part of the mask, for the queries that ``rank`` holds.
 
-        Kept, since a plan asks for them once more for each source.
+        Cached, since a plan needs them for each source.
 
         Raises:
-            ValueError: the mask's ends are not what `Mask.ends` promises, or it has too many parts.
+            ValueError: the mask's bounds are not as `Mask.ends` requires, or it has too many parts.
         """
         if rank not in self._parts:
             self._parts[rank] = self._parts_of(rank)

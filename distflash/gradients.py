@@ -1,4 +1,4 @@
-"""The gradients of a call: where each backward pass writes its part, and how the parts add up.
+"""The gradients of a call: the buffers that backward passes write, and the sums of the ranks' parts.
 
 [Note: shapes] B batch, T local queries, K local keys, H query heads, G key/value heads, D head dim of q and k, V of v.
 """
@@ -10,39 +10,38 @@ from torch import Tensor
 
 from distflash.exchange import Exchange
 from distflash.kernels import Kernel
-from distflash.kernels.base import KeyGradient, Keys, QueryGradient, Saved, Scores
+from distflash.kernels.base import BackwardContext, KeyGradient, Keys, QueryGradient, Scores
 from distflash.partial import accumulator_dtype
-from distflash.plan import Gradients as Which
-from distflash.plan import Pass, Transfer, What
+from distflash.plan import Gradients, Pass, Transfer, What
 
 Tensors = tuple[Tensor, ...]
 
 
-class Gradients:
+class GradientBuffers:
     """dQ, dK and dV of one call.
 
     Args:
         exchange: with this rank's keys ``(k, v)`` and queries ``(q, out, lse, dout[, dlse])`` at hand.
-        kernel: computes them.
+        kernel: computes the passes.
         scores: see `Scores`.
-        rounds_keys: whether dK and dV are rounded; else they stay in the accumulator's dtype.
+        rounds_keys: see `engine.Call`.
     """
 
     def __init__(self, exchange: Exchange, kernel: Kernel, scores: Scores, rounds_keys: bool) -> None:
         self.exchange, self.kernel, self.scores, self.plan = exchange, kernel, scores, exchange.plan
         rank = self.plan.rank
         self.kv, self.q = exchange.at_hand[What.KEYS, rank], exchange.at_hand[What.QUERIES, rank][0]
-        self.wide = accumulator_dtype(self.q.dtype)
-        self.of_rounded_keys = self.kv[0].dtype if rounds_keys else self.wide
+        self.accumulator = accumulator_dtype(self.q.dtype)
+        self.keys_dtype = self.kv[0].dtype if rounds_keys else self.accumulator
         self.of_keys = Sum(self._own_keys(), self.plan.arrivals(What.KEY_GRADIENTS))
         self.of_queries = Sum((self._own_queries(),), self.plan.arrivals(What.QUERY_GRADIENTS))
         exchange.like |= {What.KEY_GRADIENTS: self.of_keys.own, What.QUERY_GRADIENTS: self.of_queries.own}
         exchange.on_arrival |= {What.KEY_GRADIENTS: self.of_keys.add, What.QUERY_GRADIENTS: self.of_queries.add}
 
     def compute(self, each: Pass, keys: Keys) -> None:
-        """Have the kernel compute a pass, and add what it writes to dK and dV where the pass says so."""
+        """Have the kernel compute a pass. If the pass adds, add its dK and dV to the buffers of its source."""
         saved, dq = self._context(each.queries)
-        if each.gradients is Which.OF_QUERIES:
+        if each.gradients is Gradients.OF_QUERIES:
             nothing = KeyGradient(keys.k[:, :0], keys.v[:, :0])
             self.kernel.backward(saved, keys, each, self.scores, dq, nothing)
             return
@@ -50,72 +49,80 @@ class Gradients:
             dkv = KeyGradient(*self._buffers(*each.sources))
             self.kernel.backward(saved, keys, each, self.scores, dq, dkv)
             return
-        part = KeyGradient(*(x.new_empty(x.shape, dtype=self.wide) for x in (keys.k, keys.v)))
+        part = KeyGradient(*(x.new_empty(x.shape, dtype=self.accumulator) for x in (keys.k, keys.v)))
         self.kernel.backward(saved, keys, each, self.scores, dq, part)
         heads = each.heads or range(keys.k.shape[2])
         for total, x in zip(self._buffers(*each.sources), (part.dk, part.dv), strict=True):
-            some = x[:, :, heads.start : heads.stop]
-            total[:, keys.rows.keys.start : keys.rows.keys.stop, heads.start : heads.stop] += some
+            of_heads = x[:, :, heads.start : heads.stop]
+            total[:, keys.rows.keys.start : keys.rows.keys.stop, heads.start : heads.stop] += of_heads
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv, rounded once."""
         (dq,) = self.of_queries.finish(self.q.dtype)
-        dk, dv = self.of_keys.finish(self.of_rounded_keys)
+        dk, dv = self.of_keys.finish(self.keys_dtype)
         return dq, dk, dv
 
     def of_sinks(self) -> Tensor | None:
-        """A sink has probability ``exp(sink - lse)`` and value 0, so its gradient is ``-sum(probability * delta)``."""
+        """The gradient of the sinks, of this rank's queries."""
         sinks = self.scores.sinks
         if sinks is None:
             return None
         saved, _ = self._context(self.plan.rank)
-        # Where nothing was seen and the sink is -inf, lse is too: a probability of 0, not of exp(-inf + inf).
-        lse = saved.lse.masked_fill(saved.lse == -torch.inf, 0.0)
-        probability = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
-        return -(probability * saved.delta).sum((0, 2)).to(sinks.dtype)
+        return of_sinks(saved, sinks).to(sinks.dtype)
 
-    def _context(self, queries: int) -> tuple[Saved, QueryGradient]:
-        """What the kernel knows of a rank's queries, and where their dQ goes."""
+    def _context(self, queries: int) -> tuple[BackwardContext, QueryGradient]:
+        """The backward context of a rank's queries, and the buffers of their dQ."""
         name = What.QUERIES, queries
         if name not in self.exchange.derived:
             tensors = self.exchange.at_hand[name]
             q = tensors[0]
-            saved = self.kernel.save(*tensors, *(None,) * (5 - len(tensors)))
-            final = self._own if queries == self.plan.rank else q.new_empty(q.shape, dtype=self.wide)
-            kept = self.plan.keeps_sums(queries) and saved.sums is None
-            between = q.new_empty(q.shape, dtype=self.wide) if kept else None
-            self.exchange.derived[name] = saved, QueryGradient(final, between)
+            saved = self.kernel.preprocess(*tensors, *(None,) * (5 - len(tensors)))
+            final = self._own if queries == self.plan.rank else q.new_empty(q.shape, dtype=self.accumulator)
+            needs_sum = self.plan.keeps_sums(queries) and saved.dq_accum is None
+            total = q.new_empty(q.shape, dtype=self.accumulator) if needs_sum else None
+            self.exchange.derived[name] = saved, QueryGradient(final, total)
             self.exchange.at_hand[What.QUERY_GRADIENTS, queries] = (final,)
-        context: tuple[Saved, QueryGradient] = self.exchange.derived[name]
+        context: tuple[BackwardContext, QueryGradient] = self.exchange.derived[name]
         return context
 
     def _own_queries(self) -> Tensor:
-        dtype = self.wide if self.plan.arrivals(What.QUERY_GRADIENTS) else self.q.dtype
+        dtype = self.accumulator if self.plan.arrivals(What.QUERY_GRADIENTS) else self.q.dtype
         self._own = self.q.new_empty(self.q.shape, dtype=dtype)
         return self._own if self.plan.own_passes else self._own.zero_()
 
     def _own_keys(self) -> Tensors:
-        """Buffers in the dtype in which this rank's own part is written: float32 where others are added to it."""
-        dtype = self.wide if self.plan.adds_to_own_keys else self.of_rounded_keys
+        """Buffers for dK and dV of the local keys: in the accumulator's dtype if other parts are added to them."""
+        dtype = self.accumulator if self.plan.adds_to_own_keys else self.keys_dtype
         buffers = tuple(x.new_empty(x.shape, dtype=dtype) for x in self.kv)
         self.exchange.at_hand[What.KEY_GRADIENTS, self.plan.rank] = buffers
         return buffers if self.plan.works_on_own_keys else tuple(x.zero_() for x in buffers)
 
     def _buffers(self, source: int) -> Tensors:
-        """Where dK and dV of a source's keys at hand are written."""
+        """Buffers for dK and dV of a source's keys."""
         name = What.KEY_GRADIENTS, source
         if name not in self.exchange.at_hand:
             keys = self.exchange.at_hand[What.KEYS, source]
-            self.exchange.at_hand[name] = tuple(x.new_empty(x.shape, dtype=self.wide) for x in keys)
+            self.exchange.at_hand[name] = tuple(x.new_empty(x.shape, dtype=self.accumulator) for x in keys)
         return self.exchange.at_hand[name]
 
 
+def of_sinks(saved: BackwardContext, sinks: Tensor) -> Tensor:
+    """``[H]``, in the accumulator's dtype, of some queries.
+
+    A sink has probability ``exp(sink - lse)`` and value 0, so its gradient is ``-sum(probability * delta)``.
+    """
+    # For rows with no visible key and a sink of -inf, lse is -inf: the probability is 0, not exp(-inf + inf).
+    lse = saved.lse.masked_fill(saved.lse == -torch.inf, 0.0)
+    probability = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
+    return -(probability * saved.delta).sum((0, 2))
+
+
 class Sum:
-    """This rank's own part of a gradient, and parts of other ranks, added in the order in which they arrive.
+    """The sum of this rank's part of a gradient and the parts of other ranks, added in the order of the plan.
 
     Args:
-        own: buffers with this rank's own part.
-        arrivals: how many parts are to come.
+        own: buffers with this rank's part.
+        arrivals: how many parts will be received.
     """
 
     def __init__(self, own: Tensors, arrivals: int) -> None:
@@ -123,7 +130,7 @@ class Sum:
         self._last: Tensors | None = None
 
     def add(self, transfer: Transfer, parts: Tensors) -> None:
-        """Add a part to the tokens that it is of. The last one, if it is of all tokens, waits for `finish`."""
+        """Add a received part to its tokens. The last part, if it covers all tokens, is added by `finish`."""
         self.arrivals -= 1
         tokens = self.own[0].shape[1]
         rows = transfer.rows or (range(tokens),)
@@ -140,6 +147,6 @@ class Sum:
         """The sums, rounded once."""
         if self._last is None:
             return tuple(own.to(dtype) for own in self.own)
-        # The last addition and the only rounding are one pass.
+        # The last addition and the only rounding are one pass over memory.
         outs = tuple(own.new_empty(own.shape, dtype=dtype) for own in self.own)
         return tuple(torch.add(*pair, out=out) for *pair, out in zip(self.own, self._last, outs, strict=True))

@@ -1,8 +1,8 @@
 """Layouts: which global positions each rank holds.
 
-A layout answers one question with Python ranges, in ascending order. From them follow the positions, how many
-tokens a rank holds, and `count_below`, which turns a global interval of keys into a local one by arithmetic.
-Lengths need not divide by anything: shards differ by at most a token per range.
+A layout gives them as ascending Python ranges. The positions, the number of tokens of a rank, and `count_below`, which
+converts a global interval of keys to a local one, follow from the ranges. Lengths need not be divisible by anything:
+shards differ by at most one token per range.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distflash.integers import set_count
 from distflash.masks import Mask
 
 
 class Layout(ABC):
-    """How a sequence is spread over ranks. A new layout is one frozen dataclass with one method, `ranges`.
+    """How a sequence is sharded over ranks. A new layout is one frozen dataclass with one method, `ranges`.
 
     Examples:
         >>> from dataclasses import dataclass
@@ -32,23 +33,21 @@ class Layout(ABC):
 
     @abstractmethod
     def ranges(self, seq_len: int, world_size: int, rank: int) -> tuple[range, ...]:
-        """The global positions that ``rank`` holds: disjoint ranges, each wholly before the next.
+        """The global positions that ``rank`` holds: disjoint ranges in ascending order.
 
-        Over all ranks they cover ``range(seq_len)`` exactly once.
+        The ranges of all ranks cover ``range(seq_len)`` exactly once.
         """
 
     def under(self, mask: Mask) -> Layout:
-        """The layout for a batch that is attended to under ``mask``: itself, unless it is made for a mask."""
+        """The layout for a batch with this mask: itself, unless it depends on masks (`Balanced`)."""
         return self
 
     def refusal(self, seq_len: int) -> str | None:
-        """Why the layout cannot say who holds which of so many tokens; None if it can."""
+        """Why the layout cannot shard ``seq_len`` tokens; None if it can."""
         return None
 
     def fingerprint(self, seq_len: int, world_size: int) -> int:
-        """What ranks compare beside the layout itself: a digest of what each rank holds where that is computed from
-        much; else 0.
-        """
+        """A digest of all ranks' ranges, which ranks compare; 0 for a layout whose ranges follow from its fields."""
         return 0
 
     def length(self, seq_len: int, world_size: int, rank: int) -> int:
@@ -61,10 +60,10 @@ class Layout(ABC):
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
     def count_below(self, positions: Tensor, seq_len: int, world_size: int, rank: int) -> Tensor:
-        """How many of ``rank``'s tokens lie before each global position.
+        """How many of ``rank``'s tokens are before each global position.
 
-        Since a rank's tokens ascend, the global interval of keys ``[lo, hi)`` is the local interval
-        ``[count_below(lo), count_below(hi))`` of that rank's keys.
+        Since a rank's tokens ascend, its keys in the global interval ``[lo, hi)`` are its local keys
+        ``[count_below(lo), count_below(hi))``.
 
         Args:
             positions: int64, any shape; positions outside ``[0, S]`` count as the nearer end.
@@ -81,7 +80,7 @@ class Layout(ABC):
 
 @dataclass(frozen=True)
 class Contiguous(Layout):
-    """One run a rank. Fewest messages under windows and documents; unbalanced under a causal mask.
+    """One range of tokens per rank. Fewest messages with windows and documents; unbalanced with causal masks.
 
     Examples:
         >>> cp = df.ContextParallel(dist.group.WORLD, layout=df.Contiguous())
@@ -95,9 +94,9 @@ class Contiguous(Layout):
 
 @dataclass(frozen=True)
 class Zigzag(Layout):
-    """Chunks ``r`` and ``2W - 1 - r`` of ``2W``: balanced under a causal mask, with long runs for the kernels.
+    """Chunks ``r`` and ``2W - 1 - r`` of ``2W``: balanced with a causal mask, and two ranges per rank.
 
-    The pairing is known from Llama 3's training report (https://arxiv.org/abs/2407.21783) and ring-flash-attn.
+    As in the Llama 3 report (https://arxiv.org/abs/2407.21783) and ring-flash-attn.
 
     Examples:
         >>> cp = df.ContextParallel(dist.group.WORLD, layout=df.Zigzag())
@@ -113,7 +112,7 @@ class Zigzag(Layout):
 
 @dataclass(frozen=True)
 class Striped(Layout):
-    """Every W-th token (https://arxiv.org/abs/2311.09431): balanced under any mask that is smooth in position.
+    """Every W-th token (https://arxiv.org/abs/2311.09431): balanced with masks that change little from token to token.
 
     Examples:
         >>> cp = df.ContextParallel(dist.group.WORLD, layout=df.Striped())
@@ -123,6 +122,38 @@ class Striped(Layout):
 
     def ranges(self, seq_len: int, world_size: int, rank: int) -> tuple[range, ...]:
         return (range(rank, max(seq_len, rank), world_size),)
+
+
+@dataclass(frozen=True)
+class WholeChunks(Layout):
+    """Chunks of ``chunk`` tokens, dealt as another layout deals tokens: no chunk is on two ranks.
+
+    Args:
+        layout: how chunks are dealt.
+        chunk: how many tokens; the last chunk of a sequence may be shorter.
+
+    Raises:
+        ValueError: an argument is of another kind.
+
+    Examples:
+        >>> cp = df.ContextParallel(dist.group.WORLD, layout=df.WholeChunks(df.Zigzag(), 3))
+        >>> cp.positions(11)
+        tensor([ 0,  1,  2,  9, 10])
+    """
+
+    layout: Layout
+    chunk: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layout, Layout) or isinstance(self.layout, WholeChunks):
+            raise ValueError(f"WholeChunks(layout): expected another layout, such as df.Zigzag(), got {self.layout!r}")
+        set_count(self, "chunk", least=1)
+
+    def ranges(self, seq_len: int, world_size: int, rank: int) -> tuple[range, ...]:
+        chunks = -(-seq_len // self.chunk)
+        dealt = self.layout.ranges(chunks, world_size, rank)
+        runs = [range(n, n + 1) for r in dealt for n in r] if any(r.step != 1 for r in dealt) else dealt
+        return tuple(range(r.start * self.chunk, min(r.stop * self.chunk, seq_len)) for r in runs if len(r))
 
 
 def _chunk(index: int, chunks: int, seq_len: int) -> range:

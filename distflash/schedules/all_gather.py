@@ -1,7 +1,7 @@
-"""All-gather: every rank takes the keys it needs straight from their owners, in a few chunks.
+"""All-gather: every rank receives the keys it needs directly from their source ranks, in a few chunks.
 
-The first chunk travels while a rank works on its own keys, each further one while it works on the chunk before. dK and
-dV go back the same way and are added up in float32 by the keys' owner: a reduce-scatter.
+The first chunk is sent while a rank computes its local keys, each later one while it computes the chunk before. dK and
+dV are sent back directly, and the source rank adds them in float32: a reduce-scatter.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from distflash.schedules.travel import KeysTravel
 
 @dataclass(frozen=True)
 class AllGather(KeysTravel):
-    """Fewer and larger exchanges than `Ring`, and memory for a chunk of the other ranks' keys.
+    """Fewer and larger exchanges than `Ring`, with memory for a chunk of the remote keys.
 
     Args:
-        chunks: into how many exchanges the other ranks' keys are divided; with one less than there are ranks, each is
+        chunks: the number of exchanges that the remote keys are divided into. With ``world_size - 1`` chunks, each is
             the keys of one rank.
 
     Raises:
-        ValueError: chunks is no int of at least 1.
+        ValueError: chunks is not an int of at least 1.
 
     Examples:
         >>> cp = df.ContextParallel(dist.group.WORLD, schedule=df.AllGather(chunks=1))

@@ -1,4 +1,4 @@
-"""Tokens for heads: the exchange of `Ulysses`, as a placement.
+"""The all-to-all of `Ulysses`, as a placement: from some tokens of all heads to all tokens of some heads.
 
 [Note: shapes] Queries and keys are ``[B, T, heads, dim]``, numbers of a query and head ``[B, heads, T]``.
 """
@@ -21,12 +21,12 @@ from distflash.transport import Message, Transport
 
 @dataclass(frozen=True)
 class AllToAll(Placement):
-    """What a rank sends to each member of its group, and where it puts what comes.
+    """The all-to-all of one call within the groups of ranks that exchange heads.
 
     Attributes:
         transport: of all ranks.
         groups: the ranks of each group.
-        share: which heads each member of a group takes.
+        share: which heads each member of a group computes.
         asked: the call.
     """
 
@@ -46,12 +46,18 @@ class AllToAll(Placement):
         share, exchange = self.share, _Exchange(self, "tokens for heads")
         queries, keys = self.asked.queries, self.asked.keys
         for x in held.queries:
-            exchange.add(x, lambda x, m: x[:, :, share.queries(m)], self._room(x, queries, share.queries(self.me)))
+            exchange.add(
+                x, lambda x, m: x[:, :, share.queries(m)], self._inward_shapes(x, queries, share.queries(self.me))
+            )
         for x in held.keys:
-            exchange.add(x, lambda x, m: x[:, :, share.distinct(m)], self._room(x, keys, share.distinct(self.me)))
+            exchange.add(
+                x, lambda x, m: x[:, :, share.distinct(m)], self._inward_shapes(x, keys, share.distinct(self.me))
+            )
         for x in held.numbers:
             y = x.transpose(1, 2)[..., None]
-            exchange.add(y, lambda x, m: x[:, :, share.queries(m)], self._room(y, queries, share.queries(self.me)))
+            exchange.add(
+                y, lambda x, m: x[:, :, share.queries(m)], self._inward_shapes(y, queries, share.queries(self.me))
+            )
         arrived = exchange.run()
         n, end = len(held.queries), len(held.queries) + len(held.keys)
         numbers = [self._in_order(parts, self.query_places) for parts in arrived[end:]]
@@ -65,12 +71,16 @@ class AllToAll(Placement):
         exchange, of_queries, of_keys = _Exchange(self, "heads for tokens"), self.query_places, self.key_places
         T, K = (tokens.length(self.transport.rank) for tokens in (self.asked.queries, self.asked.keys))
         for x in seen.queries:
-            exchange.add(x, lambda x, m: x.index_select(1, of_queries[m]), self._heads(x, T, self.share.queries))
+            exchange.add(
+                x, lambda x, m: x.index_select(1, of_queries[m]), self._outward_shapes(x, T, self.share.queries)
+            )
         for x in map(self._summed, seen.keys):
-            exchange.add(x, lambda x, m: x.index_select(1, of_keys[m]), self._heads(x, K, self.share.distinct))
+            exchange.add(x, lambda x, m: x.index_select(1, of_keys[m]), self._outward_shapes(x, K, self.share.distinct))
         for x in seen.numbers:
             y = x.transpose(1, 2)[..., None]
-            exchange.add(y, lambda x, m: x.index_select(1, of_queries[m]), self._heads(y, T, self.share.queries))
+            exchange.add(
+                y, lambda x, m: x.index_select(1, of_queries[m]), self._outward_shapes(y, T, self.share.queries)
+            )
         arrived = exchange.run()
         n, end = len(seen.queries), len(seen.queries) + len(seen.keys)
         return Held(
@@ -86,12 +96,12 @@ class AllToAll(Placement):
 
     @cached_property
     def me(self) -> int:
-        """This rank's place among the members."""
+        """This rank's index among the members."""
         return self.members.index(self.transport.rank)
 
     @cached_property
     def query_places(self) -> list[Tensor]:
-        """For each member, where its queries are among those of all members, in ascending order."""
+        """For each member, the indices of its queries among those of all members in ascending position."""
         return self._places(self.asked.queries)
 
     @cached_property
@@ -109,17 +119,17 @@ class AllToAll(Placement):
         places = torch.cat(positions).argsort().argsort().to(self.asked.device)
         return list(places.split([len(p) for p in positions]))
 
-    def _room(self, x: Tensor, tokens: Tokens, heads: slice) -> list[tuple[int, ...]]:
-        """The shape of what comes from each member on the way in: its tokens, this rank's heads."""
+    def _inward_shapes(self, x: Tensor, tokens: Tokens, heads: slice) -> list[tuple[int, ...]]:
+        """By members, the shape of what is received inward: the member's tokens, this rank's heads."""
         return [(x.shape[0], tokens.length(m), heads.stop - heads.start, x.shape[3]) for m in self.members]
 
-    def _heads(self, x: Tensor, tokens: int, of: Callable[[int], slice]) -> list[tuple[int, ...]]:
-        """The shape of what comes from each member on the way out: this rank's tokens, the member's heads."""
+    def _outward_shapes(self, x: Tensor, tokens: int, of: Callable[[int], slice]) -> list[tuple[int, ...]]:
+        """By members, the shape of what is received outward: this rank's tokens, the member's heads."""
         counts = [of(m).stop - of(m).start for m in range(len(self.members))]
         return [(x.shape[0], tokens, count, x.shape[3]) for count in counts]
 
     def _in_order(self, parts: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
-        """The tokens of all members, ascending."""
+        """The tokens of all members, in ascending position."""
         B, _, *rest = parts[0].shape
         whole = parts[0].new_empty(B, sum(part.shape[1] for part in parts), *rest)
         for part, place in zip(parts, places, strict=True):
@@ -130,7 +140,7 @@ class AllToAll(Placement):
         return x if self._repeats is None else x.index_select(2, self._repeats)
 
     def _summed(self, x: Tensor) -> Tensor:
-        """Gradients of a key head that is repeated, added up."""
+        """Gradients of each distinct key head: the sum over its repetitions."""
         if self._repeats is None:
             return x
         some = self.share.distinct(self.me)
@@ -140,7 +150,7 @@ class AllToAll(Placement):
         return total
 
     def _added(self, parts: Sequence[Tensor]) -> Tensor:
-        """Gradients of all key heads from those of each member."""
+        """Gradients of all key heads: the sum over the members that computed them."""
         if not self.share.replicates:
             return torch.cat(list(parts), 2)
         total = parts[0].new_zeros(*parts[0].shape[:2], self.share.kv_heads, parts[0].shape[3])
@@ -150,7 +160,7 @@ class AllToAll(Placement):
 
 
 class _Exchange:
-    """Every member's part of several tensors, in one batch of messages."""
+    """The messages of several tensors, posted as one batch."""
 
     def __init__(self, among: AllToAll, what: str) -> None:
         self.among, self.what = among, what
@@ -171,8 +181,8 @@ class _Exchange:
         self._arrived.append(arrived)
 
     def run(self) -> list[list[Tensor]]:
-        """By tensors and members."""
-        # A rank without tokens sends nothing, and the others know.
+        """What is received, by tensors and members."""
+        # A rank without tokens sends nothing, and the others know that.
         sends = [message for message in self._sends if message.tensor.numel()]
         receives = [message for message in self._receives if message.tensor.numel()]
         self.among.transport.exchange(sends, receives).wait()

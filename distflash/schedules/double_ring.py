@@ -1,10 +1,10 @@
 """The double ring: a ring within each node, and around it a ring over the nodes.
 
-While the keys of one node go round within a node, over fast links, those of the next node are on their way: each rank
-exchanges one set of keys over the network in the time of a whole inner ring (https://arxiv.org/abs/2406.18485).
+While keys circulate within a node, over fast links, the next node's keys are being received: each rank exchanges one
+set of keys over the network in the time of one inner ring (https://arxiv.org/abs/2406.18485).
 
-[Note: order] Ranks are numbered node by node. Rank l of node n works in step ``o * L + i`` on the keys of rank
-``(l - i) % L`` of node ``(n - o) % N``: N nodes of L ranks.
+[Note: order] There are N nodes of L ranks, numbered node by node. In step ``o * L + i``, rank l of node n computes the
+keys of rank ``(l - i) % L`` of node ``(n - o) % N``.
 """
 
 from __future__ import annotations
@@ -13,24 +13,23 @@ from dataclasses import dataclass, replace
 
 from distflash.schedules.travel import KeysTravel
 
-# GPUs of a usual node.
+# GPUs of a common node.
 MOST_PER_NODE = 8
 
 
 @dataclass(frozen=True)
 class DoubleRing(KeysTravel):
-    """For several nodes: between nodes every rank sends each set of keys once, under the computation of L steps.
+    """For several nodes: each exchange between nodes overlaps the computation of L steps, for L ranks a node.
 
-    It moves as many bytes as `Ring`. In a ring the two ranks at a node's ends send all that crosses between nodes, in
-    every step; here all ranks of a node share it. Within one node it is the ring.
+    It moves as many bytes as `Ring`. In a ring, only the first and last rank of a node communicate with other nodes, in
+    every step; here all ranks of a node share this traffic. On one node it is the ring.
 
     Args:
         ranks_per_node: how many ranks share a node; ranks are numbered node by node. None for the last dimension of a
-            two-dimensional mesh, otherwise for the largest divisor of the number of ranks that is not above 8, the GPUs
-            of a usual node.
+            two-dimensional mesh, otherwise for the largest divisor of the number of ranks up to 8.
 
     Raises:
-        ValueError: ranks_per_node is no int of at least 1. In a call, on every rank and before anything is sent:
+        ValueError: ranks_per_node is not an int of at least 1. In a call, on every rank and before anything is sent:
             it does not divide the number of ranks.
 
     Examples:
@@ -57,7 +56,7 @@ class DoubleRing(KeysTravel):
         return tuple(((node - o) % nodes * L + (local - i) % L,) for o in range(nodes) for i in range(L))
 
     def route(self, rank: int, source: int, world_size: int) -> int:
-        """The neighbour in the node, but for the first keys of another node: the same rank of the node before."""
+        """The previous rank of the node; for the first keys of another node, the same rank of the previous node."""
         L = self._per_node(world_size)
         node, local = divmod(rank, L)
         if source % L == local:
@@ -65,7 +64,7 @@ class DoubleRing(KeysTravel):
         return node * L + (local - 1) % L
 
     def ahead(self, rank: int, source: int, world_size: int) -> int:
-        """Between nodes a whole inner ring, within a node one step."""
+        """One inner ring (L steps) between nodes, one step within a node."""
         L = self._per_node(world_size)
         return 1 if rank // L == source // L else L
 

@@ -1,4 +1,4 @@
-"""What moves between ranks, as a schedule makes it: one list for all ranks, from which each takes its own transfers."""
+"""The transfers of all ranks in one list, as a schedule makes it, and the part of one rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Rows = tuple[range, ...]
 
 @dataclass(frozen=True)
 class Move:
-    """One transfer as both of its ranks see it. ``at_sender`` and ``at_receiver``: see `Transfer.rows`."""
+    """One transfer, for both of its ranks. ``at_sender`` and ``at_receiver`` are their `Transfer.rows`."""
 
     what: What
     stage: int
@@ -32,12 +32,12 @@ class Move:
 
 
 def transfers(moves: Sequence[Move], rank: int, stage: int) -> tuple[Transfer, ...]:
-    """A rank's in one stage, in the order of ``moves``, which is the same on every rank."""
+    """The transfers of a rank in one stage, in the order of ``moves``, which is the same on every rank."""
     return tuple(transfer for move in moves if move.stage == stage for transfer in move.seen_by(rank))
 
 
 def in_order(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """The stages, of whose passes the first of each rank's queries is marked as such, and the last."""
+    """The stages, with `Pass.first` and `Pass.last` set for the first and last pass of each rank's queries."""
     every = [each for stage in stages for each in stage.passes]
     first = {each.queries: id(each) for each in reversed(every)}
     last = {each.queries: id(each) for each in every}

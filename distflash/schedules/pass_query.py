@@ -1,10 +1,10 @@
-"""Pass queries: keys stay where they are, queries travel, and what comes back is the state of their softmax.
+"""Pass-Q: queries are sent instead of keys, and partial softmax states are sent back.
 
-In step t a rank attends to its own keys for the queries of the rank t places before it, as in a ring. While it does,
-the queries of the next step arrive, and the partial states of the step before return to the queries' owner, which
-merges them (https://arxiv.org/abs/2411.01783). Backward queries travel with out, lse and their gradients, dQ comes back
-in float32, and dK and dV are added up where the keys are. States and dQ are merged in the order of the steps: the same
-bits in every run.
+In step t, rank r attends to its local keys for the queries of rank ``(r - t) % W``, as in a ring. Meanwhile it receives
+the queries of the next step and returns the partial states of the step before to the rank of the queries, which merges
+them (https://arxiv.org/abs/2411.01783). In backward, queries are sent with out, lse and their gradients, dQ is returned
+in float32, and dK and dV are added on the rank of the keys. States and dQ are merged in the order of the steps, so
+results have the same bits in every run.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from distflash.schedules.moves import Move, in_order, transfers
 
 @dataclass(frozen=True)
 class PassQuery(Schedule):
-    """For few queries over many keys: a chunk of a prompt over what is cached, decoding, cross-attention.
+    """For few queries over many keys: a chunk of a prompt over a cache, decoding, cross-attention.
 
-    A rank sends its queries to those ranks of whose keys they see any, and to no other. All of its queries go, also
-    those that see nothing there.
+    A rank sends all of its queries to each rank that has a key that one of them sees.
 
     For T queries that see all K keys of another rank, forward sends ``T H D`` elements there and ``T H (V + 2)``
     float32 numbers back (H query heads, D and V head dims), where `Ring` sends ``K G (D + V)`` elements (G key heads).
-    In 16 bits and with D = V this is less where ``T / K < 2 G / (3 H)``, or a little below: queries fewer than two
-    thirds of the keys, than a sixth with four query heads for a key head. Under masks `Plan.bytes` counts exactly::
+    In 16 bits and with D = V this is less if ``T / K`` is below about ``2 G / (3 H)``: two thirds without grouped
+    heads, one sixth with four query heads for each key head. `Plan.bytes` counts exactly, for any mask::
 
         plans = [schedule.plan(geometry, rank) for schedule in (df.Ring(), df.PassQuery())]
         ring, queries = (plan.bytes(heads, kv_heads, d_qk, d_v, torch.bfloat16) for plan in plans)
@@ -61,7 +60,7 @@ class PassQuery(Schedule):
 
 
 def _steps(needs: Needs) -> list[list[int | None]]:
-    """By ranks and steps, on whose queries each rank works; without the steps in which no rank does."""
+    """By ranks and steps, whose queries each rank computes, without the steps in which no rank computes."""
     ranks = range(len(needs.rows))
     steps = [[(rank - n) % len(ranks) for n in ranks] for rank in ranks]
     works = [[queries if needs.any_pair(queries, rank) else None for queries in steps[rank]] for rank in ranks]
@@ -70,7 +69,7 @@ def _steps(needs: Needs) -> list[list[int | None]]:
 
 
 def _moves(geometry: Geometry, steps: Sequence[Sequence[int | None]], returned: What) -> Iterator[Move]:
-    """Queries arrive in the step before a rank works on them; what it makes of them returns in the step after."""
+    """Queries are received in the step before they are computed; results are returned in the step after."""
     lengths = [geometry.queries.length(rank) for rank in range(len(steps))]
     for step in range(1, len(steps[0])):
         for rank, of_rank in enumerate(steps):
@@ -82,7 +81,7 @@ def _moves(geometry: Geometry, steps: Sequence[Sequence[int | None]], returned: 
 
 
 def _work(geometry: Geometry, rank: int, steps: Sequence[int | None]) -> list[tuple[Pass, ...]]:
-    """The passes of each step, over this rank's own keys: the first overwrites dK and dV, the others add to them."""
+    """The passes of each step over the local keys. The first overwrites dK and dV, the others add to them."""
     work = [() if queries is None else passes_over(geometry, queries, rank) for queries in steps]
     first = next((passes[0] for passes in work if passes), None)
     return [tuple(replace(each, adds=each is not first) for each in passes) for passes in work]
@@ -93,7 +92,7 @@ def _stages(moves: Sequence[Move], rank: int, work: Sequence[tuple[Pass, ...]]) 
 
 
 def _unfinished(stages: Sequence[Stage], away: set[int]) -> tuple[Stage, ...]:
-    """The stages, after which the softmax of these ranks' queries is still to be merged."""
+    """The stages, without a last pass for these ranks' queries, whose states are merged after the passes."""
     return tuple(
         replace(s, passes=tuple(replace(each, last=each.last and each.queries not in away) for each in s.passes))
         for s in stages

@@ -1,7 +1,7 @@
-"""The ring: in step t a rank works on the keys of the rank t places before it.
+"""Ring attention: in step t, rank r attends to the K/V of rank ``(r - t) % W``.
 
-While a step computes, the next step's keys are on their way. They come from the neighbour, which has worked on them in
-the step before (https://arxiv.org/abs/2310.01889).
+K/V of the next step are prefetched from rank r - 1 (which attends to them now) during this step's compute
+(https://arxiv.org/abs/2310.01889).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Ring(KeysTravel):
         >>> print(cp.plan(df.Causal(), seq_len=64))
         Plan of rank 0 of 2: 1040 allowed pairs
         percent of all pairs, by rank: 50.0, 50.0
-        keys of others, by rank: 32, 16; times the bytes of a token's k and v
+        remote keys, by rank: 32, 16 (each: k and v of one token)
         forward    computes                           meanwhile
           stage 0  keys of 0[0:32]: 528 pairs, first  receive keys of 1 (32) from 1
                                                       send keys of 0 (16) to 1
@@ -37,4 +37,5 @@ class Ring(KeysTravel):
         return tuple(((rank - step) % world_size,) for step in range(world_size))
 
     def route(self, rank: int, source: int, world_size: int) -> int:
+        """The rank from which ``rank`` receives K/V of ``source``: its predecessor in the ring, if that has them."""
         return (rank - 1) % world_size

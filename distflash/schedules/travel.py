@@ -1,9 +1,9 @@
-"""Schedules in which queries stay and keys travel: the step in which a rank works on a source, and the way there.
+"""Schedules that send K/V and keep Q: in which step a rank computes a source, and from whom the keys come.
 
-A message holds what its receiver needs and no more. Keys come by the `route` of the schedule where the rank on the way
-needs all of them itself, otherwise straight from their owner. So nothing is passed on for others, and the number of
-bytes follows from the mask alone. dK and dV go straight to the keys' owner, which adds them up in float32 in the order
-of the steps: the same order, and so the same bits, in every run.
+A message holds only the keys that its receiver needs. They come from the rank that the schedule's `route` names if
+that rank has all of them, otherwise directly from their source. No rank forwards keys that it does not need, so the
+number of bytes depends on the mask alone. dK and dV are sent directly to the source, which adds them in float32 in the
+order of the steps: the same bits in every run.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from distflash.schedules.moves import Move, Rows, in_order, transfers
 
 
 class KeysTravel(Schedule):
-    """A schedule that says in which step each rank works on each source, and from whom the keys come."""
+    """A schedule given by the step in which each rank computes each source, and the rank that the keys come from."""
 
     @abstractmethod
     def sources(self, rank: int, world_size: int) -> tuple[tuple[int, ...], ...]:
-        """The sources by steps, equally many steps on every rank. The first step is of the rank's own keys only."""
+        """The sources of each step, the same number of steps on every rank. The first step is the local keys alone."""
 
     def route(self, rank: int, source: int, world_size: int) -> int:
-        """The rank from which ``rank`` takes the source's keys, if that one has them in time; by default the source."""
+        """The rank that sends ``rank`` the source's keys, if it has them in time; by default the source itself."""
         return source
 
     def ahead(self, rank: int, source: int, world_size: int) -> int:
-        """How many steps before ``rank`` works on them keys set out that come straight from the source."""
+        """Prefetch distance, in steps, for K/V sent directly by their source rank."""
         return 1
 
     def plan(self, geometry: Geometry, rank: int) -> Plan:
@@ -56,7 +56,7 @@ class KeysTravel(Schedule):
         )
 
     def _travel(self, needs: Needs) -> _Travel:
-        """What moves, without the steps that no rank needs."""
+        """The transfers, without the steps in which no rank computes."""
         ranks = range(len(needs.rows))
         every = [self.sources(rank, len(ranks)) for rank in ranks]
         steps = [[tuple(s for s in sources if needs.any_pair(rank, s)) for sources in every[rank]] for rank in ranks]
@@ -66,11 +66,11 @@ class KeysTravel(Schedule):
 
 @dataclass(frozen=True)
 class _Travel:
-    """All that moves between all ranks, in one order that every rank knows.
+    """The transfers of all ranks, in the same order on every rank.
 
     Attributes:
-        made: the schedule's steps in which any rank works; the n-th of them is stage n.
-        steps: the sources that each rank works on, by ranks and stages.
+        made: the schedule's steps in which any rank computes; the n-th of them is stage n.
+        steps: by ranks and stages, the sources that each rank computes.
     """
 
     schedule: KeysTravel
@@ -79,7 +79,7 @@ class _Travel:
     steps: list[list[tuple[int, ...]]]
 
     def remote(self) -> Iterator[tuple[int, int, int]]:
-        """``(step, rank, source)`` wherever a rank works on another one's keys."""
+        """``(stage, rank, source)`` wherever a rank computes remote keys."""
         for step in range(1, len(self.steps[0])):
             for rank, of_rank in enumerate(self.steps):
                 yield from ((step, rank, source) for source in of_rank[step])
@@ -98,7 +98,7 @@ class _Travel:
             yield Move(What.KEY_GRADIENTS, step + 1, step + 2, rank, source, source, count, None, rows)
 
     def _from(self, step: int, rank: int, source: int, wanted: Rows) -> tuple[int, int, Rows | None]:
-        """From whom keys come, in which stage, and which of the source's keys that rank has (None: all)."""
+        """The sender of the keys, the stage of the send, and which of the source's keys the sender has (None: all)."""
         peer = self.schedule.route(rank, source, len(self.steps))
         held = self.needs.rows[peer][source]
         if peer != source and contains(held, wanted):
@@ -115,12 +115,12 @@ def _passes(geometry: Geometry, needs: Needs, rank: int, sources: Sequence[int])
 
 
 def contains(held: Rows, wanted: Rows) -> bool:
-    """Whether all of ``wanted`` lies within ``held``."""
+    """Whether ``held`` contains all of ``wanted``."""
     return all(any(h.start <= w.start and w.stop <= h.stop for h in held) for w in wanted)
 
 
 def among(wanted: Rows, held: Rows | None) -> Rows | None:
-    """``wanted``, which lies within ``held``, as ranges of the indices of ``held``; None where it is all of it."""
+    """``wanted`` as ranges of indices into ``held``, which contains it; None if both are equal."""
     if held is None:
         return wanted
     if wanted == held:

@@ -1,10 +1,10 @@
-"""Ulysses: ranks exchange tokens for heads, attend to whole heads, and exchange back.
+"""Ulysses: an all-to-all from sharded tokens to sharded heads, attention, and an all-to-all back.
 
-After DeepSpeed-Ulysses (https://arxiv.org/abs/2309.14509): of U ranks, each ends up with all tokens of the U and 1/U of
-the query heads, and the key heads that these read. Where there are more ranks than heads allow, an ``inner`` schedule
-runs between groups of U ranks (after USP, https://arxiv.org/abs/2405.07719).
+After DeepSpeed-Ulysses (https://arxiv.org/abs/2309.14509): each of U ranks receives all tokens of the U ranks for 1/U
+of the query heads and the key heads that these read. With more ranks than the number of heads allows, an ``inner``
+schedule runs between groups of U ranks (after USP, https://arxiv.org/abs/2405.07719).
 
-[Note: shapes] H query heads and G key heads of the call, U ranks that exchange heads, h = H / U.
+[Note: shapes] H query heads and G key heads of the call, U ranks in an all-to-all, h = H / U.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Ulysses(Schedule):
     """All-to-all over heads within groups of ranks, and another schedule between the groups.
 
     Args:
-        inner: between groups. On a one-dimensional mesh all ranks are one group, and nothing is left to do for it.
-        dim: of a two-dimensional mesh, the dimension whose ranks exchange heads; the other is the inner schedule's. By
-            default the last, whose ranks are next to each other, on one host.
+        inner: the schedule between groups. On a one-dimensional mesh all ranks are one group, and it is not used.
+        dim: the dimension of a two-dimensional mesh whose ranks exchange heads; the other one is the inner schedule's.
+            By default the last, which has consecutive ranks, usually of one host.
         shape: of the mesh; set by `ContextParallel`.
 
     Raises:
@@ -48,6 +48,11 @@ class Ulysses(Schedule):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Schedule) or isinstance(self.inner, Ulysses):
             raise ValueError(f"Ulysses(inner): expected another schedule, such as df.Ring(), got {self.inner!r}")
+        if self.inner.reproducible:
+            raise ValueError(
+                f"Ulysses(inner): with {self.inner!r} bits would still depend on the number of ranks, which says how "
+                "many heads a kernel call has; take schedule=df.Reproducible() alone"
+            )
         if type(self.dim) is not int or self.dim not in (-2, -1, 0, 1):  # 1.0 is no index, True no dimension
             raise ValueError(f"Ulysses(dim): expected 0 or 1, a dimension of the mesh, got {self.dim!r}")
 
@@ -78,19 +83,19 @@ class Ulysses(Schedule):
         return AllToAll(among, self.groups, HeadShare(asked.heads, asked.kv_heads, U), asked)
 
     def among(self, transport: Transport) -> Exchanges:
-        """One rank of each group, at this rank's place: those with which the inner schedule exchanges keys."""
+        """The ranks with this rank's index in their groups, between which the inner schedule exchanges keys."""
         members = self.groups[self.group_of(transport.rank)]
         return Subset(transport, tuple(group[members.index(transport.rank)] for group in self.groups))
 
     @property
     def degree(self) -> int:
-        """U, how many ranks exchange heads with one another."""
+        """U, the number of ranks that exchange heads."""
         assert self.shape is not None, "ContextParallel sets it"
         return self.shape[self.dim]
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """The ranks of each group, which exchange heads. Ranks are numbered along the last dimension."""
+        """The groups of ranks that exchange heads. The last dimension of the mesh has consecutive ranks."""
         assert self.shape is not None, "ContextParallel sets it"
         U, W = self.degree, prod(self.shape)
         if self.dim in (-1, 1):

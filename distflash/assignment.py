@@ -1,23 +1,23 @@
-"""A sequence dealt to ranks: equally many tokens and nearly equally many pairs each, and few keys to move.
+"""The assignment of a sequence's tokens to ranks: equal tokens, nearly equal pairs, and few keys to send.
 
-The sequence is a list of units (`Workload.units`). One with more pairs a token than the mean is *dense*, others are
-*sparse*. The ranks are filled one after the other:
+The sequence is a list of units (`Workload.units`). A unit with more pairs per token than the mean is *dense*, others
+are *sparse*. The ranks are filled greedily, in order:
 
-1. Dense units that fit are taken whole, the largest first. Of one that fits no rank, the end is taken: the queries of
-   a causal document see the more keys the later they are, and whoever holds some of them needs all keys before them,
-   so that a document is moved to fewest ranks if each takes as many pairs of its end as it may.
-2. The rest of the rank's tokens are sparse: units whole, and the beginning of one more. Whoever takes the rest of that
-   one needs these keys, and no more of it. Behind the end of a long document come the sparsest tokens, so that this end
-   is large; else those that have as many pairs as are missing.
+1. A rank takes dense units that fit, the largest first. If a unit fits no rank, the rank takes its end. In a causal
+   document later queries see more keys, and a rank with some of its tokens needs all keys before them. So the fewest
+   ranks need a document's keys if each takes as many pairs of its end as it may.
+2. The rest of the rank's tokens are sparse: whole units, and the start of one more. The rank that takes the rest of
+   this unit needs the keys of its start. With the end of a long document, the rank takes the sparsest tokens, so that
+   this end can be large; otherwise it takes tokens with as many pairs as it still lacks.
 
-The beginning of a long document, where queries see less keys than the mean, is a sparse unit by itself. So sparse
-tokens make up for dense ones as long as there are any, and every rank can have its share of both.
+The start of a long document, whose queries see fewer keys than the mean, is a sparse unit of its own. So there are
+enough sparse tokens to balance the dense ones, and every rank gets its share of both.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import itemgetter
@@ -27,17 +27,18 @@ from distflash.workload import Workload
 
 Piece = tuple[int, int]
 
-# More than any sequence has.
+# More tokens than any sequence has.
 _ALL = 2**62
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What each rank should have.
+    """How many pairs each rank should have.
 
     Attributes:
-        limit: how many times the mean of the pairs it has at most where that can be.
-        enough: with less than this part of that, it takes more dense tokens, though a document be cut for it.
+        limit: the upper bound, as a multiple of the mean over ranks.
+        enough: the lower bound, as a fraction of the upper one. Below it a rank takes more dense tokens, even if that
+            cuts a document.
     """
 
     limit: float = 1.049
@@ -48,102 +49,121 @@ def assign(work: Workload, shares: Sequence[int] | None, ranks: int, aim: Aim, c
     """The ascending, disjoint ``(start, stop)`` of each rank.
 
     Args:
-        work: what the tokens of the sequence ask for.
-        shares: how many tokens each rank has, all of them together; None for any number.
-        ranks: how many there are.
-        aim: how balanced they are to be.
-        chunk: documents that follow one another within so many tokens are dealt together.
+        work: the pairs of the sequence's tokens.
+        shares: the number of tokens of each rank; None for any number.
+        ranks: the number of ranks.
+        aim: how balanced the ranks should be.
+        chunk: consecutive documents within this many tokens are one unit.
     """
     return [_joined(pieces) for pieces in _Assignment(work, shares, ranks, aim, chunk).by_rank()]
 
 
 class _Unit(NamedTuple):
-    """Tokens ``start`` to ``stop``, ordered by their pairs a token."""
+    """Tokens ``start`` to ``stop``, ordered by pairs per token, most first. Of equal units the last one is first."""
 
-    density: float
+    order: tuple[float, int]
     start: int
     stop: int
     tokens: int
     pairs: int
 
+    @property
+    def density(self) -> float:
+        return -self.order[0]
+
     @staticmethod
     def of(work: Workload, start: int, stop: int) -> _Unit:
         pairs = work.pairs(start, stop)
-        return _Unit(pairs / (stop - start), start, stop, stop - start, pairs)
+        return _Unit((-pairs / (stop - start), -start), start, stop, stop - start, pairs)
 
 
 class _Sparse:
-    """Units, those with the fewest pairs a token first, as one line of tokens."""
+    """Units in descending order of pairs per token, as one sequence of tokens, which are taken from its end.
+
+    So only the sums behind a unit that is taken have to be computed again.
+    """
 
     def __init__(self, work: Workload, units: list[_Unit]) -> None:
         self.work, self.units = work, sorted(units)
-        self._count()
+        # Before each unit, and at the end.
+        self.tokens, self.below = [0], [0]
+        self._count_from(0)
 
-    def _count(self) -> None:
-        self.tokens = [0, *accumulate(map(itemgetter(3), self.units))]
-        self.below = [0, *accumulate(map(itemgetter(4), self.units))]
+    def _count_from(self, first: int) -> None:
+        units = self.units[first:]
+        self.tokens[first:] = accumulate(map(itemgetter(3), units), initial=self.tokens[first])
+        self.below[first:] = accumulate(map(itemgetter(4), units), initial=self.below[first])
 
     @property
     def left(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
         return self.tokens[-1]
 
     def pairs(self, count: int, skipped: int = 0) -> int:
-        """Pairs of ``count`` tokens, or of fewer if fewer are left, behind the units of those that are skipped."""
-        return self._before(skipped + count) - (self._before(skipped) if skipped else 0)
+        """The pairs of the ``count`` sparsest tokens (or all that are left) after the ``skipped`` sparsest ones."""
+        return self._of_sparsest(skipped + count) - (self._of_sparsest(skipped) if skipped else 0)
 
-    def _before(self, tokens: int) -> int:
-        n = bisect_right(self.tokens, tokens) - 1
-        if n == len(self.units):
-            return self.below[n]
-        start = self.units[n].start
-        return self.below[n] + self.work.pairs(start, start + tokens - self.tokens[n])
+    def _of_sparsest(self, count: int) -> int:
+        kept = self.tokens[-1] - count
+        if kept <= 0:
+            return self.below[-1]
+        n = bisect_left(self.tokens, kept)
+        pairs, cut = self.below[-1] - self.below[n], self.tokens[n] - kept
+        if cut:
+            start = self.units[n - 1].start
+            pairs += self.work.pairs(start, start + cut)
+        return pairs
 
     def window(self, count: int, pairs: float) -> int:
-        """How many tokens to skip, whole units, so that ``count`` have nearly but not more than ``pairs``."""
-        starts = range(1, bisect_right(self.tokens, self.tokens[-1] - count))
-        return self.tokens[bisect_right(starts, pairs, key=lambda n: self.pairs(count, self.tokens[n]))]
+        """The number of tokens to skip, in whole units, so that the next ``count`` have at most ``pairs``."""
+        units, tokens = len(self.units), self.tokens
+        skips = range(1, units - bisect_left(tokens, count) + 1)
+        skipped = bisect_right(skips, pairs, key=lambda n: self.pairs(count, tokens[-1] - tokens[units - n]))
+        return tokens[-1] - tokens[units - skipped]
 
     def take(self, count: int, skipped: int = 0) -> tuple[list[Piece], Piece]:
-        """The pieces of ``count`` tokens behind the units of those that are skipped, and the rest of the last one."""
-        first, last = bisect_left(self.tokens, skipped), bisect_left(self.tokens, skipped + count)
-        taken = self.units[first:last]
+        """Remove ``count`` tokens after the ``skipped`` sparsest: their pieces, and the rest of the last unit."""
+        kept = self.tokens[-1] - skipped - count
+        first, last = bisect_right(self.tokens, kept) - 1, bisect_left(self.tokens, kept + count)
+        pieces = [(unit.start, unit.stop) for unit in self.units[first:last]]
+        start, stop = pieces[0]
+        end = stop - (kept - self.tokens[first])
+        pieces[0] = start, end
         del self.units[first:last]
-        pieces = [(unit.start, unit.stop) for unit in taken]
-        start, stop = pieces[-1]
-        end = stop - (self.tokens[last] - skipped - count)
-        pieces[-1] = start, end
-        self._count()
+        self._count_from(first)
         return pieces, (end, stop)
 
     def take_unit_before(self, stop: int, most: int) -> Piece | None:
-        """The unit that ends there, if it has at most so many tokens."""
+        """Remove and return the unit that ends at ``stop``, if it has at most ``most`` tokens."""
         n = next((n for n, unit in enumerate(self.units) if unit.stop == stop and unit.tokens <= most), None)
-        return None if n is None else self.take(self.units[n].tokens, self.tokens[n])[0][0]
+        return None if n is None else self.take(self.units[n].tokens, self.tokens[-1] - self.tokens[n + 1])[0][0]
 
     def put(self, unit: _Unit) -> None:
-        """Back into the line."""
-        insort(self.units, unit)
-        self._count()
+        """Add a unit."""
+        n = bisect_left(self.units, unit)
+        self.units.insert(n, unit)
+        self._count_from(n)
 
 
 class _Assignment:
-    """What is not yet dealt."""
+    """The tokens that are not yet assigned."""
 
     def __init__(self, work: Workload, shares: Sequence[int] | None, ranks: int, aim: Aim, chunk: int) -> None:
         self.work, self.shares, self.ranks, self.aim = work, shares, ranks, aim
-        self.pairs = work.before(work.seq_len)  # that are left
+        self.pairs = work.before(work.seq_len)  # of tokens that are left
         self.mean = self.pairs / max(1, work.seq_len)
-        # Without shares nothing has to make up for anything: all is dense.
+        # Without shares, sparse tokens are not needed to balance tokens: all units are dense, and none is too large.
         self.split_at = -1.0 if shares is None else self.mean
+        self.most_tokens = _ALL if shares is None else max(shares)
+        self.most_pairs = _ALL if shares is None else self.pairs / ranks
         units = [piece for unit in work.units(chunk) for piece in self._split(_Unit.of(work, *unit))]
         # By pairs.
         self.dense = sorted((unit for unit in units if unit.density > self.split_at), key=itemgetter(4))
         self.sparse = _Sparse(work, [unit for unit in units if unit.density <= self.split_at])
 
     def _split(self, unit: _Unit) -> list[_Unit]:
-        """A unit that no rank can take, before and behind the token from which on queries see more than the mean."""
-        if self.shares is None or not (unit.pairs * self.ranks > self.pairs or unit.tokens > max(self.shares)):
+        """A unit that fits no rank, split at the token from which on queries see more keys than the mean."""
+        if unit.pairs <= self.most_pairs and unit.tokens <= self.most_tokens:
             return [unit]
         at = min(unit.stop, self.work.first_above(self.mean, unit.start, unit.stop))
         pieces = (unit.start, at), (at, unit.stop)
@@ -152,7 +172,7 @@ class _Assignment:
     def by_rank(self) -> Iterator[list[Piece]]:
         mean = self.pairs / self.ranks
         for rank in range(self.ranks - 1):
-            # Where earlier ranks had less than their share, all others have more.
+            # If earlier ranks got less than their share, the others get more.
             most = self.aim.limit * min(mean, self.pairs / (self.ranks - rank))
             share = _Share(self, _ALL if self.shares is None else self.shares[rank], most)
             share.take_dense()
@@ -162,7 +182,7 @@ class _Assignment:
         yield [(unit.start, unit.stop) for unit in (*self.dense, *self.sparse.units)]
 
     def put(self, start: int, stop: int) -> None:
-        """Back to what is not dealt."""
+        """Add tokens that are not assigned."""
         if start == stop:
             return
         unit = _Unit.of(self.work, start, stop)
@@ -173,11 +193,11 @@ class _Assignment:
 
 
 class _Share:
-    """One rank's part while it is filled.
+    """The tokens of one rank while it is filled.
 
     Attributes:
-        room: tokens that are missing.
-        most, enough: pairs that it should have, at most and at least.
+        room: the number of tokens that it still lacks.
+        most, enough: the most and the fewest pairs that it should have.
     """
 
     def __init__(self, rest: _Assignment, tokens: int, most: float) -> None:
@@ -192,7 +212,7 @@ class _Share:
         self.pairs += self.work.pairs(start, stop)
 
     def least_with(self, tokens: int, pairs: int) -> int:
-        """The pairs of this rank if it takes so many tokens and pairs, and the sparsest tokens there are."""
+        """The pairs of this rank if it takes ``tokens`` with ``pairs``, and fills up with the sparsest tokens."""
         return self.pairs + pairs + self.rest.sparse.pairs(max(0, self.room - tokens))
 
     def take_dense(self) -> None:
@@ -214,24 +234,24 @@ class _Share:
         return unit.tokens <= self.room and self.least_with(unit.tokens, unit.pairs) <= self.most
 
     def window(self) -> int:
-        """How many sparse tokens to skip so that those behind them bring the rank near to its aim."""
+        """The number of sparse tokens to skip, so that the rank has about as many pairs as it should."""
         if self.least_with(0, 0) >= self.enough:
             return 0
         return self.rest.sparse.window(self.room, self.most - self.pairs)
 
     def take_whole(self, unit: _Unit) -> None:
-        """And its beginning, if that was split off and fits: it need not be moved then."""
+        """Take a dense unit, and the start of its document, if that was split off and fits: its keys are local then."""
         self.hold(unit.start, unit.stop)
         beginning = self.rest.sparse.take_unit_before(unit.start, self.room)
         if beginning is not None:
             self.hold(*beginning)
 
     def take_end(self, unit: _Unit) -> None:
-        """As much as the rank may have beside the sparsest tokens, and what is missing where there are too few."""
+        """Take the end of a dense unit: as much as the rank may have if it fills up with the sparsest tokens."""
         before, sparse, room = self.work.before, self.rest.sparse, self.room
         first, stop = max(unit.start, unit.stop - room), unit.stop
         most = before(stop) + self.pairs - self.most  # pairs before the end, less those of the sparsest tokens
-        at = first + bisect_left(range(first, stop), most, key=lambda p: before(p) - sparse.pairs(room - stop + p))
+        at = _first_reaching(most, first, stop, lambda p: before(p) - sparse.pairs(room - stop + p))
         if self.rest.shares is not None:
             at = max(first, min(at, stop - room + sparse.left))
         if at < stop:
@@ -239,7 +259,7 @@ class _Share:
         self.rest.put(unit.start, at)
 
     def take_sparse(self) -> None:
-        """Fill the rank up."""
+        """Take the remaining tokens: sparse ones, and dense ones if there are too few."""
         if self.rest.shares is None:
             return
         sparse = self.rest.sparse
@@ -255,8 +275,29 @@ class _Share:
             self.rest.put(*rest)
 
 
+def _first_reaching(goal: float, start: int, stop: int, count: Callable[[int], int]) -> int:
+    """The first position at which ``count``, which does not decrease, is at least ``goal``; ``stop`` if there is none.
+
+    Interpolation and bisection alternate: if ``count`` rises linearly, interpolation needs a third of the calls.
+    """
+    if start == stop or (at_low := count(start)) >= goal:
+        return start
+    if (at_high := count(stop - 1)) < goal:
+        return stop
+    low, high, interpolate = start, stop - 1, True
+    while high - low > 1:
+        step = (high - low) * (goal - at_low) / (at_high - at_low) if interpolate else (high - low) / 2
+        at = min(max(low + int(step), low + 1), high - 1)
+        if (found := count(at)) < goal:
+            low, at_low = at, found
+        else:
+            high, at_high = at, found
+        interpolate = not interpolate
+    return high
+
+
 def _joined(pieces: list[Piece]) -> list[Piece]:
-    """In ascending order, those that touch as one."""
+    """The pieces in ascending order, with adjacent ones joined."""
     joined: list[Piece] = []
     for start, stop in sorted(pieces):
         if joined and joined[-1][1] == start:

@@ -1,4 +1,4 @@
-"""`Balanced`: a layout made for a mask, so that every rank has as much work."""
+"""`Balanced`: a layout that is computed from a mask, so that all ranks have equal work."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from distflash.masks import Mask
 from distflash.rows import Rows
 from distflash.workload import Workload
 
-# The first is taken if it makes a balanced deal. For few ranks, to which is dealt in no time, all are tried: one of the
-# others may move fewer keys.
+# The first aim is used if its assignment is balanced. For few ranks, where an assignment takes little time, all are
+# tried, since another one may send fewer keys.
 AIMS = tuple(Aim(limit, enough) for limit in (1.049, 1.03, 1.015) for enough in (0.95, 0.9))
 _FEW_RANKS = 16
-# What counts as balanced when deals are compared.
+# The most pairs of a rank, as a multiple of the mean, with which an assignment counts as balanced.
 _BALANCED = 1.05
 
 
 @dataclass(frozen=True)
 class Balanced(Layout):
-    """Each rank has equally many tokens and nearly equally many allowed pairs, with few keys to move.
+    """All ranks have the same number of tokens and nearly the same number of allowed pairs, and few keys are sent.
 
-    Whole short documents stay on one rank, and long ones are cut. Every rank computes the same deal from the mask, and
-    none asks another. A mask that changes from batch to batch is given by `ContextParallel.with_mask`, which takes no
-    time: ``df.Balanced()`` stands for the layout whose mask is not known yet.
+    Short documents stay on one rank, long ones are divided. Every rank computes the same assignment from the mask,
+    without communication. If the mask differs from batch to batch, use ``df.Balanced()`` without a mask, and
+    `ContextParallel.with_mask` for each batch.
 
     Args:
-        mask: for which the work is balanced, usually ``Causal() & Documents(cu_seqlens)``. Attention under any other
-            mask is right, too, but less well balanced.
-        chunk: short documents that follow one another within so many tokens are dealt together.
-        tokens: "equal": ranks' tokens differ by at most one. Or what a token costs beside attention, in allowed pairs:
-            then the sum of both is balanced, and ranks have unequal numbers of tokens. A layer with P parameters
-            besides attention, H heads and head dim D has ``P / (2 * H * D)``.
+        mask: the mask whose work is balanced, usually ``Causal() & Documents(cu_seqlens)``. Attention with any other
+            mask is correct, but less well balanced.
+        chunk: consecutive short documents within this many tokens are assigned together.
+        tokens: "equal": the numbers of tokens of ranks differ by at most one. Or the cost of a token besides attention,
+            in allowed pairs: then the sum of both costs is balanced, and ranks have different numbers of tokens. It is
+            ``P / (2 * H * D)`` for a layer with P parameters besides attention, H heads and head dim D.
 
     Raises:
         ValueError: an argument is of another kind.
@@ -116,7 +116,7 @@ class Balanced(Layout):
 
 
 def best(work: Workload, shares: Sequence[int] | None, ranks: int, chunk: int) -> list[list[Piece]]:
-    """Of the deals by `AIMS` the one that moves fewest keys, if it is balanced; else the most balanced one."""
+    """Of the assignments by `AIMS`, the balanced one that sends the fewest keys, or else the most balanced one."""
     found = []
     for aim in AIMS:
         held = assign(work, shares, ranks, aim, chunk)
@@ -130,39 +130,42 @@ def best(work: Workload, shares: Sequence[int] | None, ranks: int, chunk: int) -
 
 @dataclass(frozen=True)
 class Deal:
-    """What each rank holds.
+    """An assignment of tokens to ranks.
 
     Attributes:
         ranges: by rank, ascending and disjoint.
         lengths: by rank, the number of tokens.
-        starts, before: by rank, int64 tensors of where its ranges start, and how many of its tokens are before each.
     """
 
     ranges: tuple[tuple[range, ...], ...]
     lengths: tuple[int, ...]
-    starts: tuple[Tensor, ...]
-    before: tuple[Tensor, ...]
 
     @staticmethod
     def of(held: Sequence[Sequence[Piece]]) -> Deal:
         ranges = tuple(tuple(range(*piece) for piece in pieces) for pieces in held)
-        sums = [[0, *accumulate(map(len, runs))] for runs in ranges]
-        return Deal(
-            ranges=ranges,
-            lengths=tuple(counts[-1] for counts in sums),
-            starts=tuple(torch.tensor([run.start for run in runs], dtype=torch.int64) for runs in ranges),
-            before=tuple(torch.tensor(counts, dtype=torch.int64) for counts in sums),
-        )
+        return Deal(ranges, tuple(sum(map(len, runs)) for runs in ranges))
 
     @cached_property
     def digest(self) -> int:
-        """Differs where deals do."""
+        """A digest that differs between different assignments."""
         return code(tuple((run.start, run.stop) for runs in self.ranges for run in (*runs, range(-1, -1))))
+
+    @cached_property
+    def _edges(self) -> list[tuple[Tensor, Tensor]]:
+        """By rank, int64: the starts of its ranges; the number of its tokens before each range, and in all of them.
+
+        Views of two tensors, since making two tensors for each of many ranks takes longer than everything else.
+        """
+        starts = torch.tensor([run.start for runs in self.ranges for run in runs], dtype=torch.int64)
+        counts = [count for runs in self.ranges for count in accumulate(map(len, runs), initial=0)]
+        sizes = list(map(len, self.ranges))
+        before = torch.tensor(counts, dtype=torch.int64).split([size + 1 for size in sizes])
+        return list(zip(starts.split(sizes), before, strict=True))
 
     def count_below(self, positions: Tensor, rank: int) -> Tensor:
         """See `Layout.count_below`."""
         if not self.ranges[rank]:
             return torch.zeros_like(positions)
-        starts, before = self.starts[rank].to(positions.device), self.before[rank].to(positions.device)
+        starts, before = (edges.to(positions.device) for edges in self._edges[rank])
         run = (torch.searchsorted(starts, positions.contiguous(), right=True) - 1).clamp_min(0)
         return torch.minimum(before[run] + (positions - starts[run]).clamp_min(0), before[run + 1])

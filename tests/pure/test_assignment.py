@@ -1,4 +1,5 @@
-from itertools import pairwise
+from bisect import bisect_left
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
@@ -25,6 +26,36 @@ def test_every_token_is_dealt_once_and_shares_are_kept(data, seq_len, ranks, lim
     assert sorted(p for pieces in held for start, stop in pieces for p in range(start, stop)) == list(range(seq_len))
     if shares is not None:
         assert [sum(stop - start for start, stop in pieces) for pieces in held] == shares
+
+
+@given(st.data(), st.lists(st.integers(1, 9), min_size=1, max_size=9))
+def test_sparse_tokens_are_those_of_a_plain_list(data, lengths):
+    """The sparsest first, unit by unit; what is counted and taken of them is what slices of the list say."""
+    ends = [0, *accumulate(lengths)]
+    work = Workload.of([df.Causal() & df.Documents(ends)], ends[-1], 4)
+    units = sorted((assignment._Unit.of(work, *piece) for piece in pairwise(ends)), key=lambda u: (u.density, u.start))
+    line = [token for unit in units for token in range(unit.start, unit.stop)]
+    sparse = assignment._Sparse(work, list(units))
+    skips = [0, *accumulate(unit.tokens for unit in units)]
+
+    def pairs(skipped, count):
+        return sum(work.pairs(token, token + 1) for token in line[skipped : skipped + count])
+
+    count = data.draw(st.integers(1, len(line)))
+    limit = data.draw(st.integers(0, pairs(0, len(line))))
+    fitting = [skip for skip in skips if skip + count <= len(line) and pairs(skip, count) <= limit]
+    window = sparse.window(count, limit)
+    assert sparse.left == len(line) and window == max(fitting, default=0)
+    assert sparse.pairs(count, window) == pairs(window, count)
+    pieces, (end, stop) = sparse.take(count, window)
+    assert sorted(token for piece in pieces for token in range(*piece)) == sorted(line[window : window + count])
+    assert sparse.left == len(line) - count - (stop - end)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 60))
+def test_interpolation_finds_what_bisection_does(steps, goal):
+    counts = list(accumulate(steps))
+    assert assignment._first_reaching(goal, 0, len(counts), counts.__getitem__) == bisect_left(counts, goal)
 
 
 def test_short_documents_stay_whole_and_a_long_one_is_cut():

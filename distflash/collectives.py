@@ -1,4 +1,4 @@
-"""Whole tensors from slices and global means: the collectives around attention, with their gradients."""
+"""Collectives around attention, with their gradients: full tensors from shards, and global means."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distflash.transport import Message, Transport
 
 def take(x: Tensor, dim: int, ranges: tuple[range, ...]) -> Tensor:
     """The positions in ``ranges`` of ``x`` along ``dim``, as a new tensor."""
-    # A rank without tokens may have no range at all.
+    # A rank without tokens may have no ranges.
     return torch.cat([x[_along(dim, r)] for r in ranges or (range(0),)], dim=dim)
 
 
@@ -25,7 +25,7 @@ def _along(dim: int, r: range) -> tuple[slice, ...]:
 
 
 def dimension(x: object, dim: object) -> int:
-    """The dimension ``dim`` of ``x``, counted from the front, or a ValueError."""
+    """``dim`` as a non-negative dimension of ``x``, or a ValueError."""
     if not isinstance(x, Tensor):
         raise ValueError(f"x: expected a tensor, got {type(x).__name__}; convert it with torch.as_tensor")
     if not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
@@ -48,16 +48,11 @@ def unshard(x: Tensor, dim: int, layout: Layout, agreement: Agreement) -> Tensor
 
 
 def gather(x: Tensor, dim: int, seq_len: int, layout: Layout, agreement: Agreement) -> Tensor:
-    """See `ContextParallel.gather`: `unshard` without a wait for the device, once the signature is known."""
+    """See `ContextParallel.gather`: `unshard` without a synchronisation, once the signature is known."""
     transport = agreement.transport
     try:
         dim = dimension(x, dim)
-        expected = layout.length(require_seq_len(seq_len), transport.world_size, transport.rank)
-        if x.shape[dim] != expected:
-            raise ValueError(
-                f"x: {x.shape[dim]} tokens along dimension {dim}, but {layout!r} gives rank {transport.rank} of "
-                f"{transport.world_size} {expected} of seq_len={seq_len}"
-            )
+        require_tokens(x, dim, layout, seq_len, transport)
     except ValueError:
         agreement.refuse("gather", sure=False)
         raise
@@ -67,17 +62,27 @@ def gather(x: Tensor, dim: int, seq_len: int, layout: Layout, agreement: Agreeme
 
 
 def like(x: Tensor, dim: int) -> dict[str, object]:
-    """What the ranks' parts of one tensor have alike."""
+    """What has to be equal for the ranks' parts of one tensor."""
     return {"dim": dim, "sizes of x but for dim": tuple(with_rows(x, dim, 0)), "dtype": x.dtype}
 
 
 def with_rows(x: Tensor, dim: int, count: int) -> list[int]:
-    """The shape of ``x`` with so many rows along ``dim``."""
+    """The shape of ``x`` with ``count`` rows along ``dim``."""
     return [count if n == dim else size for n, size in enumerate(x.shape)]
 
 
+def require_tokens(x: Tensor, dim: int, layout: Layout, seq_len: int, transport: Transport) -> None:
+    """A ValueError where this rank holds another number of tokens than the layout gives it."""
+    expected = layout.length(require_seq_len(seq_len), transport.world_size, transport.rank)
+    if x.shape[dim] != expected:
+        raise ValueError(
+            f"x: {x.shape[dim]} tokens along dimension {dim}, but {layout!r} gives rank {transport.rank} of "
+            f"{transport.world_size} {expected} of seq_len={seq_len}"
+        )
+
+
 def whole_length(lengths: list[int], dim: int, layout: Layout) -> int:
-    """The global length, of what each rank holds; a ValueError if that is not what the layout gives it."""
+    """The global length, from the ranks' lengths; a ValueError if the layout gives others."""
     seq_len = sum(lengths)
     expected = [layout.length(seq_len, len(lengths), rank) for rank in range(len(lengths))]
     if lengths != expected:
@@ -89,15 +94,16 @@ def whole_length(lengths: list[int], dim: int, layout: Layout) -> int:
 
 
 def exchange(sends: Sequence[Tensor], counts: Sequence[int], dim: int, transport: Transport, what: str) -> list[Tensor]:
-    """Rows from all other ranks for rows to them. All ranks must call.
+    """Exchange rows with all other ranks. All ranks must call it.
 
     Args:
-        sends: by rank, what is sent there, equal but for the number of rows along ``dim``; nothing to this rank itself.
-        counts: by rank, how many rows come from there.
-        what: what they are, for the words of an error.
+        sends: by rank, the tensor that is sent to it. Only the number of rows along ``dim`` differs. Nothing is sent to
+            this rank itself.
+        counts: by rank, the number of rows that are received from it.
+        what: what the rows are, in words, for errors.
 
     Returns:
-        By rank, what has come from there.
+        By rank, the tensor received from it.
     """
     received = [sends[0].new_empty(with_rows(sends[0], dim, count)) for count in counts]
     outgoing, incoming = (
@@ -113,14 +119,14 @@ def exchange(sends: Sequence[Tensor], counts: Sequence[int], dim: int, transport
 
 
 def refuse_mean(transport: Transport) -> None:
-    """Tell the ranks that wait in `mean` that this one raises: without this one they would wait for ever."""
+    """Tell the ranks in `mean` that this rank raises; otherwise they would wait for it."""
     if transport.world_size > 1:
         transport.all_reduce(torch.full((2,), torch.nan, dtype=torch.float64, device=transport.device))
 
 
 def mean(loss_sum: Tensor, token_count: Tensor | int, transport: Transport, reduction: str) -> Tensor:
     """See `ContextParallel.mean`."""
-    # Ranks whose gradients will be averaged must each bring W times their share.
+    # If gradients are averaged afterwards, each rank's has to be W times its share.
     factor = transport.world_size if reduction == "mean" else 1
     return _Mean.apply(loss_sum, token_count, transport, factor)
 
@@ -149,7 +155,7 @@ class _Unshard(torch.autograd.Function):
 
 
 def _gather_known(x: Tensor, dim: int, layout: Layout, seq_len: int, transport: Transport) -> list[Tensor]:
-    """Every rank's rows, where all know how many each has."""
+    """Every rank's rows, if all ranks know how many each has."""
     lengths = [layout.length(seq_len, transport.world_size, rank) for rank in range(transport.world_size)]
     padded = x.new_zeros(with_rows(x, dim, max(lengths)))
     padded.narrow(dim, 0, x.shape[dim]).copy_(x)
@@ -158,7 +164,7 @@ def _gather_known(x: Tensor, dim: int, layout: Layout, seq_len: int, transport: 
 
 
 class _TakeOfSum(torch.autograd.Function):
-    """This rank's slice of the sum of all ranks' tensors (reduce-scatter). Each is the other's backward pass."""
+    """This rank's shard of the sum over ranks (reduce-scatter). It and `_Unshard` are each other's backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, layout: Layout, agreement: Agreement) -> Tensor:
@@ -181,14 +187,14 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss_sum: Tensor, token_count: Tensor | int, transport: Transport, factor: int) -> Tensor:
         count = torch.as_tensor(token_count, dtype=torch.float64, device=loss_sum.device)
-        # float64: a sum over a million tokens keeps every digit that the loss has.
+        # float64, so that a sum over a million tokens keeps all digits of the loss.
         total, tokens = transport.all_reduce(torch.stack([loss_sum.double(), count.reshape(())])).unbind()
-        if transport.checks_every_call and bool(tokens.isnan()):
+        if transport.verifies_every_call and bool(tokens.isnan()):
             raise ValueError(
                 "token_count: a rank refused its arguments and raised the reason, or has counted NaN tokens; rank "
                 f"{transport.rank} stops with it"
             )
-        # Where it would be slow to look, a count of NaN becomes a loss of NaN.
+        # On GPUs, where looking would synchronise, a count of NaN makes the loss NaN.
         ctx.per_token = torch.where(tokens != 0, factor / tokens, 0.0)
         return torch.where(tokens != 0, total / tokens, 0.0).to(loss_sum.dtype)
 

@@ -1,7 +1,7 @@
-"""Rows of a sequence that other ranks hold: the rows before a rank's own ones, and all of another layout.
+"""Rows of a sequence from other ranks: the rows before a rank's tokens (halo), and the rows of another layout.
 
-[Note: fetch and return] To fetch is to send rows to those who want them; its gradient returns, to each row's rank, the
-gradients of whoever had it. Each of the two is the other's backward pass.
+[Note: fetch and return] `_Fetch` sends rows to the ranks that need them. `_Return` sends their gradients back to the
+rank of each row, which adds them. Each of the two is the backward of the other.
 """
 
 from __future__ import annotations
@@ -16,28 +16,34 @@ from distflash import collectives
 from distflash.agreement import Agreement
 from distflash.integers import as_int
 from distflash.layouts import Layout
-from distflash.lengths import hash_problem
+from distflash.lengths import as_length, hash_problem
 from distflash.masks import Documents
 from distflash.routes import Route, halo_route, relayout_route
 from distflash.validation import came, hint
 
 
-def relayout(x: Tensor, dim: int, target: Layout, source: Layout, agreement: Agreement) -> Tensor:
+def relayout(x: Tensor, dim: int, target: Layout, source: Layout, seq_len: int | None, agreement: Agreement) -> Tensor:
     """See `ContextParallel.relayout`."""
     problem = _layout_problem("layout", target) or _layout_problem("source", source)
-    dim, seq_len = _require("relayout", x, dim, source, agreement, problem, {"layout": target})
+    dim, seq_len = _require("relayout", x, dim, source, seq_len, agreement, problem, {"layout": target})
     transport = agreement.transport
     route = relayout_route(source, target, seq_len, transport.world_size, transport.rank, x.device)
     return _Fetch.apply(x, dim, route, "relayout", agreement)
 
 
 def halo(
-    x: Tensor, left: int, dim: int, documents: Documents | None, layout: Layout, agreement: Agreement
+    x: Tensor,
+    left: int,
+    dim: int,
+    documents: Documents | None,
+    layout: Layout,
+    seq_len: int | None,
+    agreement: Agreement,
 ) -> tuple[Tensor, Tensor]:
     """See `ContextParallel.halo`."""
     problem = _left_problem(left) or _documents_problem(documents) or _layout_problem("layout of cp", layout)
     fields = {"left": left, "documents": documents}
-    dim, seq_len = _require("halo", x, dim, layout, agreement, problem, fields)
+    dim, seq_len = _require("halo", x, dim, layout, seq_len, agreement, problem, fields)
     if documents is not None and documents.seq_len != seq_len:  # on all ranks alike, who have agreed on both
         raise ValueError(f"documents: cu_seqlens end at {documents.seq_len}, but the ranks hold {seq_len} tokens")
     count, transport = as_int(left) or 0, agreement.transport
@@ -50,21 +56,31 @@ def _require(
     x: Tensor,
     dim: int,
     layout: Layout,
+    seq_len: int | None,
     agreement: Agreement,
     problem: str | None,
     fields: Mapping[str, object],
 ) -> tuple[int, int]:
-    """``dim`` from the front and the global length, where nothing is wrong on any rank; else all ranks raise."""
+    """``dim`` as a non-negative dimension, and the global length. All ranks raise if anything is wrong on any rank.
+
+    With ``seq_len`` the ranks do not exchange their lengths, and agree on each signature once.
+    """
     try:
         dim = collectives.dimension(x, dim)
         if problem is not None:
             raise ValueError(problem)
-        if agreement.transport.world_size > 1 and not agreement.transport.carries(x.device):
+        if agreement.transport.world_size > 1 and not agreement.transport.supports_device(x.device):
             raise ValueError(f"x: is on {x.device}, but the group is on {agreement.transport.device}; move it there")
+        if seq_len is not None:
+            collectives.require_tokens(x, dim, layout, seq_len, agreement.transport)
     except ValueError:
-        agreement.refuse(kind, sure=True)
+        agreement.refuse(kind, sure=seq_len is None)
         raise
-    agreement.require(kind, lambda: {**collectives.like(x, dim), "layout it has": layout, **fields})
+    known = None if seq_len is None else as_length(seq_len)
+    compared = {**collectives.like(x, dim), "layout it has": layout, "seq_len": known, **fields}
+    agreement.require(kind, lambda: compared, key=None if known is None else tuple(compared.values()))
+    if known is not None:
+        return dim, known
     lengths = [length for (length,) in agreement.transport.gather_ints([x.shape[dim]])]
     return dim, collectives.whole_length(lengths, dim, layout)
 

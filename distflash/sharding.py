@@ -1,4 +1,4 @@
-"""How the tokens of a sequence move between whole and sharded, and between layouts: part of `ContextParallel`."""
+"""Sharding, gathering and redistribution of tokens: a part of `ContextParallel`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from distflash.masks import Documents
 
 
 class Sharding:
-    """Tensors of tokens, over the ranks that hold a sequence together.
+    """The methods of `ContextParallel` that shard, gather and redistribute tensors of tokens.
 
     Attributes:
         layout: which tokens each rank holds.
-        agreement: of the ranks.
+        agreement: compares calls over the ranks.
     """
 
     layout: Layout
@@ -23,18 +23,18 @@ class Sharding:
 
     @property
     def rank(self) -> int:
-        """This rank's place among those that share the sequence."""
+        """This rank's number among the ranks that share the sequence."""
         return self.agreement.transport.rank
 
     @property
     def world_size(self) -> int:
-        """How many ranks share the sequence."""
+        """The number of ranks that share the sequence."""
         return self.agreement.transport.world_size
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's slice, along ``dim``, of a tensor that every rank holds whole. Differentiable.
+        """This rank's shard, along ``dim``, of a tensor that every rank has in full. Differentiable.
 
-        The length of ``dim`` is the global length and need not divide by anything.
+        The size of ``dim`` is the global length; it need not be divisible by anything.
 
         Raises:
             ValueError: x has no such dimension.
@@ -48,13 +48,13 @@ class Sharding:
         return collectives.take(x, dim, self.layout.ranges(x.shape[dim], self.world_size, self.rank))
 
     def unshard(self, x: Tensor, dim: int = 1) -> Tensor:
-        """The whole tensor from every rank's slice along ``dim``: the inverse of `shard`. All ranks must call.
+        """The full tensor from every rank's shard along ``dim``: the inverse of `shard`. All ranks must call it.
 
-        Differentiable: its backward sums the ranks' gradients of the whole and returns this rank's slice, which is the
-        gradient of the sum of all ranks' losses.
+        Differentiable: its backward sums the gradients of all ranks and returns this rank's shard of the sum, which is
+        the gradient of the sum of all ranks' losses.
 
         Raises:
-            ValueError: on every rank, if the slices are not what the layout gives each rank.
+            ValueError: on every rank, if the shards do not have the lengths that the layout gives.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -64,20 +64,20 @@ class Sharding:
         return collectives.unshard(x, dim, self.layout, self.agreement)
 
     def gather(self, x: Tensor, dim: int = 1, seq_len: int | None = None) -> Tensor:
-        """Every rank's tokens, whole, on every rank, as `unshard`. All ranks must call.
+        """The tokens of all ranks (all-gather), as `unshard`. All ranks must call it.
 
-        For a layer that mixes tokens by something else than attention: it runs on the whole sequence, and `shard` keeps
-        this rank's part of what it returns. The sum over ranks of the layer's gradients is then that of one process.
-        Its backward reduces and scatters: a rank receives the gradients of its own tokens only.
+        For a layer that mixes tokens, other than attention: it runs on the full sequence, and `shard` takes this rank's
+        part of its output. The sum over ranks of the layer's gradients is then that of one process. The backward is a
+        reduce-scatter.
 
         Args:
             x: this rank's tokens along ``dim``.
-            seq_len: the global length. Where it is given, no rank asks the others how many tokens they hold, which on
-                GPUs the host would have to wait for.
+            seq_len: the global length. If given, ranks do not exchange their lengths, for which the host would
+                synchronise with the GPU.
 
         Raises:
-            ValueError: on every rank, if an argument is wrong on any, or they differ. With ``seq_len``, on GPUs only
-                before the first call with these sizes.
+            ValueError: on every rank, if an argument is wrong on any rank, or arguments differ. With ``seq_len``, on
+                GPUs only before the first call with these sizes.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -88,27 +88,31 @@ class Sharding:
             return self.unshard(x, dim)
         return collectives.gather(x, dim, seq_len, self.layout, self.agreement)
 
-    def halo(self, x: Tensor, left: int, dim: int = 1, documents: Documents | None = None) -> tuple[Tensor, Tensor]:
-        """This rank's tokens with the ``left`` rows that precede them in the sequence. All ranks must call.
+    def halo(
+        self, x: Tensor, left: int, dim: int = 1, documents: Documents | None = None, seq_len: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's tokens with the ``left`` rows that precede them in the sequence. All ranks must call it.
 
             rows, places = cp.halo(x, left=3)
             y = causal_conv1d_of_4_taps(rows)[:, places]
 
-        In front of each run of this rank's consecutive tokens come the rows of the tokens before it, and zeros where
-        the sequence, or the document, has none. Only these rows travel, each once to a rank. `Contiguous` has one run,
-        `Zigzag` two; in `Striped` every token is a run of its own, so that there are ``left + 1`` times as many rows.
+        Each run of consecutive tokens of this rank is preceded by the rows of the ``left`` tokens before it, or by
+        zeros at the start of the sequence or of a document. Only these rows are sent, each once per rank. `Contiguous`
+        has one run, `Zigzag` two. With `Striped` every token is a run, so there are ``left + 1`` times as many rows.
 
         Args:
             x: this rank's tokens along ``dim``.
-            left: how many rows, at least 0: k - 1 for a causal convolution of k taps.
-            documents: where packed documents end. A document's first tokens have zeros before them.
+            left: the number of rows, at least 0: k - 1 for a causal convolution of k taps.
+            documents: the packed documents. Zeros precede the first tokens of each.
+            seq_len: the global length; see `gather`.
 
         Returns:
-            The rows, as ``x`` but for their number along ``dim``, and the places int64 ``[seq_local]`` of this rank's
-            tokens among them. Differentiable: gradients of rows that travelled are sent back and added up.
+            The rows, a tensor like ``x`` with more rows along ``dim``, and the indices, int64 ``[seq_local]``, of this
+            rank's tokens in it. Differentiable: gradients of rows of other ranks are sent back and added there.
 
         Raises:
-            ValueError: on every rank, if an argument is wrong on any, or they differ.
+            ValueError: on every rank, if an argument is wrong on any rank, or arguments differ. With
+                ``seq_len``, on GPUs only before the first call with these arguments.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -116,25 +120,30 @@ class Sharding:
             >>> rows, places
             (tensor([0, 1, 2, 6, 7, 8]), tensor([1, 2, 4, 5]))
         """
-        return redistribution.halo(x, left, dim, documents, self.layout, self.agreement)
+        return redistribution.halo(x, left, dim, documents, self.layout, seq_len, self.agreement)
 
-    def relayout(self, x: Tensor, dim: int, layout: Layout, source: Layout | None = None) -> Tensor:
-        """This rank's tokens in another layout. Only tokens that change ranks travel. All ranks must call.
+    def relayout(
+        self, x: Tensor, dim: int, layout: Layout, source: Layout | None = None, seq_len: int | None = None
+    ) -> Tensor:
+        """Redistribute tokens to another layout. Only tokens that change ranks are sent. All ranks must call it.
 
         Args:
-            x: this rank's tokens along ``dim``, in ``source``.
-            layout: which tokens this rank is to have.
-            source: which ones it has; None for the layout of this ContextParallel.
+            x: this rank's tokens along ``dim``, in the layout ``source``.
+            layout: the new layout.
+            source: the layout of x; None for the layout of this ContextParallel.
+            seq_len: the global length; see `gather`.
 
         Returns:
-            As ``x``, but with ``layout.length(seq_len, world_size, rank)`` tokens. Differentiable.
+            A tensor like ``x`` with ``layout.length(seq_len, world_size, rank)`` tokens. Differentiable.
 
         Raises:
-            ValueError: on every rank, if an argument is wrong on any, or they differ.
+            ValueError: on every rank, if an argument is wrong on any rank, or arguments differ. With
+                ``seq_len``, on GPUs only before the first call with these arguments.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)
             >>> cp.relayout(cp.positions(8), 0, df.Contiguous())
             tensor([0, 1, 2, 3])
         """
-        return redistribution.relayout(x, dim, layout, self.layout if source is None else source, self.agreement)
+        source = self.layout if source is None else source
+        return redistribution.relayout(x, dim, layout, source, seq_len, self.agreement)

@@ -1,5 +1,6 @@
 """Rows that other ranks hold, and their gradients: those of the sum of all ranks' losses."""
 
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 import distflash as df
 from distflash.transport import Simulator
+from distflash.transport.simulated import SimulatedTransport
 from tests.random_calls import Dealt
 from tests.strategies import documents, layouts
 
@@ -54,18 +56,19 @@ def test_gather_is_the_whole_and_its_gradient_the_sum(case, dim, knows_length):
         close(got, expected)
 
 
-@given(spread(), st.integers(-2, 1))
-def test_relayout_and_its_gradient(case, dim):
+@given(spread(), st.integers(-2, 1), st.booleans())
+def test_relayout_and_its_gradient(case, dim, knows_length):
     seq_len, world_size, source, target = case
+    known = seq_len if knows_length else None
     x = torch.randn([seq_len, 3] if dim % 2 == 0 else [3, seq_len], dtype=torch.float64)
     weights = torch.randn(x.shape, dtype=torch.float64)
 
     def work(cp):
         there = df.ContextParallel(cp.transport, target)
         mine = cp.shard(x, dim).requires_grad_()
-        moved = cp.relayout(mine, dim, target)
+        moved = cp.relayout(mine, dim, target, seq_len=known)
         assert torch.equal(moved, there.shard(x, dim))
-        assert torch.equal(cp.relayout(moved, dim, source, source=target), mine)
+        assert torch.equal(cp.relayout(moved, dim, source, source=target, seq_len=known), mine)
         (moved.pow(2) * there.shard(weights, dim)).sum().backward()
         return mine.grad, cp.shard(2 * x * weights, dim)
 
@@ -82,8 +85,8 @@ def convolved(x, taps, docs):
     return torch.cat(parts, 1)
 
 
-@given(st.data(), spread(), st.integers(0, 6), st.booleans())
-def test_a_convolution_of_a_halo_is_that_of_the_whole(data, case, left, packed):
+@given(st.data(), spread(), st.integers(0, 6), st.booleans(), st.booleans())
+def test_a_convolution_of_a_halo_is_that_of_the_whole(data, case, left, packed, knows_length):
     seq_len, world_size, layout, _ = case
     docs = data.draw(documents(seq_len)) if packed and seq_len else None
     x = torch.randn(2, seq_len, 3, dtype=torch.float64)
@@ -91,7 +94,7 @@ def test_a_convolution_of_a_halo_is_that_of_the_whole(data, case, left, packed):
 
     def work(cp):
         mine, own_taps = cp.shard(x).requires_grad_(), taps.clone().requires_grad_()
-        rows, places = cp.halo(mine, left, documents=docs)
+        rows, places = cp.halo(mine, left, documents=docs, seq_len=seq_len if knows_length else None)
         assert torch.equal(rows[:, places], mine)
         y = convolved(rows, own_taps, None)[:, places]
         (y * cp.shard(weights)).sum().backward()
@@ -138,6 +141,36 @@ def test_only_what_is_needed_travels_and_once(layout, left, rows):
     assert simulator.traffic.bytes == 4 * 5 * rows
 
 
+@dataclass(frozen=True)
+class Asking(SimulatedTransport):
+    """Remembers what was asked of all ranks."""
+
+    asked: list[list[int]] = field(default_factory=list)
+
+    def gather_ints(self, values):
+        self.asked.append(values)
+        return super().gather_ints(values)
+
+
+def test_ranks_that_know_the_length_ask_one_another_once():
+    """As on GPUs, where a question waits for the device."""
+    x = torch.zeros(1, 4, 5)
+
+    def work(transport):
+        asking = Asking(transport.simulator, transport.rank)
+        cp = df.ContextParallel(asking, check_every_call=False)
+        counts = []
+        for docs in (None, df.Documents([0, 3, 8]), df.Documents([0, 5, 8])):
+            for _ in range(2):
+                cp.halo(x, 1, documents=docs, seq_len=8)
+                cp.relayout(x, 1, df.Striped(), seq_len=8)
+            counts.append(len(asking.asked))
+        return counts
+
+    # Of new documents the ranks agree once.
+    assert Simulator(2).run(work) == [[2, 3, 4]] * 2
+
+
 def test_tokens_that_stay_do_not_travel():
     simulator = Simulator(4)
     simulator.run(lambda transport: df.ContextParallel(transport).relayout(torch.zeros(1, 8, 5), 1, df.Zigzag()))
@@ -167,6 +200,8 @@ WRONG = [
         lambda cp, x: cp.gather(x, 1, 10),
         r"x: 4 tokens along dimension 1, but Zigzag\(\) gives rank 1 of 2 5 of seq_len=10",
     ),
+    (lambda cp, x: cp.halo(x, 1, seq_len=10), r"x: 4 tokens along dimension 1, but Zigzag\(\) gives rank 1 of 2 5 of"),
+    (lambda cp, x: cp.relayout(x, 1, df.Striped(), seq_len="8"), "seq_len: expected the global length"),
     (lambda cp, x: cp.gather(x, 1, -1), "seq_len: expected the global length, an int of at least 0.* got -1"),
     (lambda cp, x: cp.gather(x, 5), "dim: expected one of the 3 dimensions of x"),
 ]

@@ -67,7 +67,7 @@ class Before(Reach):
     left: int
 
     def fetch(self, x: Tensor, shard: Shard, cp: ContextParallel) -> Tensor:
-        return cp.halo(x, self.left, 1, shard.documents)[0]
+        return cp.halo(x, self.left, 1, shard.documents, shard.seq_len)[0]
 
     def pieces(self, shard: Shard) -> tuple[Piece, ...]:
         """Runs of consecutive tokens, with the tokens of their document before them, but without rows of zeros.

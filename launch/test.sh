@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the whole test-suite; the last line is its total.
 #   bash launch/test.sh                        everything; tests that need a GPU are skipped, and counted, without one
+#   bash launch/test.sh --quick                under a minute on two cores: see QUICK
 #   bash launch/test.sh tests/pure -k zigzag   one pytest with these arguments
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -17,6 +18,15 @@ fi
 
 run_pytest() { "$PYTHON" -m pytest -q "$@" </dev/null; }
 
+# What attention over ranks is made of, each layer by one file, the exactness of all of it on simulated ranks, and the
+# transport over real processes. Without what is marked as slow, and with a tenth of the random examples.
+QUICK=(tests/pure/test_{masks,layouts,intervals,partial,reference,collectives,validation,context,engine,api}.py
+    tests/distributed/test_distributed.py)
+
+if [[ ${1:-} == --quick ]]; then
+    run_pytest "${spread[@]}" --few -m "not slow" "${QUICK[@]}" "${@:2}"
+    exit
+fi
 if (($# > 0)); then
     run_pytest "$@"
     exit

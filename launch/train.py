@@ -7,23 +7,10 @@ python launch/train.py                                                      # on
 import sys
 from pathlib import Path
 
-
-def job() -> int:
-    from launch.config import TrainConfig
-    from launch.options import parse
-
-    config = parse(TrainConfig, None)  # before torch is loaded: `--help` needs none
-
-    from launch.trainer import main
-
-    return main(config)
-
-
 if __name__ == "__main__":
-    # A script's own folder leads the path: there the modules beside this one would be `data`, `model` and so on, in the
-    # way of others. From the repository's root they are `launch.data` and `launch.model`.
+    # A script's own folder leads the path. The repository's root, in its place, has `distflash`, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    from launch.process import end_with
+    from distflash.recipes.console import script
 
-    end_with(job)
+    script("train")

@@ -6,28 +6,13 @@ torchrun --standalone --nproc-per-node 4 launch/train_deepspeed.py --deepspeed l
 deepspeed --no_local_rank --num_gpus 8 launch/train_deepspeed.py --data-parallel 2 --seq-len 131072
 """
 
-import os
 import sys
 from pathlib import Path
 
-
-def job() -> int:
-    from launch.deepspeed_config import DeepSpeedConfig
-    from launch.options import parse
-
-    config = parse(DeepSpeedConfig, None)  # before torch is loaded: `--help` needs none
-    os.environ["DS_ACCELERATOR"] = config.device_type  # which DeepSpeed reads when it is imported
-
-    from launch.deepspeed_trainer import main
-
-    return main(config)
-
-
 if __name__ == "__main__":
-    # A script's own folder leads the path: there the modules beside this one would be `data`, `model` and so on, in the
-    # way of others. From the repository's root they are `launch.data` and `launch.model`.
+    # A script's own folder leads the path. The repository's root, in its place, has `distflash`, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    from launch.process import end_with
+    from distflash.recipes.console import script
 
-    end_with(job)
+    script("train-deepspeed")

@@ -1,4 +1,4 @@
-"""`python -m distflash doctor`: is this machine fit for distflash, alone or with the ranks that torchrun started?"""
+"""`distflash doctor`: is this machine fit for distflash, alone or with the ranks of a launcher?"""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Examination:
                 self.section("Attention over all ranks", lambda: attention.over_ranks(ranks, self.device))
         if self.ranks.rank == 0:
             words = f"faults: {self.faults}" if self.faults else "nothing is wrong"
-            more = " with this process; links are checked under torchrun --nproc-per-node 2 -m distflash doctor"
+            more = " with this process; links between ranks are checked with --ranks 2"
             print(f"\n{words}{more if alone else f' on {self.ranks.world_size} ranks'}", flush=True)
         return 1 if self.faults else 0
 

@@ -10,6 +10,7 @@ import torch
 
 from distflash import __version__
 from distflash.doctor.findings import Finding
+from distflash.kernels.versions import RANGE, is_tested
 
 OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 11)
 OPTIONAL = ("triton", "einops", "deepspeed", "transformers")
@@ -33,9 +34,10 @@ def versions() -> Iterator[Finding]:
 
 def _version(name: str) -> str:
     try:
-        return metadata.version(name)
+        version = metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
+    return version if name != "triton" or is_tested(version) else f"{version}: not tested, {RANGE} are"
 
 
 def gpus(device: torch.device) -> Iterator[Finding]:

@@ -1,0 +1,99 @@
+"""The loss on text that no run trains on, by the number of steps that were made: measured, kept, and drawn."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from distflash.recipes import manifest
+from distflash.recipes.data import Corpus, open_held_out
+from distflash.recipes.fsdp import end_forward
+from distflash.recipes.model import Decoder
+from distflash.recipes.step import Step
+from distflash.recipes.together import is_lead, together
+from distflash.recipes.trainer import check_same
+
+SEED = 0  # of which parts of the text are read: the same ones in every run
+# Nats per byte by steps that were made.
+Curve = dict[int, float]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Measures a model as it is trained, and keeps the result in a file.
+
+    every: steps from one measurement to the next; the last of `steps` is always measured. batches: read each time.
+    """
+
+    corpus: Corpus
+    path: Path
+    every: int
+    steps: int
+    batches: int
+
+    def watch(self, model: Decoder, forward_backward: Step, done: int) -> None:
+        """Measure after so many steps if it is due. All ranks call."""
+        if done % self.every == 0 or done == self.steps:
+            curve = {**(read_curve(self.path) if self.path.exists() else {}), done: self.loss(model, forward_backward)}
+            if is_lead():
+                self.path.write_text(json.dumps({str(step): curve[step] for step in sorted(curve)}))
+
+    @torch.no_grad()
+    def loss(self, model: Decoder, forward_backward: Step) -> float:
+        """The mean over the same batches each time. All ranks call."""
+        config = replace(forward_backward.config, seed=SEED)
+        forward = replace(forward_backward, config=config, corpus=self.corpus)
+        total = sum(forward.loss(model, number).item() for number in range(self.batches))
+        end_forward(model)
+        return total / self.batches
+
+
+def open_on_all(data: Path | None, seq_len: int) -> Corpus:
+    """The corpus of `--held-out`; a Refused on all ranks where any refuses it or reads another."""
+    corpora: list[Corpus] = []
+
+    def look() -> str:
+        corpora.append(open_held_out(data, seq_len))
+        return corpora[0].fingerprint()
+
+    check_same(together(look), "--held-out")
+    return corpora[0]
+
+
+def read_curve(path: Path) -> Curve:
+    """A ValueError that names the file where it is no curve."""
+    try:
+        return {int(step): float(loss) for step, loss in manifest.read_json(path).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no losses by step ({error}); move it away") from error
+
+
+def plot_curves(path: Path, curves: Mapping[str, Curve], before: float, whole: int, title: str) -> None:
+    """Draw held-out losses against steps. before: of the original. whole: the steps that the original has made."""
+    import matplotlib  # only the first rank draws, and only once: the others need not load it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    axes.axhline(before, color="black", linestyle="--", linewidth=1, label=f"original, as it was ({before:.2f})")
+    for (label, curve), color in zip(curves.items(), ("#969696", "#08519c", "#e6550d", "#31a354"), strict=False):
+        steps = sorted(curve)
+        name = f"{label} ({curve[steps[0]]:.2f} at once, {curve[steps[-1]]:.2f} at the end)"
+        axes.plot(steps, [curve[step] for step in steps], color=color, marker="o", markersize=3, label=name)
+    # The losses at once of heads that fit nothing would press all others together.
+    later = [loss for curve in curves.values() for loss in sorted(curve.items())[1:]]
+    losses = [before, *(loss for _, loss in later)]
+    axes.set_ylim(min(losses) - 0.05, max(losses) + 0.1)
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel("optimizer step of uptraining")
+    axes.set_ylabel("held-out loss (nats per byte)")
+    share = axes.secondary_xaxis("top", functions=(lambda step: 100 * step / whole, lambda part: part * whole / 100))
+    share.set_xlabel("% of the original's steps")
+    axes.grid(alpha=0.3)
+    axes.spines[["right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,124 @@
+"""What the command lines of all jobs share: how they are read, and what follows from options of the same name.
+
+Nothing here loads torch or tyro before it is needed: `--help` is quick, and the doctor works without the extra.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import MISSING, Field, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import distflash as df
+
+if TYPE_CHECKING:
+    import torch
+
+Options = TypeVar("Options")
+
+
+def parse(
+    options: type[Options], arguments: list[str] | None, prog: str | None = None, description: str | None = None
+) -> Options:
+    """The options of the command line, or of `arguments`. Refusals are printed by the first rank alone.
+
+    prog, description: as the help has them; by default the script's name and the docstring of `options`.
+    """
+    import tyro
+
+    first = int(os.environ.get("RANK", 0)) == 0
+    config = (tyro.conf.OmitArgPrefixes,)
+    try:
+        return tyro.cli(
+            options, args=arguments, config=config, console_outputs=first, prog=prog, description=description
+        )
+    except SystemExit as refusal:
+        if refusal.code and not first:
+            time.sleep(10)  # the launcher ends all ranks with the first one that leaves: let it be the one that speaks
+        raise
+
+
+def whole_sentences(options: type[Options]) -> type[Options]:
+    """A class about to become a dataclass, whose docstrings of fields `--help` wraps by the terminal's width alone.
+
+    tyro keeps the line breaks of docstrings that it reads from the source itself.
+    """
+    import docstring_parser
+
+    for found in docstring_parser.parse_from_object(options).params:
+        default: Any = options.__dict__.get(found.arg_name, MISSING)
+        own: Any = default if isinstance(default, Field) else field(default=default)
+        own.metadata = {**own.metadata, "help": " ".join((found.description or "").split())}
+        setattr(options, found.arg_name, own)
+    return options
+
+
+def require(condition: bool, argument: str, came: object, expected: str) -> None:
+    """Raise a ValueError for `argument` in the words of the command line unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{argument}: got {came}, expected {expected}")
+
+
+def positive(argument: str, came: float) -> None:
+    require(0 < came < math.inf, argument, came, "a positive, finite number")
+
+
+def printable(text: object) -> str:
+    """The text with an escape for every byte of a file name that is no UTF-8, which terminals and logs do not take."""
+    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+class Placed:
+    """What follows from the options --device, --dtype and --layout, which are fields of a job's own dataclass."""
+
+    device: str
+    dtype: str
+    threads: int
+    layout: str
+
+    def check_device(self) -> None:
+        """A ValueError where this host has no such device, or not one for each of its ranks."""
+        import torch
+
+        cuda = torch.cuda.is_available()
+        require(self.device != "cuda" or cuda, "--device", "cuda", "cpu or auto: torch sees no GPU on this machine")
+        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        require(
+            self.device_type == "cpu" or ranks <= gpus,
+            "--nproc-per-node",
+            ranks,
+            f"at most {gpus}, a GPU for each rank of a host; or pass --device cpu",
+        )
+
+    def check_ranks(self, world: int) -> None:
+        """A ValueError where so many ranks cannot do the job. Before ranks are started, and on each of them."""
+
+    def before_main(self) -> None:
+        """What has to be done before the job's main module is imported."""
+
+    @property
+    def device_type(self) -> str:
+        import torch
+
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        import torch
+
+        if self.dtype == "auto":
+            return torch.bfloat16 if self.device_type == "cuda" else torch.float32
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+    def make_layout(self) -> df.Layout:
+        layouts: dict[str, df.Layout] = {
+            "balanced": df.Balanced(df.Causal()),
+            "zigzag": df.Zigzag(),
+            "contiguous": df.Contiguous(),
+            "striped": df.Striped(),
+        }
+        return layouts[self.layout]

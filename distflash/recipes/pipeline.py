@@ -1,0 +1,13 @@
+"""The decoder as the layers of a DeepSpeed pipeline, which share its modules and with them its weights."""
+
+from torch import nn
+
+import distflash as df
+from distflash.integrations.deepspeed import DecoderBlock, TokenWise
+from distflash.recipes.model import Decoder
+
+
+def pipeline_layers(decoder: Decoder, cp: df.ContextParallel, seq_len: int) -> list[nn.Module]:
+    """Embedding, blocks, and norm with head. Every rank makes the whole decoder, and keeps the layers of its stage."""
+    blocks = [DecoderBlock(lambda block=block: block, cp=cp, seq_len=seq_len) for block in decoder.blocks]
+    return [TokenWise(lambda: decoder.embedding), *blocks, TokenWise(nn.Sequential, decoder.norm, decoder.head)]

@@ -1,8 +1,8 @@
 """The rules of the house that import-linter and ruff cannot express: `python .ci/floors.py`.
 
 - torch.distributed is used by transports and what stands above the engine, and by nothing else.
-- The package reads no environment variables.
-- launch/ imports the face, `import distflash`, and integrations, which are faces too; no room behind them.
+- The package reads no environment variables, its recipes excepted.
+- Recipes and launch/ import what `import distflash` gives, recipes and integrations; no module behind them.
 - Files and functions stay short enough to be read in one sitting.
 
 Prints each violation as `path:line: text` and exits with 1 if there is any.
@@ -21,6 +21,8 @@ SOURCES = ("distflash", "launch", "benchmarks", "tests", "tools", ".ci")
 NO_DISTRIBUTED = tuple(
     f"distflash/{room}" for room in ("masks", "layouts", "intervals", "partial", "kernels", "schedules", "engine")
 )
+RECIPES = ("distflash/recipes/", "launch/")  # users of the public API
+PUBLIC = ("distflash.integrations", "distflash.recipes")
 ENVIRONMENT = ("os.environ", "os.environb", "os.getenv", "os.putenv")
 
 # A kernel stands beside its transpose, and a test beside its oracle: they may be longer.
@@ -51,20 +53,24 @@ def check_names(path: str, tree: ast.AST) -> Iterator[Found]:
     for line, name in imported_names(tree):
         if path.startswith(NO_DISTRIBUTED) and is_under(name, "torch.distributed"):
             yield line, f"{name}: only transports and the floors above the engine know torch.distributed"
-        if path.startswith("distflash/") and any(is_under(name, read) for read in ENVIRONMENT):
-            yield line, f"{name}: environment variables are read under launch/ only"
+        if (
+            path.startswith("distflash/")
+            and not path.startswith(RECIPES)
+            and any(is_under(name, read) for read in ENVIRONMENT)
+        ):
+            yield line, f"{name}: environment variables are read by recipes only"
 
 
 def check_face(path: str, tree: ast.AST) -> Iterator[Found]:
-    """Import statements under launch/ that reach behind the face."""
-    if not path.startswith("launch/"):
+    """Import statements of recipes and scripts that reach behind the public API."""
+    if not path.startswith(RECIPES):
         return
     for node in ast.walk(tree):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for module in modules:
-            if module.startswith("distflash.") and not is_under(module, "distflash.integrations"):
-                yield node.lineno, f"{module}: launch/ uses what `import distflash` gives, and the integrations"
+            if module.startswith("distflash.") and not any(is_under(module, known) for known in PUBLIC):
+                yield node.lineno, f"{module}: recipes use what `import distflash` gives, and the integrations"
 
 
 def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

@@ -1,12 +1,11 @@
-"""Ranks that disagree about a call are told so, instead of hanging in it or mixing two calls up.
+"""The agreement of ranks: calls that differ between ranks raise on all of them, instead of hanging or being mixed up.
 
-Before a call sends anything, the ranks exchange one message each. It says which kind of call the rank makes, which
-number that call has, and what all ranks must have alike: numbers as they are, everything else as a digest. All messages
-have one width, so ranks in different kinds of call understand each other. Any difference is a `ValueError` on every
-rank.
+Before a call sends anything, each rank sends one message to all others. It has the kind of the call, its number, and
+the fields that have to be equal on all ranks: integers as they are, everything else as a digest. All messages have the
+same width, so ranks in different kinds of call can read each other's. Any difference is a `ValueError` on every rank.
 
-On CPUs a message is cheap beside the call, so every call is compared, forward and backward. On GPUs only calls with a
-new signature are; a known one costs a set look-up.
+On CPUs a message is cheap compared to the call, so every call is compared, forward and backward. On GPUs only calls
+with a new signature are; for a known signature the cost is a set look-up.
 """
 
 from __future__ import annotations
@@ -15,17 +14,18 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
 from distflash.messages import FORWARD, Message, difference
+from distflash.profiling import named
 from distflash.transport import Transport
 
 Fields = Mapping[str, object]
 
-# Enough for the lengths and masks in use at a time, and a bound where every step brings new documents.
+# Signatures kept: more than are in use at a time, and a bound for jobs with new documents in every step.
 _REMEMBERED = 256
 
 
 @dataclass
 class Agreement:
-    """What the ranks of a transport have agreed on so far.
+    """The comparison of calls over the ranks of a transport.
 
     Attributes:
         transport: this rank's.
@@ -43,10 +43,10 @@ class Agreement:
 
         Args:
             kind: what the call is, in words.
-            fields: what the ranks compare, by name, the same names on every rank. Called only if they do.
-            key: the call's signature. Where not every call is compared, a call whose key is known is not. Values that
-                change from step to step, or take long to look at, are in ``fields`` but not in ``key``. None to compare
-                in any case.
+            fields: returns what the ranks compare, by name, the same names on every rank. Called only if they compare.
+            key: the call's signature. Unless every call is compared, a call with a known key is not. Values that change
+                from step to step, or are slow to compute, are in ``fields`` but not in ``key``. None to compare in any
+                case.
             number: the call's number among those of its kind.
 
         Raises:
@@ -66,26 +66,27 @@ class Agreement:
         self._known.add((kind, key))
 
     def require_next(self, fields: Callable[[], Fields], key: Hashable) -> int:
-        """Compare the forward of the next attention call and return its number. Refused calls have none."""
+        """Compare the forward of the next attention call, and return its number. Refused calls are not counted."""
         number = self.calls + 1
         self.require(FORWARD, fields, key=key, number=number)
         self.calls = number
         return number
 
     def refuse(self, kind: str, *, sure: bool) -> None:
-        """Tell the other ranks, who are comparing, that this one will raise.
+        """Tell the other ranks, which are comparing their calls, that this rank raises.
 
         Args:
             kind: the call that this rank refuses.
-            sure: whether the others compare their call in any case. If not, nothing is sent once they may know its
-                signature (GPUs, as soon as anything has been agreed on): they are then past comparing.
+            sure: whether the others compare their call in any case. If not, nothing is sent if they may know its
+                signature (on GPUs, after the first agreement), since they then do not compare.
         """
         if self.transport.world_size > 1 and (sure or self.every_call or not self._known):
             number = self.calls + 1 if kind == FORWARD else 0
             self.transport.gather_ints(Message.refusing(kind, number).packed())
 
     def _exchange(self, kind: str, fields: Fields, number: int) -> None:
-        rows = self.transport.gather_ints(Message.about(kind, fields, number).packed())
-        problem = difference([Message.unpacked(row) for row in rows], self.transport.rank, fields)
+        with named("agreement"):
+            rows = self.transport.gather_ints(Message.about(kind, fields, number).packed())
+            problem = difference([Message.unpacked(row) for row in rows], self.transport.rank, fields)
         if problem is not None:
             raise ValueError(problem)

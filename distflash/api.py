@@ -20,7 +20,7 @@ from distflash.masks import Full, Mask
 
 
 class _Keywords(TypedDict, total=False):
-    """What `attention` takes by keyword, but for what its result depends on."""
+    """The keywords of `attention`, except ``return_lse``, which decides the type of the result."""
 
     mask: Mask
     cp: ContextParallel | None
@@ -77,25 +77,27 @@ def attention(
         v: ``[batch, seq_local, kv_heads, d_v]``. q, k and v share dtype and device.
         mask: which keys a query sees. Combine with ``&`` and ``|``. Where sequences of the batch differ: `Rows`.
         cp: the group that holds the sequence; None: this device holds all of it.
-        seq_len: the global length, of the keys. May be left out where all ranks hold equally many of them or the mask
+        seq_len: the global number of keys. May be left out if all ranks hold the same number of keys, or if the mask
             knows it.
-        q_start, q_len: where queries are not all of the keys' tokens: they are the tokens at positions ``q_start`` to
-            ``q_start + q_len``, sharded by the layout of those ``q_len`` alone. Under `Full` they may be any others
-            (cross-attention). With ``q_start``, ``q_len`` may be left out where ranks hold equally many queries.
-        kv_layout: how keys and values are spread over the ranks, where not by cp's layout.
-        cache: keys and values of the tokens before; see `Cache`. The call's own are appended to it, and its queries see
-            all that the mask, which is over the whole sequence, allows of what the cache then keeps. ``seq_len`` is the
-            number of the chunk's tokens. No gradient.
-        scale: multiplies ``q k^T``; ``d_qk ** -0.5`` by default. A real number, which may be a tensor ``[]``; no
-            gradient: multiply q by what is learned, and by numbers that differ between heads.
-        softcap: scores become ``softcap * tanh(score / softcap)``; None or 0 for none. A real number, no gradient.
+        q_start, q_len: q holds the queries at global positions ``[q_start, q_start + q_len)``. cp's layout shards them
+            as if they were a whole sequence of ``q_len`` tokens. Default: self-attention over all tokens. Under `Full`,
+            q may come from another sequence
+            (cross-attention). ``q_len`` may be left out if ``q_start`` is given and all ranks
+            hold the same number of queries.
+        kv_layout: the layout of keys and values, if it is not cp's layout.
+        cache: keys and values of earlier tokens, see `Cache`. The call appends its k and v. Its queries see the keys in
+            the cache that the mask allows; the mask is over positions of the whole sequence. ``seq_len`` is then the
+            number of tokens of this chunk. No gradient.
+        scale: multiplies ``q k^T``; ``d_qk ** -0.5`` by default. A number or a tensor ``[]``. No gradient: for a scale
+            that is learned or differs between heads, multiply q.
+        softcap: scores become ``softcap * tanh(score / softcap)``; None or 0 for none. A number, no gradient.
         alibi_slopes: ``[heads]``; ``slope * |i - j|`` of global positions is subtracted from the scores
             (https://arxiv.org/abs/2108.12409). No gradient.
-        sinks: ``[heads]``, one more logit per head in the softmax's denominator, which has no value. Differentiable:
-            each rank's gradient is a part, and the sum over ranks is the gradient.
+        sinks: ``[heads]``, one extra logit per head in the softmax's denominator, without a value vector.
+            Differentiable: each rank's gradient is partial, as for any replicated parameter; sum it over ranks.
         dropout_p: must be 0; attention dropout is not supported.
         return_lse: also return the log-sum-exp of the scores. Differentiable.
-        unknown: none. Keywords of other attention functions are refused with the way to write them here.
+        unknown: other keywords raise; for those of other attention libraries the error gives the equivalent.
 
     Returns:
         out ``[batch, seq_local, heads, d_v]`` in q's dtype; with ``return_lse`` also lse
@@ -103,8 +105,8 @@ def attention(
         gradients 0.
 
     Raises:
-        ValueError: an argument is wrong, no kernel supports the call, ranks disagree, or a transform asks for another
-            derivative than a backward pass (forward-mode AD, torch.func.grad); nothing has been computed or sent then.
+        ValueError: before anything is computed or sent: an argument is wrong, no kernel supports the call, ranks
+            disagree, or forward-mode AD or torch.func.grad is used; only backward() and autograd.grad are supported.
 
     Examples:
         >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -116,15 +118,16 @@ def attention(
     cp = (cache.cp if isinstance(cache, Cache) else ALONE) if cp is None else cp
     if not isinstance(cp, ContextParallel):
         raise ValueError(f"cp: expected a ContextParallel or None, got {cp!r}; make one of the process group first")
-    own_keys = q_len is None and kv_layout is None and as_int(q_start) == 0
+    self_attention = q_len is None and kv_layout is None and as_int(q_start) == 0
+    # The error message of the first check that fails, or None. (Not a `kernels.Problem`.)
     problem = (
         keywords.problem(unknown)
         or transforms.problem(q=q, k=k, v=v, sinks=sinks, scale=scale, softcap=softcap)
-        or validation.call_problem(q, k, v, mask, sinks, alibi_slopes, scale, softcap, dropout_p, own_keys)
+        or validation.call_problem(q, k, v, mask, sinks, alibi_slopes, scale, softcap, dropout_p, self_attention)
         or validation.device_problem(q, cp.transport)
         or (None if seq_len is None else lengths.seq_len_problem(seq_len))
         or lengths.queries_problem(q_start, q_len, kv_layout)
-        or (None if cache is None else prefill.cache_problem(cache, own_keys))
+        or (None if cache is None else prefill.cache_problem(cache, self_attention))
     )
     if problem is not None:
         cp.refuse(problem, in_attention=True)
@@ -137,6 +140,6 @@ def attention(
         forward = prefill.Forward(cp, cache, mask, tokens_of_chunk, numbers, sinks, alibi_slopes)
         out, lse = prefill.prefill(q, k, v, forward)
         return (out, lse) if return_lse else out
-    recipe, data = cp.recipe(mask, Numbers(scale, softcap, dropout_p, kv_layout))
-    out, lse = ops.call(q, k, v, sinks, alibi_slopes, tokens, recipe, data)
+    recipe_id, data = cp.recipe(mask, Numbers(scale, softcap, dropout_p, kv_layout))
+    out, lse = ops.call(q, k, v, sinks, alibi_slopes, tokens, recipe_id, data)
     return (out, lse) if return_lse else out

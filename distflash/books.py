@@ -1,4 +1,4 @@
-"""What the host knows of the sequences of a cache, beside what stands in device memory."""
+"""The host's records of a cache's sequences, beside the counts and lengths in device memory."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from distflash.exact import Exact
 from distflash.horizon import Horizon
 from distflash.ledger import Ledger
 
-# Whose horizons are kept at a time.
+# Horizons kept, one for each mask.
 _MASKS = 4
 
 
 @dataclass
 class Books:
-    """What the host knows of all sequences of a cache.
+    """The host's records of all sequences of a cache.
 
     Attributes:
-        ledgers: who keeps which keys; they may lag behind by tokens that have been dealt since.
-        lengths: how many tokens each sequence has had.
-        stale: whether steps may have run that the host does not know of, replays of a CUDA graph.
-        horizons: what tokens to come see, by masks.
-        keep: what captured graphs read.
+        ledgers: which rank stores which keys; tokens of later decoding steps may be missing.
+        lengths: the length of each sequence in tokens.
+        stale: whether replays of a CUDA graph may have appended tokens that the host has not counted.
+        horizons: the mask bounds of positions to come, by masks.
+        keep: references to what captured graphs read.
     """
 
     ledgers: list[Ledger]
@@ -31,7 +31,7 @@ class Books:
     keep: list[object] = field(default_factory=list)
 
     def remember(self, mask: Exact, horizon: Horizon) -> None:
-        """Keep a horizon, and those of few other masks: each step may bring a new one."""
+        """Keep a horizon and those of the last masks, since each step may have a new mask."""
         self.horizons.pop(mask, None)
         while len(self.horizons) >= _MASKS:
             del self.horizons[next(iter(self.horizons))]

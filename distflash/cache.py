@@ -1,6 +1,6 @@
-"""The keys and values of sequences that grow, each rank's part of them: what `attention` and `decode` attend to.
+"""The sharded KV cache: each rank's part of the keys and values of sequences that grow.
 
-[Note: shapes] B sequences, C keys of a sequence that a rank has room for, W ranks, G key/value heads, D and V their
+[Note: shapes] B sequences, C keys of a sequence that a rank has memory for, W ranks, G key/value heads, D and V their
 head dims.
 """
 
@@ -28,24 +28,24 @@ from distflash.validation import DTYPES, came
 
 
 class Cache:
-    """This rank's part of the keys and values of sequences that grow together.
+    """This rank's part of a KV cache for a batch of sequences, sharded over the ranks.
 
-    ``df.attention(q, k, v, mask=, cp=, cache=cache)`` appends a chunk, sharded as in training, and attends to all that
-    is kept; ``df.decode(q, k, v, cache=cache, mask=)`` does so for a few tokens that all ranks have. Every rank knows
-    where every key is. Chunks may have any length: what a rank brings beyond its share is kept by another one, so that
-    the sequence fits wherever ``capacity`` tokens do.
+    ``df.attention(q, k, v, mask=, cp=, cache=cache)`` appends a chunk of the sequence, sharded as in training, and
+    attends to all cached keys. ``df.decode(q, k, v, cache=cache, mask=)`` appends a few tokens that all ranks have.
+    Every rank knows which rank stores which key. Chunks may have any length: a rank with more than its share of the
+    keys sends some to other ranks, so a sequence of up to ``capacity`` tokens always fits.
 
-    Under a mask that forgets (`Window`, `Chunked`), keys that no later query can see make room when room is needed.
-    ``capacity`` then bounds what is kept at a time, not the sequence. It has to hold what later tokens see and the
-    tokens of one call.
+    If the cache is full, keys that no later query can see (under `Window` or `Chunked`) are dropped. ``capacity`` then
+    limits the keys that are stored at the same time, not the length of the sequence: those that later tokens see and
+    the tokens of one call have to fit.
 
     Args:
         cp: the group that holds the sequences; None: this device holds all of them.
-        batch: B, how many sequences.
+        batch: B, the number of sequences.
         kv_heads: G. d_qk, d_v: head dims of keys and of values; d_v is d_qk by default.
-        capacity: how many tokens of a sequence all ranks together have room for.
-        dtype, device: of keys and values; the device is the group's by default. Memory is allocated here, once:
-            ``B * ceil(capacity / W) * G * (d_qk + d_v)`` elements, and 4 bytes a token for positions.
+        capacity: the largest number of tokens of a sequence that all ranks together store.
+        dtype, device: of keys and values; the device is the group's by default. All memory is allocated here:
+            ``B * ceil(capacity / W) * G * (d_qk + d_v)`` elements on each rank, and 4 bytes per token for positions.
 
     Raises:
         ValueError: an argument is of another kind.
@@ -77,6 +77,11 @@ class Cache:
         cp = ALONE if cp is None else cp
         if not isinstance(cp, ContextParallel):
             raise ValueError(f"cp: expected a ContextParallel, got {came(cp)}; make one of the process group first")
+        if cp.schedule.reproducible:
+            raise ValueError(
+                f"cp: a cache keeps keys where there is room, and its sums go by ranks; they are not those of "
+                f"{cp.schedule!r}, which goes by whole chunks. Make the cache with another ContextParallel of the group"
+            )
         d_v = d_qk if d_v is None else d_v
         sizes = {"batch": batch, "kv_heads": kv_heads, "d_qk": d_qk, "d_v": d_v, "capacity": capacity}
         for name, size in sizes.items():
@@ -90,7 +95,7 @@ class Cache:
         self.cp, self.capacity = cp, capacity
         self.rows = range(batch)
         self.books = Books([cp.calls.nothing] * batch, [0] * batch)
-        # Under `torch.inference_mode` too: a cache may be used outside of it.
+        # Also if made under `torch.inference_mode`, since the cache may be used outside of it.
         with torch.inference_mode(False):
             self.store = Store(
                 k=torch.zeros(batch, room, kv_heads, d_qk, dtype=dtype, device=device),
@@ -103,7 +108,7 @@ class Cache:
         self.faults = Faults(self.store.fault)
 
     def __getitem__(self, sequence: int) -> Cache:
-        """One sequence, as a cache of batch 1 that shares this one's memory.
+        """One sequence, as a cache of batch 1 that shares this cache's memory.
 
         Raises:
             IndexError: there is no such sequence.
@@ -142,39 +147,39 @@ class Cache:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """How many tokens each sequence has had. Waits for the device once steps have been captured in a graph."""
+        """The length of each sequence in tokens. Synchronises with the device after steps were captured in a graph."""
         self.update()
         return tuple(self.books.lengths[row] for row in self.rows)
 
     @property
     def length(self) -> int:
-        """How many tokens the longest sequence has had."""
+        """The length of the longest sequence in tokens."""
         return max(self.lengths)
 
     @property
     def nbytes(self) -> int:
-        """Of device memory on this rank."""
+        """Bytes of device memory on this rank."""
         store = self.store
         return sum(x.nbytes for x in (store.k, store.v, store.positions, store.counts, store.lengths))
 
     def kept(self, rank: int | None = None) -> tuple[int, ...]:
-        """How many keys of each sequence a rank keeps, by default this one."""
+        """How many keys of each sequence a rank stores, by default this rank."""
         rank = self.cp.rank if rank is None else rank
         return tuple(ledger.counts[rank] for ledger in self.ledgers())
 
     def truncate(self, length: int | Sequence[int]) -> None:
-        """Forget all tokens from ``length`` on: drafts that were rejected, a turn of a conversation.
+        """Drop all tokens from ``length`` on, such as rejected drafts.
 
-        Asks no other rank: every rank has to call it alike.
+        Communicates nothing: every rank has to make the same call.
 
         Args:
-            length: at most the cache's; one for all sequences, those that are shorter stay as they are, or one for
-                each.
+            length: at most the cache's length. One for each sequence, or one for all; sequences that are shorter than
+                it stay as they are.
 
         Raises:
-            ValueError: it is no length, or longer than the cache's.
+            ValueError: it is not a length, or longer than the cache's.
         """
-        mine, one = self.lengths, as_int(length)
+        lengths, one = self.lengths, as_int(length)
         wanted = [one] * self.batch if one is not None else _ints(length)
         if len(wanted) != self.batch or min(wanted) < 0:
             raise ValueError(
@@ -182,16 +187,16 @@ class Cache:
                 f"{came(length)}"
             )
         shorter = wanted
-        if one is not None and one <= max(mine):
-            shorter = [min(one, own) for own in mine]
-        if any(n > own for n, own in zip(shorter, mine, strict=True)):
-            raise ValueError(f"length: expected at most the cache's, {mine}, got {came(length)}")
+        if one is not None and one <= max(lengths):
+            shorter = [min(one, own) for own in lengths]
+        if any(n > own for n, own in zip(shorter, lengths, strict=True)):
+            raise ValueError(f"length: expected at most the cache's, {lengths}, got {came(length)}")
         self.shrink([ledger.truncated(n) for ledger, n in zip(self.ledgers(), shorter, strict=True)])
 
     def reorder(self, indices: Sequence[int] | Tensor) -> None:
-        """Sequence n becomes what sequence ``indices[n]`` was: the beams that go on.
+        """Replace sequence n by sequence ``indices[n]``, as beam search does.
 
-        Asks no other rank: every rank has to call it alike.
+        Communicates nothing: every rank has to make the same call.
 
         Raises:
             ValueError: indices are not one for each sequence.
@@ -209,10 +214,10 @@ class Cache:
         self.record([ledgers[n] for n in came_from])
 
     def make_room(self, mask: Mask) -> None:
-        """Drop the keys that no later token sees under ``mask``. Calls do so where they need room.
+        """Drop the keys that no later token sees under ``mask``.
 
-        Only between the replays of a captured step it has to be called: a graph drops nothing. Every rank has to call
-        it alike.
+        Calls do this when the cache is full. Only between replays of a captured step it has to be called explicitly,
+        since a graph drops nothing. Every rank has to make the same call.
         """
         ledgers = self.ledgers()
         self.shrink([self.fewer(ledger, mask_of(mask, n)) for n, ledger in enumerate(ledgers)])
@@ -223,10 +228,10 @@ class Cache:
         return ledger if some == (range(ledger.total),) else ledger.keeping(some)
 
     def with_room(self, ledger: Ledger, mask: Mask, more: Callable[[Ledger], Ledger], tokens: int) -> Ledger:
-        """The ledger of a sequence, without keys that no later token sees where ``more`` tokens need their room.
+        """The ledger of a sequence. If ``more`` tokens do not fit, without keys that no later token sees.
 
         Raises:
-            ValueError: even then there is no room.
+            ValueError: they do not fit even then.
         """
         if self.has_room_for(more(ledger)):
             return ledger
@@ -240,25 +245,25 @@ class Cache:
         )
 
     def has_dropped(self) -> bool:
-        """Whether keys of any sequence are kept no longer: found without bringing a ledger up to date."""
+        """Whether keys of any sequence have been dropped. Does not need up-to-date ledgers."""
         ledgers = [self.books.ledgers[row] for row in self.rows]
         return any(sum(ledger.counts) < ledger.total for ledger in ledgers)
 
     def is_full_with(self, tokens: int) -> bool:
-        """Whether ``tokens`` more for each sequence do not fit unless keys are dropped: found without a ledger."""
+        """Whether ``tokens`` more for each sequence only fit if keys are dropped. Does not need up-to-date ledgers."""
         return max(self._kept_by_all()) + tokens > self.capacity
 
     def _kept_by_all(self) -> list[int]:
-        """How many keys of each sequence all ranks together keep."""
+        """How many keys of each sequence all ranks together store."""
         ledgers = [self.books.ledgers[row] for row in self.rows]
         return [sum(of.counts) + length - of.total for of, length in zip(ledgers, self.lengths, strict=True)]
 
     def has_room_for(self, ledger: Ledger) -> bool:
-        """Whether a sequence may be kept so."""
+        """Whether the keys of a sequence fit into the ranks' memory."""
         return sum(ledger.counts) <= self.capacity and max(ledger.counts) <= self.store.room
 
     def ledgers(self) -> list[Ledger]:
-        """Who keeps which keys, of each sequence, up to date. Waits for steps made since the last time."""
+        """The up-to-date ledger of each sequence. Synchronises with steps made since the last call."""
         self.raise_fault()
         lengths, books = self.lengths, self.books
         for row, length in zip(self.rows, lengths, strict=True):
@@ -269,7 +274,7 @@ class Cache:
         return [books.ledgers[row] for row in self.rows]
 
     def shrink(self, ledgers: Sequence[Ledger]) -> None:
-        """Keep only what these ledgers have this rank keep, all of which is there."""
+        """Keep only the keys of these ledgers, which are a subset of the stored ones."""
         rank = self.cp.rank
         for n, (row, new) in enumerate(zip(self.rows, ledgers, strict=True)):
             old = self.books.ledgers[row]
@@ -278,7 +283,7 @@ class Cache:
         self.record(ledgers)
 
     def record(self, ledgers: Sequence[Ledger]) -> None:
-        """Note who keeps which keys, on the host and on the device. The keys are there."""
+        """Record ledgers on the host and on the device. Their keys are stored already."""
         for row, ledger in zip(self.rows, ledgers, strict=True):
             self.books.ledgers[row], self.books.lengths[row] = ledger, ledger.total
         counts = torch.tensor([ledger.counts for ledger in ledgers], dtype=torch.int32)
@@ -287,7 +292,7 @@ class Cache:
         self.store.lengths.copy_(upload(totals, self.store.k.device))
 
     def grow(self, tokens: int, capturing: bool) -> None:
-        """Note that a step has appended ``tokens`` to each sequence, on the device; or will, in every replay."""
+        """Record that a step has appended ``tokens`` to each sequence, or that a captured step will in each replay."""
         if capturing:
             self.books.stale = self.faults.captured = True
             return
@@ -297,7 +302,7 @@ class Cache:
             self.books.lengths[row] += tokens
 
     def raise_fault(self, late: bool = False) -> None:
-        """Raise what the device has found wrong in steps. late: only what all ranks know of before the next step."""
+        """Raise the faults that the device has found in steps. late: only those that all ranks know before a step."""
         with self._counting_again():
             self.faults.raise_late() if late else self.faults.raise_now()
 
@@ -311,14 +316,14 @@ class Cache:
             raise
 
     def update(self) -> None:
-        """Learn of the device what replays of a captured step have done."""
+        """Read from the device what replays of a captured step have appended."""
         if self.books.stale:
             lengths = self.store.lengths.tolist()
             for row, length in zip(self.rows, lengths, strict=True):
                 self.books.lengths[row] = length
 
     def problem(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cp: ContextParallel) -> str | None:
-        """Whether tensors that are in order by themselves belong into this cache."""
+        """Whether valid tensors q, k, v match this cache."""
         if cp is not self.cp:
             return (
                 f"cache: was made with {self.cp!r}, the call has another one, {cp!r}; pass the same ContextParallel, "
@@ -344,17 +349,17 @@ class Cache:
         return None
 
     def refuse(self, problem: str) -> NoReturn:
-        """Raise on this rank, and on the others, who are in the same call."""
+        """Raise on this rank, and on the other ranks, which are in the same call."""
         self.cp.refuse(problem, in_attention=True)
 
     def _compact(self, n: int, had: Tensor, wanted: Tensor) -> None:
-        """Move those keys of a sequence that are at ``wanted`` positions to the front, in place."""
+        """Move the keys of a sequence at ``wanted`` positions to the front, in place."""
         at = upload(torch.searchsorted(had, wanted), self.store.k.device)
         for x in (self.store.k, self.store.v, self.store.positions):
             x[n, : len(wanted)] = x[n].index_select(0, at)
 
     def _copy_rows(self, came_from: Tensor) -> None:
-        """In place, some tokens at a time: another copy of the whole might not fit."""
+        """Reorder the sequences in place, some tokens at a time: a copy of the whole cache might not fit."""
         most = max(self.kept())
         for x in (self.store.k, self.store.v, self.store.positions):
             for start in range(0, most, _AT_ONCE):
@@ -363,7 +368,7 @@ class Cache:
 
 
 def _ints(numbers: object) -> list[int]:
-    """Integers of any kind as Python ints; none where any of them, or the whole, is something else."""
+    """Integers of any kind as Python ints; an empty list if anything is not an integer."""
     if isinstance(numbers, str | bytes) or not isinstance(numbers, Iterable) or getattr(numbers, "ndim", 1) != 1:
         return []
     ints = [as_int(n) for n in numbers]

@@ -1,4 +1,9 @@
-"""From arguments to an `engine.Call`: which kernel, do the ranks agree, which plan.
+"""From arguments to an `engine.Call`: the choice of the kernel, the agreement of the ranks, and the plan.
+
+The path of a call: `Recipe` (mask, numbers, group) and `Signature` (shapes, dtype, lengths) give a `Specification`,
+which is the key of a cache; `Prepared` is what the cache holds (kernel, plan, redistributions); `PlacedCall` adds the
+tensors of this call (sinks, ALiBi slopes) and has the `engine.Call`. A `Template` is a `Recipe` whose mask and
+numbers may be inputs of a compiled graph. Ops find both by an integer id, in `templates`.
 
 [Note: shapes] B batch, T local tokens, S global tokens, H query heads, G key/value heads.
 """
@@ -17,7 +22,7 @@ from torch import Tensor
 
 from distflash import lengths, validation
 from distflash.agreement import Agreement, Fields
-from distflash.attend import Attention
+from distflash.attend import PlacedCall
 from distflash.chunks import Chunk
 from distflash.compiled import Data, Form, join
 from distflash.engine import Call
@@ -39,19 +44,20 @@ from distflash.plan import Plan
 from distflash.rows import Rows, geometry_of
 from distflash.schedules import Schedule
 from distflash.schedules.base import Asked, require_whole
-from distflash.specification import Specification, Tokens
+from distflash.specification import CallTokens, Specification
 from distflash.transport import Transport, preparing
 
-# Masks and lengths in use at a time: one or two in training, some more in evaluation. Bounds what device memory their
-# intervals hold.
+# Plans kept: training uses one or two masks and lengths at a time, evaluation some more. Bounds the device memory of
+# their intervals.
 _PLANS = 16
-# Chunks of one prompt, which the layers of a model share; their plans must not push those of training out.
+# Plans of chunks kept: those of one prompt, which the layers of a model share. Apart from the plans of training, which
+# they must not evict.
 _CHUNKS = 8
 _numbers = count(1)
 
 
 def new_number() -> int:
-    """A number that no other template or group of this process has."""
+    """A number that is unique in this process."""
     return next(_numbers)
 
 
@@ -60,8 +66,8 @@ class Calls:
 
     Args:
         transport, layout, schedule, kernel: see `ContextParallel`.
-        agreement: what the ranks have agreed on.
-        before_first: called before the first call of a specification, and its kernel, sends anything.
+        agreement: compares calls over the ranks.
+        before_first: called before the first call of each specification, with its kernel.
     """
 
     def __init__(
@@ -76,7 +82,7 @@ class Calls:
         self.transport, self.layout, self.schedule, self.kernel = transport, layout, schedule, kernel
         self.agreement, self.before_first = agreement, before_first
         self.among = schedule.among(transport)
-        # Caches begin with this one ledger, so that those of all layers share what follows from it.
+        # The empty KV-cache block table (`Ledger`): one object, so that all layers share the tables derived from it.
         self.nothing = Ledger.empty(transport.world_size)
         self.chunk_plan = lru_cache(_CHUNKS)(self._chunk_plan)
         self.horizon = lru_cache(_PLANS)(self._horizon)
@@ -89,59 +95,61 @@ class Calls:
         self.kernel_for = lru_cache(_PLANS)(self._kernel_for)
         self._recipes = lru_cache(_PLANS)(self._recipe_of)
         self._recipes_of_same = lru_cache(_PLANS)(self._recipe_of_same)
-        # Graphs hold the numbers of templates alone, so templates are kept for as long as this object.
+        # Compiled graphs refer to templates by number, so templates live as long as this object.
         self.template = lru_cache(None)(self._template)
 
     def recipe(self, mask: Mask, numbers: Numbers) -> Recipe:
-        """The recipe of a call. All layers of a step pass one mask object, so its fields are looked at once."""
+        """The recipe of a call. Cached by the mask object, which all layers of a step share."""
         return self._recipes_of_same(Same(mask), numbers)
 
     def recipe_of_new(self, mask: Mask, numbers: Numbers) -> Recipe:
-        """`recipe` for a mask object that was made for this call alone."""
+        """`recipe` for a mask object that is used only once; cached by the mask's value."""
         return self._recipes(Exact(mask), numbers)
 
     def refuse(self, problem: str) -> NoReturn:
-        """Raise ``problem`` on this rank, and make the others raise who are in the same attention call."""
+        """Raise ``problem`` on this rank, and make ranks that compare the same attention call raise as well."""
         self.agreement.refuse(FORWARD, sure=False)
         raise ValueError(problem)
 
-    def positions(self, tokens: Tokens) -> Tensor:
+    def positions(self, tokens: CallTokens) -> Tensor:
         """int64 ``[T]``: the positions of this rank's queries."""
         layout, ranks = tokens.layout or self.layout, self.transport.world_size
         return Sharded(layout, tokens.q_len, ranks, tokens.q_start).positions(self.transport.rank)
 
-    def _geometry(self, mask: Mask, tokens: Tokens) -> Geometry:
-        """The queries and keys of all ranks, with the rows of a batch end to end under `Rows`."""
+    def _geometry(self, mask: Mask, tokens: CallTokens) -> Geometry:
+        """The queries and keys of all ranks, under `Rows` (one mask per sequence) with the batch concatenated to one
+        sequence.
+        """
         W, layout = self.transport.world_size, tokens.layout or self.layout
         queries = Sharded(layout, tokens.q_len, W, tokens.q_start)
         keys = Sharded(tokens.kv_layout or layout, tokens.seq_len, W)
         return geometry_of(mask, queries, queries if keys == queries else keys, tokens.seq_len)
 
-    def _plan_on_host(self, mask: Exact, tokens: Tokens) -> Plan:
-        """What this rank does under ``mask``, as the schedule has it."""
+    def _plan_on_host(self, mask: Exact, tokens: CallTokens) -> Plan:
+        """The plan of this rank, as the schedule makes it."""
         plan = self.schedule.plan(self._geometry(mask.value, tokens), self.transport.rank)
         require_whole(plan, self.schedule)
         return plan
 
-    def _plan(self, mask: Exact, tokens: Tokens, device: torch.device) -> Plan:
+    def _plan(self, mask: Exact, tokens: CallTokens, device: torch.device) -> Plan:
         return self.plan_on_host(mask, tokens).to(device)
 
     def _horizon(self, mask: Exact, start: int, count: int, device: torch.device) -> Horizon:
-        """What queries at ``count`` positions from ``start`` on see."""
+        """The mask bounds of ``count`` positions from ``start`` on."""
         return Horizon.of(mask.value, start, count, device)
 
     def _decoding(self, kernel: Kernel, device: torch.device) -> Decoding:
-        """One object for all steps: it may own memory that they share."""
+        """One object for all steps, since it may own memory that they share."""
         return kernel.decoding(device)
 
     def _exact(self, mask: Same) -> Exact:
         return Exact(mask.value)
 
     def _chunk_plan(self, chunk: Chunk, kernel: Kernel) -> Plan:
-        """What this rank does for a chunk's queries, or ValueError where keys that they see are not there."""
+        """The plan of a chunk's queries; a ValueError if the cache has dropped keys that they see."""
         if (problem := chunk.refusal()) is not None:
             raise ValueError(problem)
-        return chunk.plan(self.schedule, kernel, self.transport.rank, self.transport.near)
+        return chunk.plan(self.schedule, kernel, self.transport.rank, self.transport.intra_node)
 
     def _prepared_for(self, recipe: Recipe, signature: Signature) -> Prepared:
         return self.prepare(recipe.specify(signature))
@@ -158,13 +166,15 @@ class Calls:
         except ValueError as error:
             self.refuse(str(error))
         of_rows = Folding(specification.batch) if isinstance(mask, Rows) and specification.batch else None
-        of_schedule = of_schedule if specification.batch else None  # nothing moves in a batch of none
+        of_schedule = of_schedule if specification.batch else None  # a batch of 0 is not redistributed
         placements = tuple(placement for placement in (of_rows, of_schedule) if placement is not None)
         self.before_first(self, specification, kernel)
         return Prepared(self, specification, kernel, placements)
 
     def _kernel_for(self, problem: Problem) -> Kernel | str:
-        return validation.kernel_for(problem, self.kernel, (Hopper(), Triton(), Reference()))
+        repeats = self.schedule.reproducible
+        known = Hopper(deterministic=repeats), Triton(), Reference()
+        return validation.kernel_for(problem, self.kernel, known, repeats)
 
     def _recipe_of_same(self, mask: Same, numbers: Numbers) -> Recipe:
         return self.recipe_of_new(mask.value, numbers)
@@ -178,11 +188,11 @@ class Calls:
 
 @dataclass(eq=False)
 class Prepared:
-    """What follows from a specification: found once, and kept for the calls of all layers and steps that have it.
+    """Kernel, plan and redistributions for one specification, cached across layers and steps.
 
     Attributes:
-        kernel: that the call takes.
-        placements: from what users hold to what kernels see.
+        kernel: the kernel of the call.
+        placements: the redistributions before the engine, in order.
     """
 
     calls: Calls
@@ -192,24 +202,24 @@ class Prepared:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """Of what kernels see."""
+        """The sizes of the redistributed tensors."""
         problem = self.specification.problem
         return sizes(self.placements, Sizes(self.specification.batch, slice(0, problem.heads), problem.kv_heads))
 
     @cached_property
     def plan(self) -> Plan:
-        """For the kernel. Made when the ranks have agreed: ranks that do not would make plans that do not fit."""
+        """The plan for the kernel. Made after the agreement: plans of ranks that disagree would not match."""
         calls, device = self.calls, self.specification.problem.device
         plan = calls.plan_on_host(self.specification.mask, self.specification.tokens)
         abilities = self.kernel.abilities(device)
-        return overlap(plan, self.sizes.kv_heads, self.sizes.batch, abilities, calls.transport.near).to(device)
+        return overlap(plan, self.sizes.kv_heads, self.sizes.batch, abilities, calls.transport.intra_node).to(device)
 
     @cached_property
-    def plain(self) -> Attention:
-        """The call without sinks and slopes, which is the same each time."""
+    def plain(self) -> PlacedCall:
+        """The call without sinks and slopes: one object for all calls."""
         return self.attention(Given(()))
 
-    def attention(self, given: Given) -> Attention:
+    def attention(self, given: Given) -> PlacedCall:
         """The call."""
         specification, heads = self.specification, self.sizes.heads
         problem = specification.problem
@@ -221,12 +231,12 @@ class Prepared:
             scores=scores.of_heads(heads) if self.placements else scores,
             rounds_keys=not any(placement.adds_keys for placement in self.placements),
         )
-        return Attention(call, self.placements, problem.heads, heads)
+        return PlacedCall(call, self.placements, problem.heads, heads)
 
 
 @dataclass(eq=False)
 class _Numbered:
-    """What an op finds by its number for as long as it lives."""
+    """An object that custom ops look up by integer id (a weak reference), since ops take only tensors and numbers."""
 
     calls: Calls
     number: int = field(default_factory=new_number, init=False, kw_only=True)
@@ -236,11 +246,11 @@ class _Numbered:
 
     @property
     def numbered(self) -> bool:
-        """Whether the forward's number has to reach the backward."""
+        """Whether backward checks that all ranks run the backward of the same forward call."""
         return self.calls.agreement.every_call and self.calls.transport.world_size > 1
 
     def filled(self, data: Data) -> Recipe:
-        """The recipe, once it has its data: those of `compiled.Data`, none outside compiled graphs."""
+        """The recipe with its data, which only calls in compiled graphs have."""
         raise TypeError(f"{type(self).__name__} makes no recipe")
 
 
@@ -249,7 +259,7 @@ templates: WeakValueDictionary[int, _Numbered] = WeakValueDictionary()
 
 @dataclass(eq=False)
 class Recipe(_Numbered):
-    """A call but for its tensors."""
+    """An attention call without its tensors: mask, numbers and group."""
 
     mask: Exact
     numbers: Numbers
@@ -257,8 +267,8 @@ class Recipe(_Numbered):
     def filled(self, data: Data) -> Recipe:
         return self
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, given: Given, needs_grad: bool) -> tuple[Attention, int]:
-        """The call, which the ranks have agreed on, and its number.
+    def forward_call(self, q: Tensor, k: Tensor, v: Tensor, given: Given, needs_grad: bool) -> tuple[PlacedCall, int]:
+        """The call, after the agreement of the ranks, and its number.
 
         Raises:
             ValueError: on every rank, if any rank's arguments are wrong or ranks disagree.
@@ -268,11 +278,11 @@ class Recipe(_Numbered):
         with preparing(self.calls.transport):
             return self._call(prepared, given), number
 
-    def backward(self, q: Tensor, k: Tensor, v: Tensor, given: Given, number: Tensor | None) -> Attention:
+    def backward_call(self, q: Tensor, k: Tensor, v: Tensor, given: Given, number: Tensor | None) -> PlacedCall:
         """The call of the forward that returned ``number``.
 
         Raises:
-            ValueError: on every rank, if a rank makes another call at this point.
+            ValueError: on every rank, if a rank makes another call at the same time.
         """
         if self.numbered:
             assert number is not None
@@ -292,7 +302,7 @@ class Recipe(_Numbered):
         return self.calls.prepared_for(self, signature)
 
     def specify(self, asked: Signature) -> Specification:
-        """What the ranks compare, once this rank's lengths are found and checked."""
+        """The specification of a call, once this rank's lengths are known and checked."""
         problem = Problem(
             device=asked.device,
             dtype=asked.dtype,
@@ -308,33 +318,35 @@ class Recipe(_Numbered):
         tokens = self._tokens("q", asked.q, asked.k, asked.lengths)
         return Specification(problem, asked.q[0], tokens, self.mask, self.numbers.scale, asked.needs_grad)
 
-    def _tokens(self, name: str, q: torch.Size, k: torch.Size, given: Sequence[int]) -> Tokens:
-        """Of queries and keys of these shapes. Checked here: under `torch.compile` lengths are symbols before."""
+    def _tokens(self, name: str, q: torch.Size, k: torch.Size, given: Sequence[int]) -> CallTokens:
+        """The tokens of queries and keys of these shapes; checked here at run time, since lengths are SymInts during
+        tracing.
+        """
         mask, calls, kv_layout = self.mask.value, self.calls, self.numbers.kv_layout
         layout = self.numbers.layout or calls.layout
         W, rank = calls.transport.world_size, calls.transport.rank
         seq_len, q_start, q_len = given
-        own_keys = q_start == 0 and q_len == -1 and kv_layout is None
+        self_attention = q_start == 0 and q_len == -1 and kv_layout is None
         seq_len = lengths.seq_len_of(k, mask, W) if seq_len == -1 else seq_len
         if q_len == -1:
             q_len = q[1] * W if q_start else seq_len
-        tokens = Tokens(seq_len, q_start, q_len, kv_layout, self.numbers.layout)
+        tokens = CallTokens(seq_len, q_start, q_len, kv_layout, self.numbers.layout)
         problem = (
             lengths.length_problem(name, q, mask, seq_len, layout, W, rank)
-            if own_keys
+            if self_attention
             else lengths.length_problem("k", k, mask, seq_len, kv_layout or layout, W, rank)
             or lengths.chunk_problem(q, q_start, q_len, seq_len, mask, layout, W, rank)
         )
         problem = problem or lengths.rows_problem(mask, q[0], seq_len)
         return calls.refuse(problem) if problem is not None else tokens
 
-    def _call(self, prepared: Prepared, given: Given) -> Attention:
+    def _call(self, prepared: Prepared, given: Given) -> PlacedCall:
         if given.sinks is None and given.alibi_slopes is None:
             return prepared.plain
         return prepared.attention(given)
 
     def _fields(self, prepared: Prepared, given: Given) -> Fields:
-        """What all ranks must have alike."""
+        """What has to be equal on all ranks, by names for errors."""
         layout = self.numbers.layout or self.calls.layout
         tokens = prepared.specification.tokens.q_len
         held = layout.fingerprint(tokens, self.calls.transport.world_size)
@@ -350,7 +362,7 @@ class Recipe(_Numbered):
 
 @dataclass(eq=False)
 class Template(_Numbered):
-    """A call of a compiled graph: a recipe once its data are known."""
+    """A call of a compiled graph, which becomes a recipe when the graph runs and its data are known."""
 
     form: Form
 
@@ -369,7 +381,7 @@ class Template(_Numbered):
 def scores_of(
     d_qk: int, scale: float | None, softcap: float, alibi_slopes: Tensor | None, sinks: Tensor | None
 ) -> Scores:
-    """How a call forms its scores, as kernels take it: they read one number after the other, whatever the strides."""
+    """The `Scores` of a call, with tensors made contiguous for the kernels."""
     slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
     sinks = None if sinks is None else sinks.contiguous()
     return Scores(d_qk**-0.5 if scale is None else scale, softcap, slopes, sinks)

@@ -1,7 +1,7 @@
-"""The plan of a chunk of a sequence, whose queries see keys that are kept from earlier chunks and those of their own.
+"""The plan of a chunk (chunked prefill), whose queries see cached keys of earlier chunks and the chunk's own keys.
 
-[Note: later] A mask is asked about positions far beyond the sequence to find what later queries see. A mask that does
-not know its length is told the largest there is.
+[Note: later] To find what later queries see, a mask is evaluated at positions after the sequence's current end. A mask
+that does not know its length gets the largest possible one.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Chunk:
 
     Attributes:
         mask: of the whole sequence.
-        before, after: which rank keeps which keys, without the chunk's and with them.
-        layout: how the chunk's tokens are spread.
-        problem: what the call asks of a kernel.
+        before, after: the ledgers without and with the chunk's keys.
+        layout: the layout of the chunk's tokens.
+        problem: the kernel's part of the specification.
     """
 
     mask: Exact
@@ -43,21 +43,19 @@ class Chunk:
 
     @cached_property
     def ends(self) -> tuple[Ends, ...]:
-        """What the chunk's queries see, by ascending position, not knowing how many tokens there are; see
-        [Note: later].
-        """
+        """The mask bounds of the chunk's queries, for a sequence of any length; see [Note: later]."""
         return self.mask.value.parts(torch.arange(self.before.total, self.after.total), told(self.mask.value))
 
     @cached_property
     def geometry(self) -> Geometry:
-        """The chunk's queries over all keys that are kept."""
+        """The chunk's queries over all cached keys."""
         start, stop = self.before.total, self.after.total
         queries = Sharded(self.layout, stop - start, self.after.world_size, start)
         mask = _Found(self.mask.value, start, self.ends)
         return Geometry(mask, queries, self.after, stop, for_backward=False, distances=self.problem.alibi)
 
     def refusal(self) -> str | None:
-        """Why keys that the mask allows are not there, in words; None if all are."""
+        """Why keys that the mask allows are not in the cache, in words; None if all are."""
         mask, stop = self.mask.value, self.after.total
         if (problem := length_problem(mask, stop)) is not None:
             return problem
@@ -70,17 +68,15 @@ class Chunk:
         allowed = sum(int((hi - lo.clamp_min(0)).clamp_min(0).sum()) for lo, hi in self.ends)
         return None if int(self.geometry.needs.pairs.sum()) == allowed else dropped_problem(mask, self.before)
 
-    def plan(self, schedule: Schedule, kernel: Kernel, rank: int, near: bool) -> Plan:
-        """By keys or queries that travel, whichever is less: see `lighter`."""
+    def plan(self, schedule: Schedule, kernel: Kernel, rank: int, intra_node: bool) -> Plan:
+        """The plan of the schedule that sends less: see `lighter`."""
         plan = self.lighter(schedule).plan(self.geometry, rank)
         plan = replace(plan, backward=())
         device = self.problem.device
-        return overlap(plan, self.problem.kv_heads, 1, kernel.abilities(device), near).to(device)
+        return overlap(plan, self.problem.kv_heads, 1, kernel.abilities(device), intra_node).to(device)
 
     def lighter(self, schedule: Schedule) -> Schedule:
-        """`PassQuery`, or the schedule by which keys travel, ``schedule`` if it is one: the one that sends fewer bytes,
-        counted over all ranks.
-        """
+        """`PassQuery` or a schedule that sends keys (``schedule``, if it does), whichever sends fewer bytes."""
         if isinstance(schedule, PassQuery):
             return schedule
         keys, queries, problem = *_moved(self.geometry), self.problem
@@ -93,7 +89,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class _Found(Mask):
-    """A mask whose ends at the positions from ``start`` on have been found, once for the queries of all ranks."""
+    """A mask whose bounds at the positions from ``start`` on were computed once, for the queries of all ranks."""
 
     mask: Mask
     start: int
@@ -108,7 +104,7 @@ class _Found(Mask):
 
 
 def _moved(geometry: Geometry) -> tuple[int, int]:
-    """How many keys go to another rank, and how many queries would in their place."""
+    """How many keys a ring would send, and how many queries pass-Q would send."""
     ranks, rows = range(geometry.world_size), geometry.needs.rows
     others = [(rank, source) for rank in ranks for source in ranks if rank != source and rows[rank][source]]
     keys = sum(len(run) for rank, source in others for run in rows[rank][source])
@@ -116,12 +112,12 @@ def _moved(geometry: Geometry) -> tuple[int, int]:
 
 
 def told(mask: Mask) -> int:
-    """The length that a mask is told where it is asked about positions to come; see [Note: later]."""
+    """The length passed to a mask for positions to come; see [Note: later]."""
     return MAX_SEQ_LEN if mask.seq_len is None else mask.seq_len
 
 
 def length_problem(mask: Mask, total: int) -> str | None:
-    """Whether a mask that knows its length is about so many tokens."""
+    """What is wrong with ``total`` tokens for a mask that knows its length."""
     if total <= told(mask):
         return None
     return (
@@ -131,7 +127,7 @@ def length_problem(mask: Mask, total: int) -> str | None:
 
 
 def dropped_problem(mask: Mask, ledger: Ledger) -> str:
-    """In words, that keys which the mask allows have been dropped."""
+    """The message that keys which the mask allows have been dropped."""
     return (
         f"mask: {mask!r} lets tokens see keys that the cache keeps no longer: of the {ledger.total} tokens so far it "
         f"keeps {sum(ledger.counts)}, those that the masks of earlier calls let later tokens see. Use one mask for all "

@@ -1,6 +1,6 @@
-"""What makes a call, in the two parts in which `torch.compile` takes it: a form, and data.
+"""A call under `torch.compile`, in two parts: its form and its data.
 
-A graph holds the form as a constant, and is compiled again for another one. The data are inputs of the graph, and one
+The form is a constant of the graph, which is compiled again for another form. The data are inputs of the graph, so one
 graph serves all of them: the ints of a mask, tensors of ints, and floats that differ from call to call.
 """
 
@@ -18,19 +18,19 @@ from distflash.integers import require_integers
 from distflash.layouts import Layout
 from distflash.masks import Mask
 
-# A mask's or layout's class and what its fields are: a form, `(tuple, *forms)`, a constant, or for data `int`, `Tensor`
-# or `(tuple, length)`.
+# The class of a mask or layout, and for each of its fields: a form, `(tuple, *forms)`, a constant, or for data `int`,
+# `Tensor` or `(tuple, length)`.
 ClassForm = tuple[Any, ...]
 
 
 class Form(NamedTuple):
-    """What a graph holds.
+    """The constant part of a call.
 
     Attributes:
         mask: see `ClassForm`.
-        numbers: ``(scale, softcap, dropout_p)``, or None where they are data.
-        scaled: whether a scale was given.
-        kv_layout, layout: see `ClassForm`; a layout without fields as it is.
+        numbers: ``(scale, softcap, dropout_p)``, or None if they are data.
+        scaled: whether a scale was passed.
+        kv_layout, layout: see `ClassForm`; a layout without fields is itself the form.
     """
 
     mask: ClassForm
@@ -41,12 +41,12 @@ class Form(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What a graph is given, in the types that an op takes.
+    """The inputs of a graph, in types that an op takes.
 
     Attributes:
-        ints: of the mask and the layout in the order of its fields, and how many each tensor holds.
-        boundaries: what the tensors hold, one after the other, int64 if they are several, or None.
-        numbers: float64 ``[3]``, scale, softcap and dropout_p, or None where the form has them.
+        ints: the ints of the mask and the layout in the order of their fields, and the length of each tensor.
+        boundaries: the tensors, concatenated; int64 if there are several; None if there are none.
+        numbers: float64 ``[3]``, scale, softcap and dropout_p, or None if they are in the form.
     """
 
     ints: Sequence[int]
@@ -68,7 +68,7 @@ def split(
     """A call's form and data. Runs while a function is compiled.
 
     Raises:
-        ValueError: a field's values cannot be given to the graph.
+        ValueError: the values of a field cannot be inputs of the graph.
     """
     ints: list[int] = []
     tensors: list[Tensor] = []
@@ -78,17 +78,17 @@ def split(
     numbers = (scale, softcap or 0.0, dropout_p or 0.0)  # the defaults, too, are symbols under dynamic=True
     if all(x is None or has_static_value(x) for x in numbers):
         return Form(form, numbers, scale is not None, *layouts), Data(ints, boundaries, None)
-    # A product, because it is how the compiler turns a float into data; it would compile full() again for each value.
+    # A product makes the compiler treat a float as data; with full() it would compile again for each value.
     one = torch.ones(1, dtype=torch.float64, device="cpu")
     as_data = torch.cat([one * (0.0 if x is None else x) for x in numbers])
     return Form(form, None, scale is not None, *layouts), Data(ints, boundaries, as_data)
 
 
 def join(form: Form, data: Data) -> tuple[Mask, float | None, float, float, Layout | None, Layout | None]:
-    """The inverse of `split`. Runs when the graph does.
+    """The inverse of `split`. Runs when the graph runs.
 
     Raises:
-        ValueError: what the class of a mask or a layout says of wrong values.
+        ValueError: raised by the class of a mask or a layout for wrong values.
     """
     parts = iter(data.ints)
     boundaries = iter([] if data.boundaries is None else data.boundaries.tolist())
@@ -104,7 +104,7 @@ def join(form: Form, data: Data) -> tuple[Mask, float | None, float, float, Layo
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:
-    """Made in the graph on a GPU, or before on the CPU: the call reads them on the CPU."""
+    """The tensors, concatenated; on the CPU if their devices differ, where the call reads them."""
     if any(x.device != tensors[0].device for x in tensors):
         tensors = [x.to("cpu") for x in tensors]
     return torch.cat([x.to(torch.int64) for x in tensors])
@@ -117,7 +117,7 @@ def _split(mask: Mask, ints: list[int], tensors: list[Tensor]) -> ClassForm:
 
 
 def _split_layout(layout: Layout, ints: list[int], tensors: list[Tensor]) -> ClassForm | Layout:
-    """Field by field: of an object that is made in a compiled function, a constant would lack the fields."""
+    """By fields, since the compiler loses the fields of an object that is made in a compiled function."""
     kind = type(layout)
     if "__dataclass_fields__" in kind.__dict__:
         return _split_fields(layout, ints, tensors)

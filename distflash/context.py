@@ -28,10 +28,10 @@ from distflash.masks import Full, Mask
 from distflash.plan import Plan
 from distflash.schedules import Ring, Schedule
 from distflash.sharding import Sharding
-from distflash.specification import Tokens
+from distflash.specification import CallTokens
 from distflash.transport import Alone, Transport
 
-# In place of Python's own error for a missing argument comes one that says which of the two to pass.
+# The default of an argument that has to be given, so that the error for a missing one can say which values there are.
 _REQUIRED: Any = None
 
 
@@ -41,27 +41,30 @@ class ContextParallel(Sharding):
     Args:
         group: a ``torch.distributed.ProcessGroup`` that this rank belongs to, a ``DeviceMesh`` of one or two
             dimensions (`Ulysses`, `DoubleRing`), or a transport (one rank of a `distflash.transport.Simulator`).
-            None is refused; torch's types say that ``dist.group.WORLD`` may be it.
+            None raises; it is in the type only because torch types ``dist.group.WORLD`` as Optional.
         layout: which tokens each rank holds.
-        schedule: in which order the other ranks' keys arrive.
-        kernel: None for the best kernel that supports the call; a kernel given is used, or refused with all reasons.
-        timeout: seconds, as a number or timedelta, that this rank waits for another one at a time, before all ranks
-            raise `RankFailure`; at most the process group's own timeout, which None stands for. Longer than the time by
-            which ranks can come apart: compilation, loading data, writing checkpoints. On GPUs, where the host waits
-            for nothing, a thread then watches what is queued; without a timeout only NCCL's own watchdog does.
+        schedule: the context-parallel algorithm: what ranks send to each other, and when.
+        kernel: None for the fastest kernel that supports the call. If one is given, it is used, or the call raises with
+            all reasons why it cannot be.
+        timeout: how long this rank waits for another rank before all ranks raise `RankFailure`: seconds or a timedelta,
+            at most the process group's own timeout, which is the default. It must exceed the largest delay between
+            ranks (compilation, loading data, writing checkpoints). On GPUs messages are asynchronous, so a
+            watchdog thread enforces it; if None, only NCCL's watchdog does.
         check_every_call: whether the ranks compare every attention call, forward and backward, before it sends
-            anything. A rank that skips a call, or runs the backward of two calls in another order than the others, is
-            then told so (if not, the ranks mix up the two calls' keys or gradients). None for the transport's default:
-            yes on CPUs; no on GPUs, where a comparison costs a collective and waits for the device, and only calls with
-            a new signature are compared. Turn it on there to look for a fault. The same on all ranks.
+            anything. Then a rank that skips a call, or runs two backward passes in another order than the other ranks,
+            gets an error; otherwise keys or gradients of different calls would be mixed. The same on all ranks. None
+            for the default: yes on CPUs; on GPUs, where a comparison costs a collective and a synchronisation, only
+            calls with a new signature are compared. Turn it on there to find a fault.
+        reproducible: whether results have the same bits on any number of ranks, for debugging: short for
+            ``schedule=Reproducible()``, which says what that takes and costs.
 
     Copies of a ContextParallel, as `copy.deepcopy` of a module makes them, are the same object. It cannot be pickled.
 
     Raises:
         ValueError: an argument is of another kind (a string, a class, a mesh of three dimensions).
 
-    A rank that dies, raises in the middle of a call, or does not come in time ends the calls of all other ranks with
-    a `RankFailure`, and every later one at once. See docs/reliability.md.
+    If a rank dies, raises in the middle of a call, or exceeds the timeout, the calls of all other ranks raise
+    `RankFailure`, and so does every later call at once. See docs/reliability.md.
 
     Examples:
         >>> cp = df.ContextParallel(dist.group.WORLD, layout=df.Zigzag(), schedule=df.Ring())
@@ -78,9 +81,10 @@ class ContextParallel(Sharding):
         *,
         timeout: float | timedelta | None = None,
         check_every_call: bool | None = None,
+        reproducible: bool = False,
     ) -> None:
         validation.require_layout(layout)
-        validation.require_schedule(schedule)
+        schedule = validation.schedule_of(schedule, reproducible)
         validation.require_kernel(kernel)
         self.layout = layout
         self.kernel = kernel
@@ -88,15 +92,15 @@ class ContextParallel(Sharding):
         self.schedule = schedule.on(groups.shape_of(group, self.transport))
         if not (check_every_call is None or isinstance(check_every_call, bool)):
             raise ValueError(f"check_every_call: expected True, False or None, got {check_every_call!r}")
-        every_call = self.transport.checks_every_call if check_every_call is None else check_every_call
+        every_call = self.transport.verifies_every_call if check_every_call is None else check_every_call
         self.agreement = Agreement(self.transport, every_call)
         self.calls = Calls(self.transport, layout, self.schedule, kernel, self.agreement)
-        # A string, since torch.compile guards the value of strings and may turn ints into symbols.
+        # A string: torch.compile guards the value of strings, while it may turn ints into symbols.
         self._name = f"context_parallel_{new_number()}"
 
     @property
     def check_every_call(self) -> bool:
-        """Whether the ranks compare every attention call. May be set between two calls, on all ranks alike."""
+        """Whether the ranks compare every attention call. May be set between calls, to the same value on all ranks."""
         return self.agreement.every_call
 
     @check_every_call.setter
@@ -123,14 +127,15 @@ class ContextParallel(Sharding):
         )
 
     def with_mask(self, mask: Mask) -> ContextParallel:
-        """The same group with its layout for a batch that is attended to under ``mask``: see `Balanced`.
+        """The same group with the layout for a batch with this mask: see `Balanced`.
 
-        Takes no time, and asks no other rank. Shard the batch, take positions and attend with what is returned; other
-        layouts than `Balanced` are the same for all masks. Layers with other masks take it, too: what counts is that
-        tokens and calls have one layout.
+        It takes no time and communicates nothing. Use what it returns to shard the batch, for positions and for
+        attention. Layers with other masks use the same object: all attention calls on a batch must use the layout by
+        which the batch was sharded. Layouts
+        other than `Balanced` are the same for all masks.
 
         Raises:
-            ValueError: mask is none.
+            ValueError: mask is not a Mask.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD, layout=df.Balanced(chunk=1))
@@ -150,7 +155,7 @@ class ContextParallel(Sharding):
             >>> cp.with_layout(df.Contiguous()).positions(8)
             tensor([0, 1, 2, 3])
         """
-        if layout is self.layout or layout == self.layout:  # a copy, as one that a data loader's worker has made
+        if layout is self.layout or layout == self.layout:  # equal: a copy that a data loader's worker has made
             return self
         validation.require_layout(layout)
         other = object.__new__(ContextParallel)
@@ -168,19 +173,19 @@ class ContextParallel(Sharding):
         seq_len: int | None = None,
         needs_grad: bool = True,
     ) -> None:
-        """Compile what a call of `attention` with such tensors launches, in several processes. Nothing is sent.
+        """Compile the kernels that `attention` launches for such tensors, in parallel processes. Nothing is sent.
 
-        Otherwise the first call compiles one kernel after the other. The processes are forked from this one: call it
-        early, before threads and GPU memory are in use. Where no kernel is compiled (on CPUs), or all have been, it
-        returns at once.
+        Otherwise the first call compiles one kernel after the other. The processes are forked from this one, so call it
+        early, before threads and GPU memory are in use. It returns at once if no kernel needs compilation (on CPUs) or
+        all have been compiled.
 
         Args:
             q_shape, k_shape, v_shape: of this rank's tensors, see `attention`; v_shape is k_shape by default.
             dtype, mask, seq_len: as in the call.
-            needs_grad: whether a backward may follow.
+            needs_grad: whether to compile the backward kernels as well.
 
         Raises:
-            ValueError: `attention` would refuse such a call.
+            ValueError: `attention` would raise for such a call.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -192,17 +197,17 @@ class ContextParallel(Sharding):
         warming.Warming().before(self.calls, asked, self.calls.prepare(asked).kernel)
 
     def agree(self, kind: str, **fields: object) -> None:
-        """Have all ranks compare ``fields``, and raise on every rank if they differ. All ranks must call.
+        """Compare ``fields`` over all ranks, and raise on every rank if they differ. All ranks must call it.
 
-        For what every rank of the group must have alike before it goes on: a batch, a setting.
+        For values that every rank of the group must have before it continues, such as a batch or a setting.
 
         Args:
-            kind: what is compared, in words of at most 42 bytes. It stands in the error.
+            kind: what is compared, in words of at most 42 bytes, for the error message.
             fields: at most 24 values by name, the same names on every rank: numbers, strings, None, dtypes, tuples and
                 dataclasses of these (masks, layouts), and other objects that have a repr.
 
         Raises:
-            ValueError: on every rank, if any two ranks differ, one refuses (`refuse`) or one makes another call. It
+            ValueError: on every rank, if two ranks differ, a rank calls `refuse`, or a rank makes another call. It
                 names the ranks, and the fields or the calls that differ.
 
         Examples:
@@ -216,13 +221,13 @@ class ContextParallel(Sharding):
         self.agreement.require(kind, lambda: fields)
 
     def refuse(self, problem: str, kind: str = "call", *, in_attention: bool = False) -> NoReturn:
-        """Raise ``ValueError(problem)`` on this rank, and a ValueError that names it on the others, who call `agree`.
+        """Raise ``ValueError(problem)`` on this rank. Ranks that call `agree` raise a ValueError that names this rank.
 
         Args:
             problem: what is wrong, in words.
             kind: as in `agree`.
-            in_attention: whether the others, instead, call `attention`. On GPUs they do not compare calls whose
-                signature is known, so they are told only before the first call.
+            in_attention: whether the other ranks call `attention` instead of `agree`. On GPUs, unless
+                `check_every_call`, nothing is sent once the group has compared a call: then only this rank raises.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -247,7 +252,7 @@ class ContextParallel(Sharding):
         return self.layout.length(lengths.require_seq_len(seq_len), self.world_size, self.rank)
 
     def positions(self, seq_len: int, device: torch.device | str | None = None) -> Tensor:
-        """The ascending global positions of this rank's tokens, int64 ``[seq_local]``: for RoPE and the like.
+        """The global positions of this rank's tokens, int64 ``[seq_local]``, ascending; for RoPE and similar.
 
         Args:
             seq_len: the global length, at least 0.
@@ -263,7 +268,8 @@ class ContextParallel(Sharding):
         return positions.to(self.transport.device if device is None else device)
 
     def positions_of(self, x: Tensor, seq_len: int | None = None, mask: Mask = Full()) -> Tensor:
-        """`positions` of the tokens in ``x [batch, seq_local, ...]``: under `torch.compile` a graph for all lengths.
+        """The `positions` of the tokens in ``x [batch, seq_local, ...]``, traced with dynamic lengths: torch.compile
+        does not recompile per length.
 
         Args:
             x: this rank's tokens.
@@ -293,18 +299,18 @@ class ContextParallel(Sharding):
         reduction: Literal["sum", "mean"] = _REQUIRED,
         group: dist.ProcessGroup | DeviceMesh | Transport | None = None,
     ) -> Tensor:
-        """The mean over all ranks' tokens of a loss that each rank has summed over its own. All ranks must call.
+        """The mean of a loss over the tokens of all ranks. All ranks must call it.
 
         Args:
             loss_sum: scalar, the sum of this rank's losses.
-            token_count: how many losses this rank has summed (tokens that are not ignored); may be 0.
-            reduction: must be given. How parameter gradients are combined over the group after backward: "mean" where
-                they are averaged, as DDP, FSDP and ZeRO do; "sum" where they are added up, as an all-reduce of your own
-                does, or where ranks share no parameter. Either way they come out as the gradient of the value returned;
-                with the other one they are off by the number of ranks, which Adam hides.
-            group: the ranks whose tokens count and over which gradients are combined, where they are more than those
-                that share a sequence: with data parallelism all of data x context, as a process group or a
-                one-dimensional mesh. None: the ranks that share the sequence.
+            token_count: how many losses that sum has (tokens that are not ignored); may be 0.
+            reduction: how parameter gradients are combined over the group after backward; must be given. "mean" if they
+                are averaged, as DDP, FSDP and ZeRO do. "sum" if they are added, as an all-reduce of your own does, or
+                if ranks share no parameter. Then the combined gradient is that of the value returned. The wrong one
+                scales it by the number of ranks, which Adam hides.
+            group: the ranks whose tokens count and whose gradients are combined. None: the ranks that share the
+                sequence. With data parallelism: all ranks of data x context, as a process group or a one-dimensional
+                mesh.
 
         Returns:
             Scalar, the same on every rank of the group; 0 if no rank has a token.
@@ -318,12 +324,12 @@ class ContextParallel(Sharding):
             >>> cp.mean(losses.sum(), losses.numel(), reduction="mean")
             tensor(2.)
         """
-        everyone = self.transport if group is None else groups.wider_transport(group, self.transport)
+        all_ranks = self.transport if group is None else groups.wider_transport(group, self.transport)
         problem = validation.mean_problem(loss_sum, token_count, reduction)
         if problem is not None:
-            collectives.refuse_mean(everyone)
+            collectives.refuse_mean(all_ranks)
             raise ValueError(problem)
-        return collectives.mean(loss_sum, token_count, everyone, reduction)
+        return collectives.mean(loss_sum, token_count, all_ranks, reduction)
 
     def plan(
         self,
@@ -335,13 +341,13 @@ class ContextParallel(Sharding):
         q_len: int | None = None,
         kv_layout: Layout | None = None,
     ) -> Plan:
-        """What this rank computes, sends and receives in a call. Cached; asks no other rank; printed, it is a table.
+        """What this rank computes, sends and receives in a call; prints as a table. Cached; communicates nothing.
 
-        With `Ulysses` it is the inner schedule's plan, whose ranks are the groups that exchange heads; that exchange is
-        not in it.
+        With `Ulysses`: the inner schedule's plan, in which a "rank" is one all-to-all group. The all-to-all is not
+        shown.
 
         Args:
-            mask: as in `attention`. Under `Rows` all sequences of the batch are one, end to end.
+            mask: as in `attention`. With `Rows`, the sequences of the batch are concatenated to one.
             seq_len: the global number of keys.
             device: where the plan's intervals are; by default the group's.
             q_start, q_len, kv_layout: as in `attention`. Without ``q_len`` queries are all tokens from ``q_start`` on.
@@ -354,7 +360,7 @@ class ContextParallel(Sharding):
             >>> print(cp.plan(df.Causal() & df.Window(15), seq_len=64))
             Plan of rank 0 of 2: 392 allowed pairs
             percent of all pairs, by rank: 43.4, 56.6
-            keys of others, by rank: 15, 15; times the bytes of a token's k and v
+            remote keys, by rank: 15, 15 (each: k and v of one token)
             forward    computes                           meanwhile
               stage 0  keys of 0[0:32]: 272 pairs, first  receive keys of 1 (15) from 1
                                                           send keys of 0 (15) to 1
@@ -384,15 +390,17 @@ class ContextParallel(Sharding):
         problem = self.layout.refusal(count) or (kv_layout or self.layout).refusal(length)
         if problem is not None:
             raise ValueError(problem)
-        return self.calls.plan(Exact(mask), Tokens(length, start, count, kv_layout, self._of_batch), where)
+        return self.calls.plan(Exact(mask), CallTokens(length, start, count, kv_layout, self._of_batch), where)
 
     @property
     def _of_batch(self) -> Layout | None:
-        """The layout, where it is not that of the group."""
+        """The layout set by `with_layout` or `with_mask`; None if it is the group's own."""
         return None if self.layout is self.calls.layout else self.layout
 
     def recipe(self, mask: Mask, numbers: Numbers) -> tuple[int, Data]:
-        """The number by which an op finds the call's recipe, and what the op is given beside it."""
+        """The integer id by which the custom op finds the call's `Recipe` (everything but its tensors); under
+        torch.compile the id of a `Template`, and the values that complete it as graph inputs (`Data`).
+        """
         if not torch.compiler.is_compiling():
             if self.layout is not self.calls.layout:
                 numbers = replace(numbers, layout=self.layout)
@@ -402,13 +410,15 @@ class ContextParallel(Sharding):
 
     @torch.compiler.assume_constant_result
     def _template(self, name: str, *form: Any) -> int:
-        """The number of a template, a constant to `torch.compile`, which guards ``name`` and what the `Form` is of."""
+        """The id of the `Template` for this static part of a call; a constant in the graph. `torch.compile` guards on
+        ``name`` (which group) and ``form``.
+        """
         assert name == self._name
         return self.calls.template(Form(*form)).number
 
 
 def as_given(seq_len: int | None, q_start: int, q_len: int | None) -> list[int]:
-    """As an op takes them: ints, or symbols while compiling, and -1 for what was left out."""
+    """The lengths as an op takes them: ints (symbols while compiling), and -1 for None."""
     return [-1 if length is None else lengths.as_length(length) for length in (seq_len, q_start, q_len)]
 
 

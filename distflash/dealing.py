@@ -1,4 +1,4 @@
-"""Who keeps which new token: keys are dealt so that ranks fill up evenly.
+"""Which rank stores which new token of a cache, such that all ranks fill evenly.
 
 [Note: shapes] B sequences, W ranks.
 """
@@ -10,25 +10,26 @@ from torch import Tensor
 
 
 def keepers(counts: Tensor, new: int) -> Tensor:
-    """int64 ``[B, new]``: the rank that keeps each new token, in order: the one that has fewest then, the first of
-    several.
+    """The rank that stores each new token: the one with the fewest keys at that time, the lowest of several.
 
     Args:
-        counts: ``[B, W]``, how many each rank keeps before.
-        new: how many tokens come.
+        counts: ``[B, W]``, how many keys each rank stores before.
+        new: the number of new tokens.
+
+    Returns:
+        int64 ``[B, new]``.
     """
     W = counts.shape[1]
     ranks, nth = torch.arange(W, device=counts.device), torch.arange(new, device=counts.device)
-    # A rank's (i + 1)-th new one comes when all have as many as it had before: in the order of (count + i, rank).
+    # A rank with count keys stores its i-th new token once all ranks have count + i: sort by (count + i, rank).
     order = (counts.long()[:, None] + nth[:, None]) * W + ranks
     return order.flatten(1).sort(1).values[:, :new] % W
 
 
 def level(kept: list[int], new: list[int]) -> list[int]:
-    """How many of its ``new`` tokens each rank gives away, or, negative, takes, so that all have room.
+    """How many of its ``new`` tokens each rank sends to others (negative: receives), as few as possible.
 
-    No rank then has more than its share of all tokens, rounded up, unless it has kept more before. As few as possible
-    move.
+    Afterwards no rank has more than its share of all tokens, rounded up, unless it stored more before.
     """
     most = -(-(sum(kept) + sum(new)) // len(kept))
     gives = [min(n, max(0, k + n - most)) for k, n in zip(kept, new, strict=True)]
@@ -37,5 +38,5 @@ def level(kept: list[int], new: list[int]) -> list[int]:
         takes = min(left, max(0, most - k - n))
         left -= takes
         gives[rank] -= takes
-    assert left == 0, "what is above the share of some ranks fits below that of others"
+    assert left == 0, "the tokens above some ranks' shares fit below those of others"
     return gives

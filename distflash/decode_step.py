@@ -1,7 +1,7 @@
-"""Decoding: a few new tokens, the same on all ranks, over a cache that the ranks hold together.
+"""Decoding: a few new tokens, the same on all ranks, over a sharded cache.
 
-Each rank attends to the keys that it keeps. What ranks send one another is the state of the softmax of the new tokens
-alone. They merge it in one order, so all ranks return the same bits.
+Each rank attends to the keys that it stores. The ranks exchange only the partial softmax states of the new tokens, and
+merge them in the same order, so all ranks return the same bits.
 
 [Note: shapes] B sequences, n new tokens of each, H query heads, G key/value heads, D head dim of q and k, V of v.
 """
@@ -22,16 +22,17 @@ from distflash.exact import Same
 from distflash.horizon import Horizon
 from distflash.kernels import Kernel, Problem
 from distflash.masks import Causal, Mask
+from distflash.profiling import named
 from distflash.transport import during
 
 STEP = "decode"
-# More are a chunk: its queries are worth spreading over the ranks.
+# More tokens are a chunk, whose queries should be sharded over the ranks.
 MOST_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Step:
-    """What is said of a step beside its tensors; see `decode`."""
+class DecodeStep:
+    """The arguments of a step besides q, k and v; see `decode`."""
 
     cache: Cache
     mask: Mask
@@ -42,7 +43,7 @@ class Step:
 
 
 class _Keywords(TypedDict, total=False):
-    """What `decode` takes by keyword, but for the cache and what its result depends on."""
+    """The keywords of `decode`, except ``cache`` and ``return_lse``, which decides the type of the result."""
 
     mask: Mask
     scale: float | Tensor | None
@@ -77,26 +78,26 @@ def decode(
     sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of a few new tokens, which every rank has whole, over the cache and themselves.
+    """Attention of a few new tokens, which every rank has, over the cache and themselves.
 
-    Their keys are appended to the cache, each on the rank that keeps fewest. All ranks return the same bits. Sequences
-    may have different lengths. On GPUs nothing waits for the device, and a step can be captured in a CUDA graph, after
-    one step outside of it, and replayed for as long as the cache has room: new tokens are then copied into q, k and v.
+    Their keys are appended to the cache, each on the rank that stores the fewest. All ranks return the same bits.
+    Sequences may have different lengths. On GPUs there is no synchronisation. After one step outside of it, a step can
+    be captured in a CUDA graph and replayed until the cache is full, with new tokens copied into q, k and v.
 
     Args:
         q: ``[batch, n, heads, d_qk]``, the same values on every rank; n is 1, or a few for drafts.
         k: ``[batch, n, kv_heads, d_qk]``. v: ``[batch, n, kv_heads, d_v]``. In the cache's dtype, on its device.
-        cache: which the tokens are appended to.
-        mask: over positions of the whole sequence. A token sees itself and what was before it, at most.
+        cache: the cache that the tokens are appended to.
+        mask: over positions of the whole sequence. A token sees at most itself and earlier tokens.
         scale, softcap, alibi_slopes, sinks, return_lse: as in `attention`.
 
     Returns:
         out ``[batch, n, heads, d_v]``; with ``return_lse`` also lse ``[batch, heads, n]``.
 
     Raises:
-        ValueError: on every rank: an argument is wrong, the cache has no room, the mask lets a token see keys that are
-            not there, ranks disagree. The cache is as it was. That ranks have different tokens is found by the device:
-            on GPUs results are then NaN and stay so, and a later call raises.
+        ValueError: on every rank, without a change of the cache: an argument is wrong, the cache is full, the mask lets
+            a token see keys that are not in the cache, or ranks disagree. Ranks with different tokens are found by the
+            device: on GPUs the results are then NaN, also in later steps, until a later call raises.
 
     Examples:
         >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -120,13 +121,13 @@ def decode(
     if problem is not None:
         cache.refuse(problem)
     number = validation.as_number(softcap) or 0.0
-    step = Step(cache, mask, validation.as_number(scale), number, sinks, alibi_slopes)
+    step = DecodeStep(cache, mask, validation.as_number(scale), number, sinks, alibi_slopes)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         out, lse = _attend(q, k, v, step)
     return (out, lse.transpose(1, 2)) if return_lse else out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, step: DecodeStep) -> tuple[Tensor, Tensor]:
     cache, tokens = step.cache, q.shape[1]
     sizes = (q.shape[2], k.shape[2], q.shape[3], v.shape[3])
     asked = Problem(q.device, q.dtype, *sizes, step.softcap, step.alibi_slopes is not None, step.sinks is not None)
@@ -141,18 +142,22 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor
     scores = scores_of(q.shape[3], step.scale, step.softcap, step.alibi_slopes, None)  # sinks are merged in last
     decoding, transport = cache.cp.calls.decoding(kernel, q.device), cache.cp.transport
     if cache.cp.world_size == 1:
-        result = decoding.alone(q, k, v, cache.store, horizon.table, scores, step.sinks)
+        with named("decode"):
+            result = decoding.alone(q, k, v, cache.store, horizon.table, scores, step.sinks)
     else:
         with during(transport, "forward", q):
-            message = decoding.attend(q, k, v, cache.store, horizon.table, scores, cache.cp.rank)
-            messages = transport.gather_equal(message)
-            result = decoding.merge(messages, q, cache.store, step.sinks)
+            with named("decode, keys of this rank"):
+                message = decoding.attend(q, k, v, cache.store, horizon.table, scores, cache.cp.rank)
+            with named("decode, gather of partial states"):
+                messages = transport.gather_equal(message)
+            with named("decode, merge of partial states"):
+                result = decoding.merge(messages, q, cache.store, step.sinks)
     cache.grow(tokens, capturing)
     return result
 
 
-def _ready(step: Step, tokens: int) -> Horizon:
-    """What the tokens see, once there is room for them."""
+def _ready(step: DecodeStep, tokens: int) -> Horizon:
+    """The mask bounds of the tokens, once they fit into the cache."""
     cache = step.cache
     if cache.length + tokens > lengths.MAX_SEQ_LEN:
         raise ValueError(f"q: {tokens} tokens after {cache.length}; expected positions below {lengths.MAX_SEQ_LEN}")
@@ -170,21 +175,22 @@ def _ready(step: Step, tokens: int) -> Horizon:
     return horizon
 
 
-def _require_kept(step: Step, horizon: Horizon, tokens: int) -> None:
-    """Refuse a step whose tokens see keys that are kept no longer."""
+def _require_kept(step: DecodeStep, horizon: Horizon, tokens: int) -> None:
+    """Refuse a step whose tokens see keys that have been dropped."""
     cache = step.cache
     for n, (row, length) in enumerate(zip(cache.rows, cache.lengths, strict=True)):
-        # Tokens that have been dealt since are all kept, so the ledger need not be up to date.
+        # The ledger need not be up to date: tokens of later steps are all stored.
         ledger = cache.books.ledgers[row]
         if horizon.needs_dropped(n, ledger, length, tokens):
             raise ValueError(dropped_problem(mask_of(step.mask, n), cache.ledgers()[n]))
 
 
-def _horizon(step: Step, tokens: int) -> Horizon:
-    """From the start where all positions fit into the cache, so that one serves for its whole life."""
+def _horizon(step: DecodeStep, tokens: int) -> Horizon:
+    """The cached horizon of the mask. If all positions fit into the cache it starts at 0, and serves for all steps."""
     cache, calls = step.cache, step.cache.cp.calls
-    mask, mine = calls.exact(Same(step.mask)), cache.lengths
-    first, stop = min(mine), max(mine) + tokens
+    mask = calls.exact(Same(step.mask))
+    of_sequences = cache.lengths
+    first, stop = min(of_sequences), max(of_sequences) + tokens
     horizon = cache.books.horizons.get(mask)
     if horizon is None or not horizon.covers(first, stop):
         start, count = (0, cache.capacity) if stop <= cache.capacity else (first, stop - first + cache.capacity)
@@ -193,8 +199,8 @@ def _horizon(step: Step, tokens: int) -> Horizon:
     return horizon
 
 
-def _known(step: Step) -> Horizon:
-    """What a captured step reads, which an earlier step has made."""
+def _known(step: DecodeStep) -> Horizon:
+    """The horizon for a captured step, which an earlier step has made."""
     horizon = step.cache.books.horizons.get(step.cache.cp.calls.exact(Same(step.mask)))
     if horizon is None:
         raise ValueError(
@@ -205,7 +211,7 @@ def _known(step: Step) -> Horizon:
     return horizon
 
 
-def _agree(q: Tensor, asked: Problem, kernel: Kernel, step: Step) -> None:
+def _agree(q: Tensor, asked: Problem, kernel: Kernel, step: DecodeStep) -> None:
     """Have the ranks compare the step. Lengths are no part of its signature: they travel with the results."""
     cp = step.cache.cp
     key = (asked, q.shape[:2], cp.calls.exact(Same(step.mask)), step.scale, step.cache.capacity)

@@ -9,11 +9,12 @@ from math import inf, isfinite
 # One replay with nudged weights is one sample of what rounding does, and its size counts as a standard deviation: four
 # of them leave room for chance.
 SIGMAS = 4
-SHOWN = 10  # rows of a printed table
+# Rows of a printed table: where nothing is wrong, the largest errors are enough.
+SHOWN, SHOWN_VERIFIED = 10, 3
 
 HOW = (
-    f"bound: {SIGMAS} x (nudged + rounding). nudged: what changes in the unsharded replay where every weight moves by "
-    "one unit in the last place; rounding: storing the value once, and summing in float32 (float64 for float64)"
+    f"bound: {SIGMAS} x (nudged + rounding). nudged: the change of the unsharded replay if every weight moves by one "
+    "unit in the last place"
 )
 
 
@@ -95,8 +96,9 @@ class Report:
             raise ValueError(str(self))
 
     def __str__(self) -> str:
-        shown = sorted(self.rows, key=lambda row: row.excess, reverse=True)[:SHOWN]
-        lines = [self._headline(), "", *_table(shown)]
+        count, gap = (SHOWN_VERIFIED, []) if self.ok else (SHOWN, [""])
+        shown = sorted(self.rows, key=lambda row: row.excess, reverse=True)[:count]
+        lines = [self._headline(), *gap, *_table(shown)]
         if len(self.rows) > len(shown):
             lines.append(f"... and {len(self.rows) - len(shown)} more whose error is smaller by its bound")
         return "\n".join([*lines, HOW, *(f"note: {note}" for note in self.notes)])

@@ -1,7 +1,8 @@
-"""The heart: forward and backward of attention, by a plan.
+"""Forward and backward of attention: the execution of a plan.
 
-A plan's stages come one after the other. While the transfers of a stage run, the kernel computes its passes: forward,
-each merges what its queries see of its keys into their partial softmax; backward, each adds to dQ and writes dK and dV.
+Stages run in order. While the transfers of a stage are in flight, the kernel computes the stage's passes. A pass is one
+kernel call. In forward it attends to the K/V of its source ranks and updates the online-softmax state; in backward it
+accumulates dQ and computes dK and dV of its source rank.
 
 [Note: shapes] B batch, T local queries, K local keys, H query heads, G key/value heads, D head dim of q and k, V of v.
 """
@@ -14,24 +15,25 @@ import torch
 from torch import Tensor
 
 from distflash.exchange import Exchange, Tensors
-from distflash.gradients import Gradients
+from distflash.gradients import GradientBuffers
 from distflash.kernels import Kernel
 from distflash.kernels.base import Keys, Scores
 from distflash.partial import Partial
 from distflash.plan import Pass, Plan, What
+from distflash.profiling import ranged
 from distflash.transport import Exchanges
 
 
 @dataclass(frozen=True)
 class Call:
-    """All that one attention call is, but for its tensors.
+    """One attention call without its tensors.
 
     Attributes:
         plan: of this rank.
         transport: reaches the ranks of the plan.
         kernel: computes the passes.
         scores: how scores are formed.
-        rounds_keys: whether dK and dV are rounded to the keys' dtype; else they stay in the accumulator's.
+        rounds_keys: whether dK and dV are rounded to the keys' dtype; otherwise they stay in the accumulator's dtype.
     """
 
     plan: Plan
@@ -50,29 +52,32 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     Returns:
         out ``[B, T, H, V]`` in q's dtype, lse ``[B, H, T]`` in the accumulator's dtype.
     """
-    plan, base = call.plan, call.kernel.base
+    plan, kernel, transport = call.plan, call.kernel, call.transport
+    if torch.autograd._profiler_enabled():
+        kernel, transport = ranged(kernel, transport, plan.forward, "forward")
+    # between: allocate a running softmax state as well, to be kept between passes
     own = Partial.empty(q, v.shape[-1], between=plan.keeps_partials)
-    if not q.shape[0]:  # on every rank: nothing to attend to and nothing to send
+    if not q.shape[0]:  # a batch of 0, on every rank: nothing to compute or send
         return own.final, own.lse
     if not plan.own_passes:
-        own.fill_identity(call.scores.sinks, base)
+        own.fill_identity(call.scores.sinks, kernel.base)
     q = q.contiguous() if plan.moves_queries else q
-    exchange = Exchange(plan, call.transport, {What.KEYS: (k, v), What.QUERIES: (q,)})
+    exchange = Exchange(plan, transport, {What.KEYS: (k, v), What.QUERIES: (q,)})
     exchange.at_hand |= {(What.KEYS, plan.rank): (k, v), (What.QUERIES, plan.rank): (q,)}
-    exchange.derived[What.QUERIES, plan.rank] = own
-    # Sinks are taken in by the queries' own rank.
-    of_others = replace(call.scores, sinks=None) if plan.moves_queries else call.scores
+    exchange.derived[What.QUERIES, plan.rank] = own  # `derived`: the softmax state of the queries, by their rank
+    # Only the rank that holds the queries adds the sinks.
+    remote_scores = replace(call.scores, sinks=None) if plan.moves_queries else call.scores
     if own.running is not None:
         exchange.like[What.PARTIALS] = own.running.tensors
-        exchange.on_arrival[What.PARTIALS] = lambda _, arrived: own.merge(arrived, base)
+        exchange.on_arrival[What.PARTIALS] = lambda _, arrived: own.merge(arrived, kernel.base)
     for stage in exchange.walk(plan.forward, plan.done_with[0]):
         for each in stage.passes:
             (queries,) = exchange.at_hand[What.QUERIES, each.queries]
-            scores = call.scores if each.queries == plan.rank else of_others
+            scores = call.scores if each.queries == plan.rank else remote_scores
             into = state_of(each, exchange, v.shape[-1])
-            call.kernel.forward(queries, keys_of(each, exchange), each, scores, into)
+            kernel.forward(queries, keys_of(each, exchange), each, scores, into)
     if plan.merges:
-        own.finish(base)
+        own.finish(kernel.base)
     return own.final, own.lse
 
 
@@ -81,40 +86,42 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients ``(dq, dk, dv, dsinks)`` of `forward`; dsinks is None without sinks.
 
-    The final lse makes passes independent of one another: each recomputes its probabilities from it.
+    Each pass recomputes its probabilities from the final lse, so passes do not depend on one another.
     """
-    plan, sinks = call.plan, call.scores.sinks
+    plan, kernel, transport = call.plan, call.kernel, call.transport
     if not q.shape[0]:
-        dsinks = None if sinks is None else torch.zeros_like(sinks)
+        dsinks = None if call.scores.sinks is None else torch.zeros_like(call.scores.sinks)
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
-    if plan.moves_queries and dlse is None:  # what travels is alike on all ranks
+    if torch.autograd._profiler_enabled():
+        kernel, transport = ranged(kernel, transport, plan.backward, "backward")
+    if plan.moves_queries and dlse is None:  # all ranks send the same tensors
         dlse = torch.zeros_like(lse)
     queries: Tensors = (q, out, lse, dout) if dlse is None else (q, out, lse, dout, dlse)
     queries = tuple(x.contiguous() for x in queries) if plan.moves_queries else queries
-    exchange = Exchange(plan, call.transport, {What.KEYS: (k, v), What.QUERIES: queries})
+    exchange = Exchange(plan, transport, {What.KEYS: (k, v), What.QUERIES: queries})
     exchange.at_hand |= {(What.KEYS, plan.rank): (k, v), (What.QUERIES, plan.rank): queries}
-    gradients = Gradients(exchange, call.kernel, call.scores, call.rounds_keys)
+    gradients = GradientBuffers(exchange, kernel, call.scores, call.rounds_keys)
     for stage in exchange.walk(plan.backward, plan.done_with[1]):
         for each in stage.passes:
-            gradients.compute(each, *keys_of(each, exchange))  # held by nobody else: they are soon given up
+            gradients.compute(each, *keys_of(each, exchange))  # no other reference, so that they can be freed
     return *gradients.finish(), gradients.of_sinks()
 
 
 def state_of(each: Pass, exchange: Exchange, d_v: int) -> Partial:
-    """The softmax of the pass's queries; that of another rank's begins here, and goes back to it."""
+    """The running softmax of the pass's queries. For queries of another rank it starts here and is sent back."""
     name = What.QUERIES, each.queries
     if name not in exchange.derived:
         (queries,) = exchange.at_hand[name]
-        guest = Partial.empty(queries, d_v, between=True)
-        assert guest.running is not None
-        exchange.at_hand[What.PARTIALS, each.queries] = guest.running.tensors
-        exchange.derived[name] = guest
+        remote = Partial.empty(queries, d_v, between=True)
+        assert remote.running is not None
+        exchange.at_hand[What.PARTIALS, each.queries] = remote.running.tensors
+        exchange.derived[name] = remote
     partial: Partial = exchange.derived[name]
     return partial
 
 
 def keys_of(each: Pass, exchange: Exchange) -> tuple[Keys, ...]:
-    """The keys of each source that the pass is about."""
+    """K and V of each source of the pass."""
     return tuple(
         Keys(*exchange.keys(source, rows.keys), rows) for source, rows in zip(each.sources, each.visible, strict=True)
     )

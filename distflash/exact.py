@@ -1,4 +1,4 @@
-"""Keys that are equal only if the values are the same: ``1``, ``1.0`` and ``True`` have three, NaN has one."""
+"""Dictionary keys that are equal only for the same value: ``1``, ``1.0`` and ``True`` differ, and NaN equals itself."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def exact(value: object) -> object:
-    """A hashable key of ``value``: the same in every process for the same value, and another for any other value.
+    """A hashable key of ``value``: the same in every process for the same value, and different for any other value.
 
-    Dataclasses are told apart by their fields, other objects by their repr, and objects without a repr by their class.
+    The key of a dataclass consists of its fields, that of another object is its repr, or its class if it has no repr.
     """
     kind = type(value)
     if kind is int or kind is str or value is None:
@@ -23,7 +23,7 @@ def exact(value: object) -> object:
         return (kind, *(exact(getattr(value, f.name)) for f in fields(value) if f.compare))
     if isinstance(value, Integral) and kind is not bool:
         return int(value)
-    # The plain repr of an object is its address, which is another in every process.
+    # The default repr of an object has its address, which differs between processes.
     return (kind, None if kind.__repr__ is object.__repr__ else repr(value))
 
 

@@ -1,4 +1,4 @@
-"""A batch as one sequence: its rows end to end, and back.
+"""The placement of `Rows`: the sequences of a batch concatenated to one sequence.
 
 [Note: shapes] B batch, T local tokens, H heads, D head dim.
 """
@@ -26,7 +26,7 @@ class Folding(Placement):
         return sizes._replace(batch=1)
 
     def inward(self, held: Held) -> Held:
-        """Row after row; views where strides allow it."""
+        """The sequences one after the other; views where strides allow it."""
         numbers = tuple(x.transpose(0, 1).flatten(1)[None] for x in held.numbers)
         return Held(_end_to_end(held.queries), tuple(x.contiguous() for x in _end_to_end(held.keys)), numbers)
 

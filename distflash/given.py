@@ -1,4 +1,4 @@
-"""What a call of attention is given beside q, k, v and the mask.
+"""The arguments of a call besides q, k, v and the mask.
 
 [Note: shapes] H query heads.
 """
@@ -17,10 +17,10 @@ from distflash.layouts import Layout
 
 @dataclass(frozen=True)
 class Given:
-    """What a call is given beside q, k and v.
+    """The lengths and the optional tensors of a call.
 
     Attributes:
-        lengths: ``(seq_len, q_start, q_len)`` with -1 for a length that was left out.
+        lengths: ``(seq_len, q_start, q_len)``, with -1 for None.
         sinks: ``[H]`` or None.
         alibi_slopes: ``[H]`` or None.
     """
@@ -32,9 +32,9 @@ class Given:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a caller says of a call beside tensors, mask and lengths; see `attention`.
+    """The numbers and layouts of a call; see `attention`.
 
-    ``layout`` is that of this batch, where it is not the group's; see `ContextParallel.with_mask`.
+    ``layout`` is that of this batch, if it is not the group's; see `ContextParallel.with_mask`.
     """
 
     scale: float | None = None
@@ -45,7 +45,7 @@ class Numbers:
 
 
 class Signature(NamedTuple):
-    """What a recipe's call depends on of its tensors and lengths."""
+    """What a call depends on of its tensors and lengths: the key of what is prepared for it."""
 
     q: torch.Size
     k: torch.Size

@@ -1,4 +1,4 @@
-"""What tokens to come see under a mask, found once and kept on the device for all steps of decoding."""
+"""Horizons: the mask bounds of positions to come, computed once and kept on the device for all steps of decoding."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from distflash.rows import Rows
 
 @dataclass(frozen=True, eq=False)
 class Horizon:
-    """The positions that steps may reach.
+    """The mask bounds of the positions that decoding steps may reach.
 
     Attributes:
         mask: of the whole sequence.
         ends: int32 ``[R, 2, P, N]`` on the CPU, see `Table`.
-        table: the same for the kernel, on the device.
-        limit: the first position beyond the table, or that the mask does not know.
-        ahead: for the mask of each sequence, or of all: positions whose queries see keys that come after them, as
-            ascending ranges.
+        table: the same on the device, for the kernel.
+        limit: the first position after the table, or after the end of the mask.
+        ahead: for each mask, the positions whose queries see later keys, as ascending ranges.
     """
 
     mask: Mask
@@ -37,10 +36,10 @@ class Horizon:
 
     @staticmethod
     def of(mask: Mask, start: int, count: int, device: torch.device) -> Horizon:
-        """Of ``count`` positions from ``start`` on.
+        """The bounds of ``count`` positions from ``start`` on.
 
         Raises:
-            ValueError: the mask's ends are not what `Mask.ends` promises.
+            ValueError: the mask's bounds are not as `Mask.ends` requires.
         """
         masks = mask.masks if isinstance(mask, Rows) else (mask,)
         stop = max(start, min(start + count, *map(told, masks)))
@@ -61,7 +60,7 @@ class Horizon:
         return self.table.start <= first and stop <= self.table.start + self.ends.shape[3]
 
     def refusal(self, lengths: tuple[int, ...], tokens: int) -> str | None:
-        """Why sequences of these lengths cannot go on by ``tokens``, in words; None if they can."""
+        """Why ``tokens`` cannot be appended to sequences of these lengths, in words; None if they can."""
         if max(lengths) + tokens > self.limit:
             return (
                 f"mask: {self.mask!r} is for a sequence of {self.limit} tokens, but with this call a sequence of the "
@@ -78,7 +77,7 @@ class Horizon:
         return None
 
     def needs_dropped(self, row: int, ledger: Ledger, length: int, tokens: int) -> bool:
-        """Whether one of the next tokens of a sequence of this length sees a key of the ledger's that is not kept."""
+        """Whether one of the next ``tokens`` of a sequence of this length sees a key that has been dropped."""
         if sum(ledger.counts) == ledger.total:
             return False
         at = slice(length - self.table.start, length - self.table.start + tokens)
@@ -89,7 +88,7 @@ class Horizon:
 
 
 def _parts(mask: Mask, positions: Tensor) -> tuple[Ends, ...]:
-    """Clamped to positions that there are; an empty interval has ``lo == hi``."""
+    """The mask's bounds, clamped to its positions; an empty interval has ``lo == hi``."""
     parts = mask.parts(positions, told(mask))
     if len(parts) > MOST_PARTS:
         raise ValueError(f"mask: {mask!r} gives {len(parts)} intervals of keys; expected at most {MOST_PARTS}")
@@ -100,7 +99,7 @@ def _parts(mask: Mask, positions: Tensor) -> tuple[Ends, ...]:
 
 
 def _runs(positions: Tensor) -> tuple[range, ...]:
-    """Ascending positions as ranges of those that follow one another."""
+    """Ascending positions as ranges of consecutive ones."""
     starts = torch.cat([positions[:1], positions[1:][positions.diff() > 1]])
     stops = torch.cat([positions[:-1][positions.diff() > 1], positions[-1:]]) + 1
     return tuple(range(start, stop) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True))

@@ -1,11 +1,11 @@
-"""Row and column intervals: all that a kernel is told about masks, layouts and ranks.
+"""Row and column intervals: the form in which a kernel gets the mask, for any layout and rank.
 
-Attention between any rank's queries and any source's keys is two int32 per query row, ``lo <= key < hi`` in the
-source's local key indices. Both ends ascend, so
+For the queries of a rank and the keys of a source, each query has two int32 bounds, ``lo <= key < hi``, in the source's
+local key indices. Both are non-decreasing, so
 
-- a block of rows is described by the ends of its first and last row: keys outside ``[lo[first], hi[last])`` are
-  skipped, keys inside ``[lo[last], hi[first])`` need no masking, and only the borders compare row ends;
-- the transpose is an interval too: the queries that see key ``j`` are ``col_lo[j] <= query < col_hi[j]``.
+- a block of rows needs only the bounds of its first and last row: keys outside ``[lo[first], hi[last])`` are skipped,
+  keys inside ``[lo[last], hi[first])`` need no mask, and only the blocks in between compare keys with row bounds;
+- the transpose is an interval as well: key ``j`` is seen by the queries ``col_lo[j] <= query < col_hi[j]``.
 
 [Note: shapes] T local queries of this rank, K local keys of the source.
 """
@@ -27,17 +27,18 @@ _NOTHING = torch.empty(0, dtype=torch.int64)
 
 @dataclass(frozen=True)
 class Intervals:
-    """Which of a source's keys each of a rank's queries sees, for rows and, transposed, for columns.
+    """The mask between a rank's queries and a source's keys: an interval for each row and for each column.
 
     Attributes:
-        keys: of the keys at hand, those that this is about. Indices of keys count from its start, and K is its length.
+        keys: the range of the source's keys at hand that the intervals cover. Key indices count from its start; K is
+            its length.
         row_lo, row_hi: int32 ``[T]``, non-decreasing: query ``i`` sees local keys ``row_lo[i] <= j < row_hi[i]``.
         col_lo, col_hi: int32 ``[K]``, non-decreasing: key ``j`` is seen by local queries
-            ``col_lo[j] <= i < col_hi[j]``. Empty where no backward follows.
-        q_positions, k_positions: int32 ``[T]``, ``[K]``, global positions, for what needs true distance (ALiBi); the
-            keys' may be empty where nothing does.
-        pairs: the exact number of allowed (query, key) pairs, known on the host.
-        unseen: at most two ranges that together hold every key that no query sees, known on the host.
+            ``col_lo[j] <= i < col_hi[j]``. Empty if no backward follows.
+        q_positions, k_positions: int32 ``[T]``, ``[K]``, global positions, for scores that depend on the distance
+            (ALiBi); otherwise the keys' may be empty.
+        pairs: the exact number of allowed (query, key) pairs, on the host.
+        unseen: at most two ranges, on the host, that contain every key that no query sees.
     """
 
     keys: range
@@ -87,7 +88,7 @@ def build(geometry: Geometry, rank: int, source: int, rows: tuple[range, ...] | 
 
 
 def _among(ends: Ends, rows: tuple[range, ...]) -> Ends:
-    """Ends in a source's local key indices as ends among ``rows`` of them."""
+    """Bounds in a source's local key indices, converted to indices into ``rows``."""
     starts = torch.tensor([r.start for r in rows])
     lengths = torch.tensor([len(r) for r in rows])
     before = lengths.cumsum(0) - lengths
@@ -101,7 +102,7 @@ def _among(ends: Ends, rows: tuple[range, ...]) -> Ends:
 
 
 def _hull(ends: Ends) -> range:
-    """From the first key to the last that any query sees."""
+    """The range from the first to the last key that any query sees."""
     lo, hi = (end[ends[1] > ends[0]] for end in ends)
     return range(int(lo[0]), int(hi[-1]))
 

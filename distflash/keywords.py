@@ -1,7 +1,6 @@
-"""Keywords that other attention functions have and this one writes differently.
+"""Keywords of other attention functions (scaled_dot_product_attention, flash-attn, FlexAttention), and ours for them.
 
-A keyword that is not known must not be dropped, and saying "unexpected keyword" helps nobody who comes from
-scaled_dot_product_attention, flash-attn or FlexAttention.
+An unknown keyword raises an error that says what to write instead.
 """
 
 from __future__ import annotations

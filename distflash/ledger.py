@@ -1,8 +1,8 @@
-"""Which rank keeps which keys of a sequence that grows: known on every rank, without asking any other.
+"""Ledgers: which rank stores which keys of a cached sequence (a block table), known to every rank without
+communication.
 
-A ledger is a value. What is done to it gives another one, and doing the same to the same ledger gives the same object
-as long as anybody has it: the layers of a model, and the sequences of a batch, share what they have in common, and the
-plans made for it.
+A ledger is immutable. Its methods return other ledgers, and the same object for the same arguments while it is alive.
+So the layers of a model and equal sequences of a batch share ledgers, and the plans made for them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from distflash.layouts import Layout
 
 @dataclass(frozen=True, eq=False)
 class Move:
-    """Keys of a chunk that one rank brings and another one keeps.
+    """Keys of a chunk that another rank stores than the one whose shard they are in.
 
     Attributes:
         sender, receiver: the ranks.
@@ -40,9 +40,9 @@ class Ledger(Tokens):
     """The keys of one sequence.
 
     Attributes:
-        held: by ranks, int32 on the CPU: the positions of the keys that a rank keeps, ascending.
-        total: how many tokens the sequence has had. Some of their keys may be kept no longer.
-        moves: how the last chunk's keys came to where they are, where they are not kept by who brought them.
+        held: by ranks, int32 on the CPU: the positions of the keys that a rank stores, ascending.
+        total: the length of the sequence in tokens, of which some keys may have been dropped.
+        moves: the keys of the last chunk that were sent to another rank.
     """
 
     held: tuple[Tensor, ...]
@@ -52,7 +52,7 @@ class Ledger(Tokens):
 
     @staticmethod
     def empty(world_size: int) -> Ledger:
-        """Of a sequence without tokens."""
+        """The ledger of an empty sequence."""
         return Ledger((torch.empty(0, dtype=torch.int32),) * world_size, 0)
 
     @property
@@ -61,7 +61,7 @@ class Ledger(Tokens):
 
     @cached_property
     def counts(self) -> list[int]:
-        """How many keys each rank keeps."""
+        """How many keys each rank stores."""
         return [len(positions) for positions in self.held]
 
     def length(self, rank: int) -> int:
@@ -75,23 +75,23 @@ class Ledger(Tokens):
         return torch.searchsorted(self.held[rank], positions.int().contiguous()).long()
 
     def with_chunk(self, layout: Layout, tokens: int) -> Ledger:
-        """``tokens`` more, which the ranks bring as ``layout`` spreads them. Some are kept elsewhere, see `level`."""
-        # By the object: a layout of the user's own may not be hashable.
+        """With ``tokens`` more, sharded by ``layout``, of which some are stored on other ranks: see `level`."""
+        # Keyed by the object, since a layout of the user's own may not be hashable.
         return self._then((Same(layout), tokens), lambda: self._with_chunk(layout, tokens))
 
     def with_dealt(self, tokens: int) -> Ledger:
-        """``tokens`` more that all ranks have, each kept by one of them: see `keepers`."""
+        """With ``tokens`` more that all ranks have, each stored by one of them: see `keepers`."""
         return self._then(("dealt", tokens), lambda: self._with_dealt(tokens)) if tokens else self
 
     def truncated(self, total: int) -> Ledger:
-        """The first ``total`` tokens alone."""
+        """With the first ``total`` tokens only."""
         if total == self.total:
             return self
         return self._then(("first", total), lambda: Ledger(tuple(h[: _below(h, total)] for h in self.held), total))
 
-    def keeping(self, some: tuple[range, ...]) -> Ledger:
-        """The same tokens, but only those keys kept that are at positions of ascending ranges."""
-        return self._then(("keeping", some), lambda: Ledger(tuple(_within(h, some) for h in self.held), self.total))
+    def keeping(self, ranges: tuple[range, ...]) -> Ledger:
+        """With only the keys at positions in these ascending ranges; the length stays."""
+        return self._then(("keeping", ranges), lambda: Ledger(tuple(_within(h, ranges) for h in self.held), self.total))
 
     def _then(self, key: Hashable, made: Callable[[], Ledger]) -> Ledger:
         after = self._next.get(key)
@@ -117,7 +117,7 @@ class Ledger(Tokens):
 
 
 def _moves(given: Sequence[Tensor], gives: Sequence[int]) -> tuple[Move, ...]:
-    """What ranks give, in the order of ranks, to those that take, in the same order."""
+    """The moves from ranks with too many keys to ranks with too few, both in ascending order."""
     moves = []
     giver, done = 0, 0
     for receiver, wants in enumerate(-min(0, n) for n in gives):

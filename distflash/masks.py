@@ -1,12 +1,12 @@
-"""Masks as pairs of monotone ends.
+"""Masks as pairs of monotone bounds.
 
-A mask gives the query at global position ``i`` one interval of keys ``lo(i) <= j < hi(i)``, and neither end ever
-decreases as ``i`` grows. Everything else in the package (skipping ring steps, splitting tiles into full and partial,
-transposing for the keys' backward) follows from these two facts; see ``docs/math.md``.
+The query at global position ``i`` sees one interval of keys, ``lo(i) <= j < hi(i)``, and neither bound decreases as
+``i`` grows. The rest of the package (skipping ring steps, dividing tiles into full and masked ones, the transpose for
+the keys' backward) relies on these two facts; see ``docs/math.md``.
 
-A union ``a | b`` is a few such pairs with no key in common (`Mask.parts`). What of ``b`` lies outside ``a`` is
-``[lo_b, min(hi_b, lo_a))`` and ``[max(lo_b, hi_a), hi_b)``. The minimum and the maximum of non-decreasing functions
-are non-decreasing, so unions and intersections of unions are unions again.
+A union ``a | b`` is several such pairs with no key in common (`Mask.parts`). The part of ``b`` outside ``a`` is
+``[lo_b, min(hi_b, lo_a))`` and ``[max(lo_b, hi_a), hi_b)``. Minimum and maximum of non-decreasing functions are
+non-decreasing, so unions and intersections of unions are unions of such pairs again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from distflash import pictures
 from distflash.integers import FAR, as_boundaries, as_data, as_tensors, set_count
 
-# ``(lo, hi)``, int64 ``[n]`` each: the ends of the keys' interval of each of n queries.
+# ``(lo, hi)``, int64 ``[n]`` each: for each of n queries, the bounds of its interval of keys.
 Ends = tuple[Tensor, Tensor]
 
 
@@ -34,9 +34,9 @@ class Mask:
     A new mask is one frozen dataclass with one method: `ends`, or `parts` if a query sees several intervals.
 
     Attributes:
-        graph_inputs: the mask's fields, in their order, as int64 tensors on the CPU, which a compiled graph takes as
-            inputs, so that one graph serves sequences of any length. None where the fields themselves are taken apart:
-            their ints become inputs, and the number of ints in a tuple a constant of the graph.
+        graph_inputs: the mask's fields, in their order, as int64 tensors on the CPU. A compiled graph takes them as
+            inputs, so one graph serves sequences of any length. If None, int fields become graph inputs, but a tuple of
+            another length recompiles.
 
     Examples:
         >>> from dataclasses import dataclass
@@ -57,16 +57,15 @@ class Mask:
     graph_inputs: tuple[Tensor, ...] | None = None
 
     def ends(self, positions: Tensor, seq_len: int) -> Ends:
-        """Both ends of the keys' interval, ``lo <= j < hi``, of each query.
+        """The bounds of each query's interval of keys, ``lo <= j < hi``.
 
         Args:
             positions: int64 ``[n]``, ascending global positions of queries.
             seq_len: the global sequence length ``S``.
 
         Returns:
-            ``(lo, hi)``, int64 ``[n]`` each, both non-decreasing. They may reach outside ``[0, S)`` and an
-            interval may be empty (``hi <= lo``): `intervals` clamps them, and refuses ends that decrease or that have
-            wrapped around at int64's limits.
+            ``(lo, hi)``, int64 ``[n]`` each, both non-decreasing. They may be outside ``[0, S)`` and an interval may be
+            empty (``hi <= lo``): `intervals` clamps them, and refuses bounds that decrease or have overflowed int64.
 
         Raises:
             TypeError: a query sees several intervals under this mask. Use `parts`.
@@ -74,7 +73,7 @@ class Mask:
         raise TypeError(f"{self!r} gives a query several intervals of keys; use parts(positions, seq_len)")
 
     def parts(self, positions: Tensor, seq_len: int) -> tuple[Ends, ...]:
-        """Pairs of ends as `ends` returns them, no two with a key in common: a query sees the keys of all of them.
+        """Pairs of bounds as `ends` returns them, with no key in common. A query sees the keys of all pairs.
 
         Args:
             positions: int64 ``[n]``, ascending global positions of queries.
@@ -83,28 +82,28 @@ class Mask:
         return (self.ends(positions, seq_len),)
 
     def cover(self, positions: Tensor, seq_len: int) -> tuple[Ends, ...]:
-        """Pairs of ends that together allow what `parts` do. They may have keys in common, and ``hi < lo`` where empty.
+        """Bounds that allow the same keys as `parts`; they may overlap, and empty intervals may have ``hi < lo``.
 
-        Each pair is there whether or not it is empty at these positions. So what any query from the first position to
-        the last sees lies in one of ``[lo[0], hi[-1])``.
+        The number of pairs does not depend on the positions. So the union over pairs of ``[lo[0], hi[-1])`` contains
+        every key that any query between the first and last position sees.
         """
         return self.parts(positions, seq_len)
 
     def jumps(self, seq_len: int) -> Tensor:
-        """int64 ``[n]`` on the CPU, in any order: the positions at which a query may see quite other keys than before.
+        """The positions at which the visible keys may change abruptly, such as the starts of packed documents.
 
-        Where packed documents begin, above all. `Balanced` looks at the queries on both sides of each. Where a mask
-        leaves some out, results are the same, and ranks less well balanced.
+        int64 ``[n]`` on the CPU, in any order. `Balanced` counts the pairs of the queries on both sides of each. If a
+        mask omits some, results are the same, but ranks are less well balanced.
         """
         return torch.empty(0, dtype=torch.int64)
 
     @property
     def seq_len(self) -> int | None:
-        """The global sequence length, where the mask knows it (as `Documents` does), else None."""
+        """The global sequence length, if the mask knows it (as `Documents` does), otherwise None."""
         return None
 
     def materialize(self, q_positions: Tensor, k_positions: Tensor, seq_len: int | None = None) -> Tensor:
-        """The mask as a dense boolean ``[n_q, n_k]``, True where the query sees the key: the oracle of tests.
+        """The mask as a dense boolean ``[n_q, n_k]``, True where the query sees the key; for tests and small examples.
 
         Args:
             q_positions: int64 ``[n_q]`` global positions of queries, in any order.
@@ -126,11 +125,11 @@ class Mask:
     def plot(
         self, seq_len: int | None = None, layout: pictures.Placed | None = None, world_size: int = 1, ax: Any = None
     ) -> Any:
-        """Draw the mask with matplotlib: queries down, keys across, coloured by the rank that holds the query.
+        """Draw the mask with matplotlib: rows are queries, columns are keys, colours the ranks that hold the queries.
 
-        Above 512 tokens the picture is a grid of 512 x 512 cells, each the darker the more of its pairs are allowed,
-        so that any length can be drawn. A legend says which share of the allowed pairs each rank has; strips beside
-        the picture and below it, which rank holds the queries and the keys.
+        Above 512 tokens the picture is a grid of 512 x 512 cells; the more of a cell's pairs are allowed, the darker it
+        is. The legend gives each rank's share of the allowed pairs. Strips at the left and at the bottom show which
+        rank holds the queries and the keys.
 
         Args:
             seq_len: the global length S; may be left out where the mask knows it.
@@ -162,7 +161,7 @@ class Mask:
         return pair(first, self)
 
     def __bool__(self) -> Never:
-        # `a and b` is b alone: without this, a would be dropped in silence.
+        # Python's `a and b` is b: without this error, a would be ignored silently.
         raise ValueError(
             f"mask: {self!r} has no truth value; combine masks with `a & b` or `a | b`, not `a and b` or `a or b`, and "
             "test for a missing one with `mask is None`"
@@ -189,7 +188,7 @@ class Full(Mask):
 
 @dataclass(frozen=True)
 class Causal(Mask):
-    """A query sees itself and what came before: ``[0, i + 1)``.
+    """A query sees its own key and all earlier ones: ``[0, i + 1)``.
 
     Examples:
         >>> i = torch.arange(5)
@@ -209,8 +208,8 @@ class Causal(Mask):
 class Window(Mask):
     """A query sees ``left`` keys before itself, itself, and ``right`` keys after: ``[i - left, i + right + 1)``.
 
-    A causal sliding window of ``w`` keys, the query's own among them, is ``Window(w - 1, 0)``. A side without a limit
-    is ``sys.maxsize``: ``Window(sys.maxsize, 0)`` is `Causal`.
+    A causal sliding window of ``w`` keys, including the query's own, is ``Window(w - 1, 0)``. ``sys.maxsize`` is no
+    limit: ``Window(sys.maxsize, 0)`` is `Causal`.
 
     Raises:
         ValueError: a side is not an int of at least 0 (-1 stands for "no limit" elsewhere, and is refused here).
@@ -238,7 +237,7 @@ class Window(Mask):
 
 @dataclass(frozen=True)
 class Documents(Mask):
-    """Packed documents: a query sees the keys of its own document and no other.
+    """Packed documents: a query sees only the keys of its own document.
 
     Args:
         cu_seqlens: cumulative lengths ``[0, l0, l0 + l1, ..., S]``, as integers in a sequence, an array or a tensor
@@ -247,8 +246,8 @@ class Documents(Mask):
             `torch.compile` compiles, they are read and checked by the call, when the graph runs.
 
     Raises:
-        ValueError: it does not start at 0, decreases, or is not made of integers. That it ends at S is checked by the
-            call, which knows S.
+        ValueError: it does not start at 0, decreases, or does not consist of integers. The call checks that it ends at
+            S.
 
     Examples:
         >>> i = torch.arange(5)
@@ -266,7 +265,7 @@ class Documents(Mask):
         if torch.compiler.is_compiling():
             object.__setattr__(self, "cu_seqlens", as_data(cu_seqlens, "Documents(cu_seqlens)"))
             return
-        # Equal masks are equal objects, however they were padded: plans and compiled graphs go by the mask.
+        # Masks that differ only in padding are equal: plans and compiled graphs are cached by the mask.
         ends = as_boundaries(cu_seqlens, "Documents(cu_seqlens)", "documents")
         object.__setattr__(self, "cu_seqlens", ends)
         object.__setattr__(self, "graph_inputs", as_tensors(ends))
@@ -290,7 +289,7 @@ class Documents(Mask):
 
 @dataclass(frozen=True)
 class PrefixLM(Mask):
-    """The first ``length`` keys are seen by every query, the rest causally: ``[0, max(length, i + 1))``.
+    """Every query sees the first ``length`` keys, and the others causally: ``[0, max(length, i + 1))``.
 
     Examples:
         >>> i = torch.arange(5)
@@ -355,7 +354,7 @@ class _Pair(Mask):
     _sign: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if torch.compiler.is_compiling():  # lengths are data there; the call, which has them, makes the mask again
+        if torch.compiler.is_compiling():  # lengths are not known yet; the call makes the mask again
             return
         a, b = self.first.seq_len, self.second.seq_len
         if a is not None and b is not None and a != b:
@@ -392,7 +391,7 @@ class And(_Pair):
 
 @dataclass(frozen=True)
 class Or(_Pair):
-    """Either mask. Written ``a | b``. A key that both allow is seen once."""
+    """Either mask. Written ``a | b``. A key that both allow counts once."""
 
     _sign: ClassVar[str] = "|"
 
@@ -412,15 +411,15 @@ def _both(a: Ends, b: Ends) -> Ends:
 
 
 def _less(b: Ends, a: Ends) -> tuple[Ends, Ends]:
-    """What of ``b`` comes before ``a``'s intervals and after them. An empty interval of ``a`` has ``lo == hi``."""
+    """The parts of ``b`` before and after the intervals of ``a``, in which an empty interval has ``lo == hi``."""
     return (b[0], torch.minimum(b[1], a[0])), (torch.maximum(b[0], a[1]), b[1])
 
 
 def _tidy(parts: list[Ends]) -> tuple[Ends, ...]:
-    """The same keys in fewer parts: without empty ones, and with those that touch in every row as one.
+    """The same keys in fewer parts: without empty parts, and with parts joined that are adjacent in every row.
 
-    At least one part is returned. An empty interval has ``lo == hi``. Ends that have wrapped around stay as they are,
-    for `intervals` to refuse: they must not pass for an empty interval.
+    At least one part is returned. An empty interval has ``lo == hi``. Bounds that have overflowed stay as they are, for
+    `intervals` to refuse: they must not be taken for an empty interval.
     """
     kept: list[Ends] = []
     for lo, hi in parts:
@@ -441,12 +440,12 @@ def _tidy(parts: list[Ends]) -> tuple[Ends, ...]:
 
 
 def wrapped(lo: Tensor, hi: Tensor) -> bool:
-    """Whether ascending ends have wrapped around at int64's limits: the first and the last are the extremes."""
+    """Whether bounds have overflowed int64; since they ascend, the first and the last are the extremes."""
     return len(lo) > 0 and bool(lo[-1] > FAR or hi[0] < -FAR)
 
 
 def _joined(a: Ends, b: Ends) -> Ends | None:
-    """Two disjoint parts as one, if in every row they touch or one is empty, and the ends do not decrease."""
+    """Two disjoint parts as one, if in every row they are adjacent or one is empty, and the bounds do not decrease."""
     a_empty, b_empty = (lo == hi for lo, hi in (a, b))
     if not bool((a_empty | b_empty | (a[1] == b[0]) | (b[1] == a[0])).all()):
         return None

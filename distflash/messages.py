@@ -1,6 +1,6 @@
-"""What a rank says of its call, as one row of integers, and what is wrong where the ranks' rows differ.
+"""Messages of the agreement: a rank's call as a row of integers, and what is wrong if the ranks' rows differ.
 
-All rows are of one width, whatever the kind of call: a collective of rows of different widths ends the process.
+All rows have the same width for all kinds of calls, because a collective of different widths would abort the process.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Message:
     """A rank's row.
 
     Attributes:
-        refuses: whether this rank will raise for reasons of its own.
+        refuses: whether this rank raises because of its own arguments.
         number: the call's number among those of its kind, 0 for none.
-        names: a digest of the kind, however long, and of the fields' names; 0 where the rank refuses.
+        names: a digest of the full kind and of the fields' names; 0 if the rank refuses.
         kind: the kind of call, in words.
         codes: the values of the fields, see `exact.code`.
     """
@@ -89,10 +89,12 @@ def difference(messages: Sequence[Message], rank: int, fields: Mapping[str, obje
     found = [_field(n, name, mine, messages) for n, (name, mine) in enumerate(fields.items())]
     if not any(found):
         return None
+    left_out = any(problem.startswith("seq_len is") for problem in found)
     return (
         f"the ranks of this context-parallel group disagree about the {messages[rank].call}: "
         + "; ".join(filter(None, found))
         + f". This is rank {rank}. All ranks have to give the same"
+        + "; where they hold unequal numbers of tokens, pass seq_len=, the length of the whole sequence" * left_out
     )
 
 

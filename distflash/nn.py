@@ -1,4 +1,4 @@
-"""Modules: self-attention as decoders use it, over a sequence that a group of ranks holds together.
+"""Modules: self-attention of decoders over a sharded sequence.
 
 [Note: shapes] B batch, T local tokens, S global tokens, H query heads, G key/value heads, D head dim.
 """
@@ -25,13 +25,13 @@ __all__ = ["RotaryEmbedding", "SelfAttention", "pool_heads"]
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary position embedding (https://arxiv.org/abs/2104.09864), halves rotated as in Llama.
+    """Rotary position embedding (https://arxiv.org/abs/2104.09864), which rotates halves as Llama does.
 
-    Angles are of global positions, so that a rank's tokens are rotated as they would be in the whole sequence.
+    It takes global positions, so a rank's tokens are rotated as in the unsharded sequence.
 
     Args:
-        head_dim: even.
-        theta: the base of the wave lengths, a positive number.
+        head_dim: an even number.
+        theta: the base of the wavelengths, a positive number.
 
     Raises:
         ValueError: an argument is of another kind.
@@ -58,7 +58,7 @@ class RotaryEmbedding(nn.Module):
         """Rotate ``q [B, T, H, D]`` and ``k [B, T, G, D]`` by ``positions``, int64 ``[T]`` or ``[B, T]``.
 
         Raises:
-            ValueError: shapes do not fit one another; positions of another length would be broadcast silently.
+            ValueError: shapes do not match (positions of another length would be broadcast silently).
         """
         for name, x in (("q", q), ("k", k)):
             if x.dim() != 4 or x.shape[3] != self.head_dim:
@@ -66,10 +66,11 @@ class RotaryEmbedding(nn.Module):
                     f"{name}: expected [batch, tokens, heads, head_dim={self.head_dim}], got {list(x.shape)}"
                 )
         _require_positions(positions, q.shape[0], q.shape[1])
-        # float64: at position 2^20 float32 resolves angles of the shortest wave to a sixteenth of a radian.
+        # float64: at position 2^20, float32 resolves angles of the shortest wavelength only to 1/16 radian.
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=q.device) / self.head_dim
         angles = positions.to(torch.float64)[..., None] * self.theta**-exponents
-        cos, sin = (f(angles).to(torch.float32)[..., None, :] for f in (torch.cos, torch.sin))
+        wide = torch.promote_types(q.dtype, torch.float32)
+        cos, sin = (f(angles).to(wide)[..., None, :] for f in (torch.cos, torch.sin))
         return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
@@ -77,7 +78,7 @@ def _require_positions(positions: Tensor, batch: int, tokens: int) -> None:
     fits = isinstance(positions, Tensor) and positions.dim() in (1, 2) and positions.shape[-1] == tokens
     if fits and positions.dim() == 2:
         fits = positions.shape[0] == 1 or positions.shape[0] == batch
-    # Words only where they are needed: under torch.compile, to format a length is to pin it.
+    # The message is formatted only if needed: under torch.compile, formatting a length would specialise it.
     if not fits or positions.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"positions: expected integers [{tokens}] or [{batch}, {tokens}], global positions of q's tokens, got "
@@ -91,7 +92,7 @@ def _require_count(name: str, value: object) -> None:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
@@ -104,11 +105,11 @@ class SelfAttention(nn.Module):
         kv_heads: key/value heads, a divisor of ``heads``; by default as many.
         head_dim: by default ``dim // heads``.
         rope_theta: base of the rotary embedding; None for none.
-        mask: which keys a query sees, unless `forward` is told otherwise.
+        mask: which keys a query sees; `forward` can override it.
         cp: the group that holds the sequence; None: this device holds all of it.
 
     Raises:
-        ValueError: an argument is of another kind, or the heads do not fit one another.
+        ValueError: an argument is of another kind, or the numbers of heads do not match.
 
     Examples:
         >>> layer = df.nn.SelfAttention(64, heads=4, kv_heads=2, cp=df.ContextParallel(dist.group.WORLD))
@@ -156,41 +157,44 @@ class SelfAttention(nn.Module):
 
         Args:
             x: ``[B, T, dim]``, this rank's tokens in ascending global position.
-            mask: instead of the module's own.
-            seq_len: the global length; may be left out where all ranks hold equally many tokens or the mask knows it.
-            cache: this layer's keys and values of the tokens before. x is then the next chunk of every sequence,
-                sharded by itself, and ``seq_len`` the number of its tokens; see `attention`. No gradient.
+            mask: in place of the module's mask.
+            seq_len: the global length; may be left out if all ranks hold the same number of tokens, or if the mask
+                knows it.
+            cache: this layer's keys and values of earlier tokens. x is then the next chunk of every sequence, sharded
+                on its own, and ``seq_len`` the number of its tokens; see `attention`. No gradient.
 
         Returns:
             ``[B, T, dim]``.
 
         Raises:
-            ValueError: ``x`` was not sharded or has another shape, and whatever `attention` raises.
+            ValueError: ``x`` is not sharded or has another shape, and all errors of `attention`.
         """
         mask = self.mask if mask is None else mask
         self._require_fit(x, mask, cache)
         q, k, v = self._project(x)
         if self.rope is not None:
-            # A chunk's tokens come behind those of the cache; its mask is about all of them, the layout about it alone.
+            # The mask is over the cache and the chunk, the layout over the chunk alone, whose positions follow the
+            # cache.
             local = self._positions(x, mask if cache is None else Full(), seq_len)
             q, k = self.rope(q, k, local if cache is None else cache.store.lengths[:, None] + local)
-        return self._join(attention(q, k, v, mask=mask, cp=self.cp, seq_len=seq_len, cache=cache))
+        cp = self.cp if cache is None else None  # that of the cache, which fits
+        return self._join(attention(q, k, v, mask=mask, cp=cp, seq_len=seq_len, cache=cache))
 
     def decode(self, x: Tensor, *, cache: Cache, mask: Mask | None = None) -> Tensor:
-        """Attend from a few new tokens, which every rank has whole, over the cache and themselves.
+        """Attention of a few new tokens, which every rank has, over the cache and themselves.
 
-        On GPUs nothing waits for the device, positions included, so that a step can be captured in a CUDA graph.
+        On GPUs there is no synchronisation, also for positions, so a step can be captured in a CUDA graph.
 
         Args:
             x: ``[B, n, dim]``, the same values on every rank.
-            cache: this layer's keys and values of the tokens before. Those of x are appended.
-            mask: instead of the module's own.
+            cache: this layer's keys and values of earlier tokens. Those of x are appended.
+            mask: in place of the module's mask.
 
         Returns:
             ``[B, n, dim]``, the same bits on every rank.
 
         Raises:
-            ValueError: ``x`` has another shape, and whatever `distflash.decode` raises.
+            ValueError: ``x`` has another shape, and all errors of `distflash.decode`.
         """
         mask = self.mask if mask is None else mask
         self._require_fit(x, mask, cache, decoding=True)
@@ -223,11 +227,12 @@ class SelfAttention(nn.Module):
             raise ValueError(problem)
 
     def _cache_problem(self, x: Tensor, cache: object) -> str | None:
-        """Whether positions can be told of it; `attention` and `decode` look at all else."""
-        if (problem := cache_problem(cache, own_keys=True)) is not None:
+        """What is wrong with a cache for positions; `attention` and `decode` check the rest."""
+        if (problem := cache_problem(cache, self_attention=True)) is not None:
             return problem
         assert isinstance(cache, Cache)
-        if cache.cp is not (ALONE if self.cp is None else self.cp):
+        cp = ALONE if self.cp is None else self.cp
+        if cache.cp is not cp and not cache.cp.world_size == cp.world_size == 1:
             return f"cache: was made with {cache.cp!r}, the module with cp={self.cp!r}; make both with the same"
         if cache.batch != x.shape[0]:
             return (

@@ -1,11 +1,11 @@
-"""Autograd, and the ops that `torch.compile`, fake tensors and checkpoint policies see.
+"""Autograd, and the custom ops that `torch.compile`, fake tensors and checkpoint policies see.
 
-`call` is the way in. Where nobody watches operations it is a `torch.autograd.Function`, which costs the host a few
-microseconds; an op goes through several layers of Python.
+`call` is the entry point. In eager code it is a `torch.autograd.Function`, which costs the host a few microseconds.
+Where a compiler, a dispatch mode or a tensor subclass has to see the op, it is a custom op, which costs more.
 
-Two ops, ``distflash::attention`` and its backward. A custom op takes tensors and numbers only, so what else makes a
-call (mask, layout, ranks, kernel) is a `Recipe`, found by its number, and in compiled graphs its `compiled.Data` beside
-it. The table of live recipes is weak: a recipe goes with the `ContextParallel` that made it.
+There are two ops, ``distflash::attention`` and its backward. A custom op takes only tensors and numbers, so the rest of
+a call (mask, layout, ranks, kernel) is a `Recipe`, which is passed by its number; compiled graphs pass its
+`compiled.Data` as well. The table of recipes holds weak references: a recipe lives as long as its `ContextParallel`.
 
 [Note: arguments] Both ops take ``lengths``, see `given.Given`; ``recipe``, its number; ``ints, boundaries, numbers``,
 the fields of `compiled.Data`.
@@ -26,6 +26,7 @@ from distflash.call import Recipe, templates
 from distflash.compiled import Data
 from distflash.given import Given
 from distflash.partial import accumulator_dtype
+from distflash.profiling import named
 from distflash.transport import during
 
 
@@ -55,7 +56,7 @@ def _(
 
 
 def _no_autocast(q: Tensor) -> AbstractContextManager[object]:
-    """Kernels choose the dtypes they compute in: products of a kernel in plain torch must not be cast to bfloat16."""
+    """Disable autocast, which would cast the matrix products of the plain-torch kernel to bfloat16."""
     kind = q.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
@@ -63,8 +64,8 @@ def _no_autocast(q: Tensor) -> AbstractContextManager[object]:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, given: Given, needs_grad: bool, recipe: Recipe
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(out, lse)`` of `attend.forward`, and the call's number, int64 ``[1]``, where the backward asks for it."""
-    call, number = recipe.forward(q, k, v, given, needs_grad)
+    """``(out, lse)`` of `attend.forward`, and the call's number, int64 ``[1]``, if the backward compares it."""
+    call, number = recipe.forward_call(q, k, v, given, needs_grad)
     with _no_autocast(q), during(recipe.calls.transport, "forward", q):
         out, lse = attend.forward(q, k, v, call)
     return out, lse, q.new_full((1,), number, dtype=torch.int64) if recipe.numbered else None
@@ -78,10 +79,10 @@ def _backward_of(
     given: Given,
     recipe: Recipe,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``(dq, dk, dv, dsinks)`` of `attend.backward`, of what the forward saved: ``q, k, v, out, lse``."""
+    """``(dq, dk, dv, dsinks)`` of `attend.backward``; saved: ``q, k, v, out, lse``."""
     q, k, v, out, lse = saved
     dout = torch.zeros_like(out) if dout is None else dout
-    call = recipe.backward(q, k, v, given, number)
+    call = recipe.backward_call(q, k, v, given, number)
     with _no_autocast(q), during(recipe.calls.transport, "backward", q):
         return attend.backward(dout, dlse, q, k, v, out, lse, call)
 
@@ -100,9 +101,9 @@ def attention(
     boundaries: Tensor | None,
     numbers: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out, lse)`` of `attend.forward`, and the call's number, int64 ``[1]``, empty where no backward asks for it.
+    """``(out, lse)`` of `attend.forward`, and the call's number, int64 ``[1]``, empty if no backward compares it.
 
-    See [Note: arguments]. needs_grad: whether a backward may follow, which ranks must have alike.
+    See [Note: arguments]. needs_grad: whether a backward may follow; the same on all ranks.
     """
     given = Given(lengths, sinks, alibi_slopes)
     made = templates[recipe].filled(Data(ints, boundaries, numbers))
@@ -181,11 +182,11 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, sinks, alibi_slopes, ctx.lengths, _, ctx.recipe, ctx.ints, boundaries, numbers = inputs
-    # A missing gradient of lse stays None, so that the common case, in which nobody uses lse, costs nothing.
+    # A missing gradient of lse stays None: usually lse is not used, and a tensor of zeros would cost time.
     ctx.set_materialize_grads(False)
     # The recipe must outlive the graph even if its ContextParallel does not.
     ctx.keep = templates[ctx.recipe]
-    # The number among the tensors: a forward that is recomputed is a call of its own, and brings its own.
+    # The number is saved as a tensor, because a recomputed forward is another call with another number.
     ctx.save_for_backward(q, k, v, *output, sinks, alibi_slopes, boundaries, numbers)
 
 
@@ -205,7 +206,7 @@ attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Eager(torch.autograd.Function):
-    """The same as the op ``distflash::attention``, with its gradient, for eager code that nobody watches."""
+    """The op ``distflash::attention`` with its gradient, as an autograd function for eager code."""
 
     @staticmethod
     def forward(
@@ -220,7 +221,7 @@ class _Eager(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.lengths, ctx.recipe = lengths, recipe
         ctx.set_materialize_grads(False)
-        with _named("distflash::attention"):
+        with named("attention"):
             out, lse, number = _forward(q, k, v, Given(lengths, sinks, alibi_slopes), True, recipe)
         ctx.save_for_backward(q, k, v, out, lse, number, sinks, alibi_slopes)
         return out, lse
@@ -231,7 +232,7 @@ class _Eager(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * 7
         given = Given(ctx.lengths, sinks, alibi_slopes)
-        with _named("distflash::attention_backward"), torch.no_grad():
+        with named("attention_backward"), torch.no_grad():
             found = _backward_of(dout, dlse, saved, number, given, ctx.recipe)
         if torch.is_grad_enabled():
             found = _First.apply(*found, dout, dlse, *saved, sinks)
@@ -239,10 +240,10 @@ class _Eager(torch.autograd.Function):
 
 
 class _First(torch.autograd.Function):
-    """First derivatives, which have none themselves; see the inputs that theirs would be of.
+    """First derivatives, whose own derivatives raise. Its inputs are those that second derivatives could be taken of.
 
-    `torch.autograd.function.once_differentiable` leaves these out: whoever asks for a second derivative with respect to
-    one of them is given None.
+    `torch.autograd.function.once_differentiable` does not have them as inputs, so a second derivative with respect to
+    one of them would be None instead of an error.
     """
 
     @staticmethod
@@ -277,18 +278,13 @@ def call(
     if needs_grad:
         out, lse = _Eager.apply(*tensors, lengths, made)
     else:
-        with _named("distflash::attention"):
+        with named("attention"):
             out, lse, _ = _forward(q, k, v, Given(lengths, sinks, alibi_slopes), False, made)
     return out, lse
 
 
-def _named(name: str) -> AbstractContextManager[object]:
-    """A range in the trace of a profiler, if one runs: that of the op, which eager code does not go through."""
-    return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
-
-
 def _is_watched(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether anybody wants the op: a compiler, a mode, a transform, a tensor of a class of its own or without data."""
+    """Whether a compiler, a dispatch mode, a transform, a tensor subclass or a meta tensor needs the custom op."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return True
     if _functorch.peek_interpreter_stack() is not None:

@@ -1,6 +1,6 @@
-"""From plan to plan: the same result by passes that a kernel computes faster, or under which more can travel.
+"""Rewrites of a plan that make it faster and keep its result: fewer passes, and more overlap with communication.
 
-Each function takes a plan as a schedule made it and returns another, or the same one where nothing is gained.
+Each function takes the stages of a plan and returns new ones, or the same ones if nothing is gained.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from dataclasses import replace
 
 import torch
 
+from distflash.chunkwise_plan import ChunkwisePlan
 from distflash.kernels.base import Abilities
 from distflash.liveness import all_rows, groups_that_see, live_rows
 from distflash.plan import Gradients, Pass, Plan, Stage, What
 
-# Of the key heads, those computed before the first keys arrive: enough to cover an exchange between ranks of one host.
-SHARE_FIRST = 0.25
+# Fraction of the key heads computed before the first remote keys arrive; sized to cover one exchange within a node.
+FIRST_HEADS = 0.25
 
 
-def overlap(plan: Plan, kv_heads: int, batch: int, abilities: Abilities, near: bool) -> Plan:
+def overlap(plan: Plan, kv_heads: int, batch: int, abilities: Abilities, intra_node: bool) -> Plan:
     """The plan for a kernel with these abilities.
 
     Args:
@@ -27,27 +28,30 @@ def overlap(plan: Plan, kv_heads: int, batch: int, abilities: Abilities, near: b
         kv_heads: key heads of this rank.
         batch: the batch size.
         abilities: the kernel's.
-        near: whether all ranks are on one host, where keys travel much faster than they are worked on.
+        intra_node: whether all ranks are on one host, where an exchange takes much less time than a pass.
     """
-    some = math.ceil(kv_heads * SHARE_FIRST)
-    held_back = near and abilities.some_heads and abilities.two_sources and some < kv_heads
-    forward = hold_back(plan.forward, plan.rank, some) if held_back else plan.forward
+    if isinstance(plan, ChunkwisePlan):  # its kernel calls may not depend on what travels
+        return plan
+    first_heads = math.ceil(kv_heads * FIRST_HEADS)
+    splits_heads = intra_node and abilities.some_heads and abilities.two_sources and first_heads < kv_heads
+    forward = hold_back(plan.forward, plan.rank, first_heads) if splits_heads else plan.forward
     forward = two_at_once(forward) if abilities.two_sources else forward
-    if not plan.moves_queries:  # states that travel are whole
+    if not plan.moves_queries:  # partial states that travel have all rows
         forward = leave_rows_out(forward)
     backward = plan.backward
-    enough = batch * plan.lengths[plan.rank] * some >= abilities.enough_keys
-    if held_back and enough:
-        backward = hold_back_to_the_end(backward, plan.rank, some, kv_heads)
+    enough = batch * plan.lengths[plan.rank] * first_heads >= abilities.smallest_work
+    if splits_heads and enough:
+        backward = hold_back_to_the_end(backward, plan.rank, first_heads, kv_heads)
     elif abilities.separate_gradients:
         backward = keys_last(backward) if plan.moves_queries else queries_last(backward)
     return replace(plan, forward=forward, backward=backward)
 
 
-def hold_back(stages: Sequence[Stage], rank: int, some: int) -> tuple[Stage, ...]:
-    """Forward: in the first stage only ``some`` key heads attend to the rank's own keys; the others wait.
+def hold_back(stages: Sequence[Stage], rank: int, first_heads: int) -> tuple[Stage, ...]:
+    """Forward: in the first stage only the first ``first_heads`` key heads attend to the rank's local keys.
 
-    They take their own and the first remote keys in one pass, with nothing kept in between.
+    The other heads attend to the local and the first remote keys in one pass of the second stage, so they keep no
+    state between the two sources.
     """
     stages = tuple(stages)
     if len(stages) < 2 or not _alone(stages[0], rank) or not _alone(stages[1]):
@@ -56,26 +60,30 @@ def hold_back(stages: Sequence[Stage], rank: int, some: int) -> tuple[Stage, ...
     if own.queries != other.queries:
         return stages
     both = replace(
-        other, sources=own.sources + other.sources, visible=own.visible + other.visible, begun=some, first=own.first
+        other,
+        sources=own.sources + other.sources,
+        visible=own.visible + other.visible,
+        begun=first_heads,
+        first=own.first,
     )
-    first = replace(stages[0], passes=(replace(own, heads=range(some)),))
+    first = replace(stages[0], passes=(replace(own, heads=range(first_heads)),))
     return first, replace(stages[1], passes=(both,)), *stages[2:]
 
 
 def two_at_once(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Forward: of a stage's passes over the same queries, every two become one over two sources."""
+    """Forward: every two passes of a stage over the same queries become one pass over two sources."""
     return tuple(replace(stage, passes=_paired(stage.passes)) for stage in stages)
 
 
 def leave_rows_out(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Forward: rows are worked on only in passes in which they see a key. See `distflash.liveness`."""
+    """Forward: a pass works only on the rows that see one of its keys. See `distflash.liveness`."""
     passes = [each for stage in stages for each in stage.passes]
-    # Intervals that heads take in different passes are one visit.
-    visits = {id(rows): rows for each in passes for rows in each.visible}
-    if len(visits) < 2:
+    # Heads may attend to the same keys in different passes, which then share the intervals.
+    intervals = {id(rows): rows for each in passes for rows in each.visible}
+    if len(intervals) < 2:
         return tuple(stages)
-    numbers = {name: n for n, name in enumerate(visits)}
-    seen = torch.stack([groups_that_see(rows.row_lo, rows.row_hi) for rows in visits.values()])
+    numbers = {name: n for n, name in enumerate(intervals)}
+    seen = torch.stack([groups_that_see(rows.row_lo, rows.row_hi) for rows in intervals.values()])
 
     def changed(each: Pass) -> Pass:
         of_pass = [numbers[id(rows)] for rows in each.visible]
@@ -87,11 +95,11 @@ def leave_rows_out(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     return tuple(replace(stage, passes=tuple(map(changed, stage.passes))) for stage in stages)
 
 
-def hold_back_to_the_end(stages: Sequence[Stage], rank: int, some: int, kv_heads: int) -> tuple[Stage, ...]:
-    """Backward: all but ``some`` key heads work on the rank's own keys last, while the last gradients travel.
+def hold_back_to_the_end(stages: Sequence[Stage], rank: int, first_heads: int, kv_heads: int) -> tuple[Stage, ...]:
+    """Backward: all but the first ``first_heads`` key heads process the local keys last, overlapping the dK/dV sends.
 
-    Not where gradients of other ranks are added to the own ones before, or other ranks' queries add to them: the heads
-    that come last would overwrite them.
+    Only if nothing is added to dK and dV of the local keys before the last stage (gradients of other ranks, or passes
+    of other ranks' queries): the last pass would overwrite it.
     """
     stages = tuple(stages)
     passes = [each for stage in stages for each in stage.passes]
@@ -100,19 +108,19 @@ def hold_back_to_the_end(stages: Sequence[Stage], rank: int, some: int, kv_heads
     if not _alone(stages[0], rank) or stages[-1].passes or _added_before_the_end(stages):
         return stages
     (own,) = stages[0].passes
-    first = replace(stages[0], passes=(replace(own, heads=range(some)),))
-    rest = replace(own, heads=range(some, kv_heads), first=False, last=True)
+    first = replace(stages[0], passes=(replace(own, heads=range(first_heads)),))
+    rest = replace(own, heads=range(first_heads, kv_heads), first=False, last=True)
     middle = [replace(s, passes=tuple(replace(each, last=False) for each in s.passes)) for s in stages[1:-1]]
     return first, *middle, replace(stages[-1], passes=(rest,))
 
 
 def queries_last(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Backward: dQ of the last pass is computed while the last gradients of keys travel."""
+    """Backward: the last pass is split, so that computing its dQ overlaps the last dK/dV sends."""
     return _last_in_two(stages, Gradients.OF_KEYS, Gradients.OF_QUERIES)
 
 
 def keys_last(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Backward: dK and dV of the last pass are computed while the last gradients of queries travel."""
+    """Backward: the last pass is split, so that computing its dK and dV overlaps the last dQ sends."""
     return _last_in_two(stages, Gradients.OF_QUERIES, Gradients.OF_KEYS)
 
 
@@ -126,14 +134,14 @@ def _last_in_two(stages: Sequence[Stage], first: Gradients, second: Gradients) -
 
 
 def _alone(stage: Stage, source: int | None = None) -> bool:
-    """Whether a stage has one pass, of one source, and of this one if given."""
+    """Whether a stage has exactly one pass and it has one source: ``source``, if given."""
     if len(stage.passes) != 1 or len(stage.passes[0].sources) != 1:
         return False
     return source is None or stage.passes[0].sources == (source,)
 
 
 def _added_before_the_end(stages: Sequence[Stage]) -> bool:
-    """Whether gradients of keys arrive before the last stage begins."""
+    """Whether dK and dV from other ranks arrive before the last stage begins."""
     arriving = [t for stage in stages for t in stage.transfers if t.what is What.KEY_GRADIENTS and not t.sends]
     return any(transfer.until < len(stages) for transfer in arriving)
 

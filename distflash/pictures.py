@@ -9,12 +9,12 @@ matplotlib is optional, and is imported when something is drawn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from distflash.extras import needed
 from distflash.integers import as_int
 
 # The most cells a side. More than the pixels of most pictures.
@@ -184,8 +184,8 @@ def _as_rgb(color: Any) -> Tensor:
 
 
 def _require_matplotlib() -> None:
-    if find_spec("matplotlib") is None:
-        raise ImportError("Mask.plot draws with matplotlib, which is not installed; pip install 'distflash[plot]'")
+    with needed("plot", "matplotlib"):
+        import matplotlib  # noqa: F401
 
 
 def _new_axes(ranks: int) -> Any:

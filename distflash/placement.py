@@ -1,6 +1,6 @@
-"""What users hold, and what kernels see: a way in for queries and keys, and a way out for results and gradients.
+"""Placements: redistribution of queries and keys before attention, and its inverse for results and gradients.
 
-[Note: shapes] Queries and keys are ``[B, T, heads, dim]``, numbers of a query and head ``[B, heads, T]``.
+[Note: shapes] Queries and keys are ``[B, T, heads, dim]``; one number per query and head is ``[B, heads, T]``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class Held(NamedTuple):
     """Tensors of one rank.
 
     Attributes:
-        queries: such as q, out and their gradients.
-        keys: such as k, v and their gradients.
-        numbers: such as lse and its gradient.
+        queries: q, out and their gradients.
+        keys: k, v and their gradients.
+        numbers: lse and its gradient.
     """
 
     queries: Tensors = ()
@@ -32,9 +32,9 @@ class Sizes(NamedTuple):
     """Sizes of a rank's tensors.
 
     Attributes:
-        batch: of all.
-        heads: which query heads of the call.
-        kv_heads: how many key heads.
+        batch: the batch size.
+        heads: which of the call's query heads the tensors have.
+        kv_heads: the number of key heads.
     """
 
     batch: int
@@ -43,28 +43,28 @@ class Sizes(NamedTuple):
 
 
 class Placement(ABC):
-    """One change from what a rank's user holds to what its kernels see, and back."""
+    """One redistribution of a rank's tensors, and its inverse."""
 
     @abstractmethod
     def inward(self, held: Held) -> Held:
-        """What kernels see."""
+        """The redistributed tensors."""
 
     @abstractmethod
     def outward(self, seen: Held) -> Held:
-        """The inverse, for results and gradients. Keys' gradients that are parts of one sum are added up."""
+        """The inverse, for results and gradients. Gradients of replicated keys are added."""
 
     def sizes(self, sizes: Sizes) -> Sizes:
-        """What becomes of the sizes; by default they stay."""
+        """The sizes after `inward`; by default the same."""
         return sizes
 
     @property
     def adds_keys(self) -> bool:
-        """Whether `outward` adds gradients of keys, which are then to be in the accumulator's dtype."""
+        """Whether `outward` adds gradients of keys, which then have to be in the accumulator's dtype."""
         return False
 
 
 def inward(placements: Sequence[Placement], held: Held) -> Held:
-    """All of them, one after the other."""
+    """Apply all placements in order."""
     for placement in placements:
         held = placement.inward(held)
     return held
@@ -78,7 +78,7 @@ def outward(placements: Sequence[Placement], seen: Held) -> Held:
 
 
 def sizes(placements: Sequence[Placement], held: Sizes) -> Sizes:
-    """What kernels see, of what users hold."""
+    """The sizes after `inward` of all placements."""
     for placement in placements:
         held = placement.sizes(held)
     return held

@@ -1,10 +1,9 @@
 """A plan is data: what one rank computes and what it sends and receives in a call, known before any tensor.
 
-A schedule makes plans (`schedules`), `overlap` rewrites them, and the engine carries them out. ``print(plan)`` is a
-table.
+A schedule makes plans (`schedules`), `overlap` rewrites them, and the engine executes them. ``print(plan)`` is a table.
 
-[Note: stages] The transfers of a stage run while its passes compute. What arrives can be read in the stage ``until``
-and later. A buffer that is sent stays as it is up to then.
+[Note: stages] The transfers of a stage run while its passes compute. A received tensor can be read from stage ``until``
+on. A sent tensor must not change before that stage.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from distflash.liveness import LiveRows
 
 
 class What(Enum):
-    """What travels. Of a rank's tokens, all tensors of a kind travel together."""
+    """What a transfer moves. One transfer carries all tensors of its kind (k and v, for example) for its tokens."""
 
     KEYS = "keys"  # k and v
     KEY_GRADIENTS = "dK, dV"  # float32, added up where the keys are
@@ -32,27 +31,28 @@ class What(Enum):
     QUERY_GRADIENTS = "dQ"  # float32, added up where the queries are
     PARTIALS = "partial states"  # of the softmax, merged where the queries are
 
-    # Enum's own is a function in Python.
+    # Faster than Enum's own, which is written in Python.
     __hash__ = object.__hash__
 
 
-# Tensors by what they are, and whose.
+# Dictionary key of tensors on this rank (local or received): their kind, and the rank that owns the tokens.
 Arrived = tuple[What, int]
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Tensors on their way between this rank and one other.
+    """One message between this rank and another one.
 
     Attributes:
-        sends: whether this rank sends them; otherwise it receives them.
-        what: what they are.
+        sends: whether this rank sends it; otherwise it receives it.
+        what: the kind of tensors.
         of: the rank whose keys or queries they belong to.
         peer: the other rank.
-        count: how many tokens they are of.
-        until: the stage by whose beginning they have arrived.
-        rows: which of the tokens that this rank has at hand they are, as ascending ranges; None for all of them. For
-            gradients that arrive, those that they are added to.
+        count: the number of tokens.
+        until: the first stage that may read the received tensor or overwrite the sent one; the engine waits just before
+            it.
+        rows: of a send, the rows of this rank's tensors that are sent; of gradients that are received, the rows that
+            they are added to. Ascending ranges; None for all rows.
     """
 
     sends: bool
@@ -69,7 +69,7 @@ class Transfer:
 
 
 class Gradients(Enum):
-    """What a backward pass computes."""
+    """What one kernel call (`Pass`) of the backward computes."""
 
     ALL = "dQ, dK, dV"
     OF_KEYS = "dK, dV"
@@ -78,20 +78,24 @@ class Gradients(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One kernel call: queries of one rank over keys of one source, or of two one after the other.
+    """One kernel call: queries of one rank over the keys of one source, or of two sources in order.
 
     Attributes:
-        queries: whose queries.
-        sources: whose keys.
-        visible: which of the source's keys at hand each query sees, one for each source.
+        queries: the rank of the queries.
+        sources: the ranks of the keys.
+        visible: for each source, the interval of its keys that each query sees.
         heads: the key heads; None for all.
-        begun: heads below this have taken the first source in an earlier pass, and take the second one only.
-        first: whether these queries and heads (but for those that have begun) start from nothing.
-        last: whether nothing follows for these queries and heads, so that the result is divided and rounded.
-        adds: backward, whether dK and dV are added to what is there; otherwise they overwrite it.
-        gradients: backward, which ones are computed.
-        live: forward, the rows that it works on, and which of them start and end in it; None where it is all of them,
-            by ``first`` and ``last``. A kernel that ignores it, in all passes, computes the same.
+        begun: with two sources: the first ``begun`` KV heads attended to the first source in an earlier pass, so here
+            they attend only to the second; all other KV heads attend to both.
+        first: whether this is the first pass of these queries and heads (other than begun heads). If so, the
+            online-softmax state is initialised (from the sinks, if any) instead of loaded.
+        last: whether this is their last pass, which divides and rounds the result.
+        adds: backward: whether `GradientBuffers` adds dK and dV to the source's buffer; otherwise the kernel writes
+            that buffer directly.
+        gradients: backward: which gradients are computed.
+        live: forward: the row groups (blocks of queries) that this pass processes, each with its own ``first`` and
+            ``last`` flag, see `LiveRows`. None: all rows, with the pass's flags. An optimisation only: a kernel may
+            ignore it, if it does so in every pass.
     """
 
     queries: int
@@ -107,12 +111,12 @@ class Pass:
 
     @cached_property
     def pairs(self) -> int:
-        """Allowed pairs of a head that has not begun."""
+        """Unmasked (query, key) pairs per head over all sources; heads below ``begun`` have fewer."""
         return sum(rows.pairs for rows in self.visible)
 
     @cached_property
     def facts(self) -> tuple[object, ...]:
-        """What a launch depends on of a pass, but for its tensors."""
+        """This pass's part of the cache key of a kernel launch: all that the launch depends on, other than tensors."""
         live = None if self.live is None else self.live.count
         return self.heads, self.begun, self.first, self.last, self.gradients, live
 
@@ -139,7 +143,7 @@ def _of_part(rows: Intervals) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """Transfers, and the passes that compute meanwhile. See [Note: stages]."""
+    """Transfers, and the passes that overlap with them. See [Note: stages]."""
 
     transfers: tuple[Transfer, ...] = ()
     passes: tuple[Pass, ...] = ()
@@ -151,11 +155,12 @@ class Plan:
 
     Attributes:
         rank: this rank.
-        forward, backward: the stages, equally many on every rank.
-        lengths: local keys of every rank.
-        rows: for every other rank whose keys arrive here, which of its local keys they are, as ascending ranges.
-        pairs: int64 ``[W, W]``, allowed (query, key) pairs of each rank (row) with each source (column).
-        remote: how many keys of other ranks the queries of each rank see.
+        forward, backward: the stages, the same number on every rank.
+        lengths: the number of local keys of every rank.
+        rows: for every remote source: the source-local indices of the keys that this rank receives, as ascending
+            ranges.
+        pairs: int64 ``[W, W]``, allowed (query, key) pairs of each rank's queries (row) with each source (column).
+        remote: how many remote keys the queries of each rank see.
     """
 
     rank: int
@@ -187,7 +192,7 @@ class Plan:
 
     @cached_property
     def own_passes(self) -> tuple[Pass, ...]:
-        """Those of this rank's queries."""
+        """The forward passes of this rank's queries."""
         return self.passes_of(self.rank)
 
     @cached_property
@@ -197,22 +202,22 @@ class Plan:
 
     @cached_property
     def adds_to_own_keys(self) -> bool:
-        """Whether something is added to what that pass writes."""
+        """Whether dK and dV of this rank's keys are the sum of several parts."""
         own = (each for each in self.backward_passes if self.rank in each.sources)
         return self.arrivals(What.KEY_GRADIENTS) > 0 or any(each.adds for each in own)
 
     def passes_of(self, queries: int) -> tuple[Pass, ...]:
-        """Those of one rank's queries, forward."""
+        """The forward passes of one rank's queries."""
         return tuple(each for each in self.passes if each.queries == queries)
 
     @cached_property
     def merges(self) -> bool:
-        """Whether other ranks attend to their keys for this one's queries, and their partial states are merged."""
+        """Whether other ranks compute partial states of this rank's queries, which are merged here."""
         return any(transfer.sends for transfer in self._of_queries)
 
     @cached_property
     def moves_queries(self) -> bool:
-        """Whether this rank sends its queries to others, or is sent theirs."""
+        """Whether this rank sends or receives queries."""
         return bool(self._of_queries)
 
     @cached_property
@@ -221,7 +226,7 @@ class Plan:
 
     @cached_property
     def keeps_partials(self) -> bool:
-        """Whether the softmax of this rank's queries is kept between passes."""
+        """Whether the running softmax of this rank's queries is kept between passes."""
         return self.merges or not all(each.first and each.last for each in self.own_passes)
 
     def keeps_sums(self, queries: int) -> bool:
@@ -229,7 +234,7 @@ class Plan:
         return not all(each.first and each.last for each in self.backward_passes if each.queries == queries)
 
     def arrivals(self, what: What) -> int:
-        """How many times tensors of a kind arrive here in backward."""
+        """How many transfers of a kind this rank receives in backward."""
         return self._arrivals.get(what, 0)
 
     @cached_property
@@ -238,7 +243,7 @@ class Plan:
 
     @property
     def sources(self) -> tuple[int, ...]:
-        """Whose keys this rank works on, in order."""
+        """The sources of this rank's passes, in order."""
         return tuple(dict.fromkeys(source for each in self.passes for source in each.sources))
 
     def moved(self, what: What, backward: bool = False) -> int:
@@ -247,9 +252,9 @@ class Plan:
         return sum(t.count for stage in stages for t in stage.transfers if t.what is what and not t.sends)
 
     def bytes(self, heads: int, kv_heads: int, d_qk: int, d_v: int, dtype: torch.dtype, backward: bool = False) -> int:
-        """How many bytes this rank receives of each sequence of a batch, forward or backward.
+        """How many bytes this rank receives for each sequence of a batch, forward or backward.
 
-        Plans of two schedules over the same tokens tell by this which of them moves less; see `PassQuery`.
+        Compares how much two schedules communicate; see `PassQuery`.
 
         Args:
             heads, kv_heads: of this rank.
@@ -268,7 +273,7 @@ class Plan:
         return sum(self.moved(what, backward) * width for what, width in widths.items())
 
     def to(self, device: torch.device) -> Plan:
-        """The same plan with all intervals on ``device``. Passes that share intervals go on sharing them."""
+        """The same plan with all intervals on ``device``. Passes that share intervals still share them."""
         moved: dict[int, Intervals] = {}
 
         def on_device(rows: Intervals) -> Intervals:
@@ -294,7 +299,7 @@ class Plan:
 
     @cached_property
     def done_with(self) -> tuple[tuple[frozenset[Arrived], ...], tuple[frozenset[Arrived], ...]]:
-        """Forward and backward, by stages: whose arrived keys and queries no later stage reads or sends."""
+        """For each stage, forward and backward, the received keys and queries that no later stage reads or sends."""
         return self._done_with(self.forward), self._done_with(self.backward)
 
     def _done_with(self, stages: tuple[Stage, ...]) -> tuple[frozenset[Arrived], ...]:
@@ -314,7 +319,7 @@ class Plan:
         return str(each) if each.queries == self.rank else f"queries of {each.queries}, {each}"
 
     def _shares(self) -> list[str]:
-        """What each rank has of the work, and what it has to be sent."""
+        """Each rank's share of the work, and how many keys it receives."""
         if self.world_size == 1:
             return []
         total = max(1, int(self.pairs.sum()))
@@ -322,7 +327,7 @@ class Plan:
         lines = [f"percent of all pairs, by rank: {work}"]
         if self.remote:
             remote = ", ".join(map(str, self.remote))
-            lines.append(f"keys of others, by rank: {remote}; times the bytes of a token's k and v")
+            lines.append(f"remote keys, by rank: {remote} (each: k and v of one token)")
         return lines
 
     def __str__(self) -> str:

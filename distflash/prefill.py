@@ -145,11 +145,11 @@ def _ledgers(forward: Forward) -> tuple[list[Ledger], list[Ledger]]:
     return before, list(map(more, before))
 
 
-def cache_problem(cache: object, own_keys: bool) -> str | None:
+def cache_problem(cache: object, self_attention: bool) -> str | None:
     """Whether it is a cache, in a call whose queries are the keys' tokens."""
     if not isinstance(cache, Cache):
         return f"cache: expected a df.Cache, got {came(cache)}"
-    if not own_keys:
+    if not self_attention:
         return (
             "cache: with a cache queries are the tokens of the chunk, behind those that it keeps; leave q_start, q_len "
             "and kv_layout out"

@@ -8,11 +8,11 @@ from distflash.checkpointing import checkpoint_policy, keep_attention
 from distflash.context import ContextParallel
 from distflash.decode_step import decode
 from distflash.differences import Report
-from distflash.layouts import Contiguous, Layout, Striped, Zigzag
+from distflash.layouts import Contiguous, Layout, Striped, WholeChunks, Zigzag
 from distflash.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Window
 from distflash.patterns import BlockCausal, FirstTokens, ImageBlocks, Tree
 from distflash.rows import Rows
-from distflash.schedules import AllGather, DoubleRing, PassQuery, Ring, Ulysses
+from distflash.schedules import AllGather, DoubleRing, PassQuery, Reproducible, Ring, Ulysses
 from distflash.transport import RankFailure
 from distflash.verification import verify
 
@@ -36,11 +36,13 @@ __all__ = [
     "PrefixLM",
     "RankFailure",
     "Report",
+    "Reproducible",
     "Ring",
     "Rows",
     "Striped",
     "Tree",
     "Ulysses",
+    "WholeChunks",
     "Window",
     "Zigzag",
     "attention",

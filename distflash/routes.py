@@ -1,7 +1,7 @@
-"""Which rows of a sequence a rank is sent, and which ones it sends, to have rows at any positions.
+"""Routes: which rows ranks send to each other, so that each has rows at the positions that it wants.
 
-A rank wants rows at some global positions, in any order, also more than once. It holds some of them itself. Each other
-one it is sent once, by the rank that holds it. A `Route` depends on layouts, documents and lengths only.
+A rank wants rows at global positions, in any order, possibly more than once. It holds some of them. It receives each
+other row once, from the rank that holds it. A `Route` depends only on layouts, documents and lengths.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from distflash.layouts import Layout
 from distflash.masks import Documents
 from distflash.upload import upload
 
-# Stands for a row that no token is at: zeros.
+# The position of a row of zeros.
 NOWHERE = -1
 
-# A step's layers ask for the same few routes again and again.
+# Routes kept: the layers of a step use the same few.
 _ROUTES = 32
 
 
 @dataclass(frozen=True)
 class Route:
-    """How one rank comes to the rows that it wants.
+    """How one rank gets the rows that it wants.
 
     Attributes:
-        held: how many rows this rank holds.
-        sends: by rank, int64: which of the rows that this rank holds are sent there. Empty for this rank.
-        receives: by rank, how many rows come from there.
-        index: int64 ``[wanted]``: the place of each wanted row among this rank's own rows, those received, by rank, and
-            one of zeros, in this order.
+        held: the number of rows that this rank holds.
+        sends: by rank, int64: the indices of this rank's rows that are sent to it. Empty for this rank.
+        receives: by rank, the number of rows that are received from it.
+        index: int64 ``[wanted]``: the index of each wanted row in the concatenation of this rank's rows, the received
+            rows by rank, and a row of zeros.
     """
 
     held: int
@@ -71,7 +71,7 @@ def route(wanted: Sequence[Tensor], layout: Layout, seq_len: int, rank: int) -> 
 def relayout_route(
     source: Layout, target: Layout, seq_len: int, world_size: int, rank: int, device: torch.device
 ) -> Route:
-    """From one layout to another."""
+    """The route from one layout to another."""
     wanted = [target.positions(seq_len, world_size, each) for each in range(world_size)]
     return route(wanted, source, seq_len, rank).to(device)
 
@@ -86,7 +86,7 @@ def halo_route(
     rank: int,
     device: torch.device,
 ) -> tuple[Route, Tensor]:
-    """The route to a rank's rows with ``left`` rows before each run of them, and the places of its own ones in it."""
+    """The route to a rank's rows with ``left`` rows before each run, and the indices of its own rows among them."""
     held = [layout.positions(seq_len, world_size, each) for each in range(world_size)]
     wanted = [_with_halo(positions, left, documents, seq_len) for positions in held]
     places = upload(wanted[rank][1], device)
@@ -94,9 +94,9 @@ def halo_route(
 
 
 def _with_halo(held: Tensor, left: int, documents: Documents | None, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Positions of a rank's rows with a halo, and the places of its own ones among them.
+    """The positions of a rank's rows with their halo, and the indices of its own rows among them.
 
-    A run is of consecutive tokens of one document. Where its document has no row before it there are zeros.
+    A run consists of consecutive tokens of one document. Rows before the start of the document are zeros.
     """
     starts = torch.zeros_like(held) if documents is None else documents.ends(held, seq_len)[0]
     begins = torch.ones_like(held, dtype=torch.bool)
@@ -111,17 +111,17 @@ def _with_halo(held: Tensor, left: int, documents: Documents | None, seq_len: in
 
 
 def _others(positions: Tensor, layout: Layout, seq_len: int, world_size: int, rank: int) -> Tensor:
-    """Of the positions that a rank wants, those that it does not hold, ascending, each once."""
+    """The positions that a rank wants and does not hold, ascending, each once."""
     wanted = torch.unique(positions[positions != NOWHERE])
     held = layout.positions(seq_len, world_size, rank)
     return wanted[~torch.isin(wanted, held)]
 
 
 def _held(positions: Tensor, held: Tensor) -> Tensor:
-    """Of some positions, those that are held by a rank."""
+    """The positions that are among those that a rank holds."""
     return positions[torch.isin(positions, held)]
 
 
 def _place(positions: Tensor, held: Tensor) -> Tensor:
-    """Where each position is among ascending ones, which it is one of."""
+    """The index of each position in ``held``, which contains it."""
     return torch.searchsorted(held, positions)

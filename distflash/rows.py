@@ -1,8 +1,8 @@
-"""A mask for each sequence of a batch: packed batches whose sequences are packed differently.
+"""A mask for each sequence of a batch, for batches whose sequences are packed differently.
 
-Kernels and schedules know nothing of it. The sequences, rows of the batch, are laid end to end as one, in which row r's
-token at position p is at ``r * S + p``, and each row's mask is shifted there: rows are documents of that sequence. Both
-ends of row r lie in ``[r * S, (r + 1) * S]``, so they do not decrease from one row to the next.
+Kernels and schedules do not know of it. The sequences (rows of the batch) are concatenated to one, in which row r's
+token at position p is at ``r * S + p``, and the row's mask is shifted by ``r * S``: the rows are documents of the long
+sequence. The bounds of row r are in ``[r * S, (r + 1) * S]``, so they do not decrease from one row to the next.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from distflash.masks import And, Ends, Mask, Or
 class Rows(Mask):
     """A mask for each sequence of the batch: the sequence ``q[n]`` attends to ``k[n]`` under ``masks[n]``.
 
-    ``&`` and ``|`` combine it row by row, with another `Rows` of as many masks or with one mask for all rows. It is
-    computed as one sequence of B * S tokens, by the passes of the row that takes most.
+    ``&`` and ``|`` combine it row by row, with another `Rows` of the same number of masks or with one mask for all
+    rows. It is computed as one sequence of B * S tokens, with as many passes as the row with the most parts needs.
 
     Args:
         masks: one mask for each sequence, as many as the batch has.
 
     Raises:
-        ValueError: an element is no mask or a `Rows` itself, or two masks are for different lengths.
+        ValueError: an element is not a mask or is a `Rows`, or two masks are for different lengths.
 
     Examples:
         >>> mask = df.Causal() & df.Rows([df.Documents([0, 2, 4]), df.Documents([0, 4])])
@@ -61,20 +61,20 @@ class Rows(Mask):
                     f"Rows(masks): expected a mask for each sequence of the batch, but masks[{n}] is {mask!r}"
                 )
         object.__setattr__(self, "masks", masks)
-        # While compiling, lengths are data; the call, which has them, makes the mask again.
+        # While compiling, lengths are not known yet; the call makes the mask again.
         if not torch.compiler.is_compiling():
             self._require_one_length()
 
     @property
     def seq_len(self) -> int | None:
-        """The length of every row, where any of the masks knows it, else None."""
+        """The length of every row, if any of the masks knows it, otherwise None."""
         return next((mask.seq_len for mask in self.masks if mask.seq_len is not None), None)
 
     def ends(self, positions: Tensor, seq_len: int) -> Ends:
-        """Each row has ends of its own.
+        """Not available, since each row has bounds of its own.
 
         Raises:
-            TypeError: always. Ask the masks of the rows, ``masks[n]``.
+            TypeError: always. Use the masks of the rows, ``masks[n]``.
         """
         raise TypeError(f"{self!r} has a mask for each sequence of the batch; use masks[n].parts(positions, seq_len)")
 
@@ -103,7 +103,7 @@ class Rows(Mask):
         return Rows([pair(first, mask) for mask in self.masks])
 
     def _beside(self, other: Mask) -> list[tuple[Mask, Mask]]:
-        """Each row's mask and what it is combined with."""
+        """Each row's mask with the mask that it is combined with."""
         if not isinstance(other, Rows):
             return [(mask, other) for mask in self.masks]
         if len(self.masks) != len(other.masks):
@@ -126,7 +126,7 @@ class Rows(Mask):
 
 @dataclass(frozen=True)
 class EndToEnd(Mask):
-    """The masks of all rows as one mask of the sequence of all rows.
+    """The masks of all rows as one mask of the concatenated sequence.
 
     Attributes:
         rows: the masks.
@@ -144,7 +144,7 @@ class EndToEnd(Mask):
         return len(self.rows.masks) * self.length
 
     def parts(self, positions: Tensor, seq_len: int) -> tuple[Ends, ...]:
-        """Part n holds every row's n-th part. A row of fewer parts has empty intervals at its start."""
+        """Part n consists of the n-th part of every row. Rows with fewer parts have empty intervals in it."""
         starts = [row * self.length for row in range(len(self.rows.masks))]
         cuts = torch.searchsorted(positions, torch.tensor([*starts, seq_len])).tolist()
         own = [positions[start:stop] for start, stop in pairwise(cuts)]
@@ -155,7 +155,7 @@ class EndToEnd(Mask):
         return tuple(_joined(part) for part in parts) or ((positions, positions),)
 
     def _parts_of(self, mask: Mask, positions: Tensor, start: int) -> list[Ends]:
-        """One row's parts where it lies. Clamped, because outside of it are other rows' keys."""
+        """One row's parts, shifted to its start, and clamped, since other rows' keys are before and after it."""
         within = positions - start
         parts = mask.parts(within, self.length)
         for lo, hi in parts:

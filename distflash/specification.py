@@ -1,6 +1,6 @@
-"""What an attention call is, but for the values in its tensors: one value, read by all who ask.
+"""The specification of an attention call: everything except the values of its tensors, as one hashable value.
 
-The ranks compare it, it says which kernel and which plan a call takes, and it is the call's signature.
+The ranks compare it, the kernel and the plan are chosen by it, and it is the key of the caches.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from distflash.layouts import Layout
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Which tokens a call is about.
+class CallTokens:
+    """The queries and keys of a call: their positions and layouts.
 
     Attributes:
         seq_len: the global number of keys.
         q_start, q_len: the queries are at positions ``q_start`` to ``q_start + q_len``.
-        kv_layout: how the keys are spread over ranks, where not as queries are; else None.
-        layout: how queries are, where not by the group's layout but by one for this batch's mask; else None.
+        kv_layout: the layout of the keys, if it is not that of the queries; otherwise None.
+        layout: the layout of the queries, if it is not the group's but one for this batch; otherwise None.
     """
 
     seq_len: int
@@ -36,17 +36,17 @@ class Specification:
     """One attention call, on one rank.
 
     Attributes:
-        problem: what it asks of a kernel.
+        problem: the kernel's part of the specification.
         batch: the batch size.
-        tokens: which queries and keys.
-        mask: of global positions.
-        scale: as the caller gave it.
+        tokens: the queries and keys.
+        mask: over global positions.
+        scale: as the caller passed it.
         needs_grad: whether a backward may follow.
     """
 
     problem: Problem
     batch: int
-    tokens: Tokens
+    tokens: CallTokens
     mask: Exact
     scale: float | None
     needs_grad: bool
@@ -59,7 +59,7 @@ class Specification:
         return hash((self.problem, self.batch, self.tokens, self.mask, self.scale, self.needs_grad))
 
     def fields(self) -> dict[str, object]:
-        """What all ranks must have alike, by names for errors."""
+        """What has to be equal on all ranks, by names for errors."""
         problem, tokens = self.problem, self.tokens
         return {
             "batch": self.batch,

@@ -1,4 +1,4 @@
-"""From the host's memory to a device's, without waiting for what the device has been given before."""
+"""Copies from the host to a device without a synchronisation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def upload(x: Tensor, device: torch.device | str) -> Tensor:
-    """``x`` on ``device``. From memory that is not pinned, a copy to a GPU may wait for all that is queued there."""
+    """``x`` on ``device``, by pinned memory: a copy of pageable memory may wait for all work queued on the GPU."""
     device = torch.device(device)
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)

@@ -13,10 +13,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from distflash.kernels import Kernel, Problem
+from distflash.kernels import Hopper, Kernel, Problem
 from distflash.layouts import Layout
 from distflash.masks import Mask
-from distflash.schedules import Schedule
+from distflash.schedules import Reproducible, Ring, Schedule
 from distflash.transport import Transport
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,10 +27,10 @@ SMALLEST, LARGEST = (float(n) for n in (torch.finfo(torch.float32).tiny, torch.f
 _LONGEST = 1e9
 
 
-def tensors_problem(q: Tensor, k: Tensor, v: Tensor, own_keys: bool = True) -> str | None:
+def tensors_problem(q: Tensor, k: Tensor, v: Tensor, self_attention: bool = True) -> str | None:
     """What is wrong with the kinds, shapes, dtypes or devices of q, k and v; None if nothing is.
 
-    own_keys: whether q, k and v are of the same tokens.
+    self_attention: whether q, k and v are of the same tokens.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if (problem := _kind_problem(name, x)) is not None:
@@ -44,7 +44,7 @@ def tensors_problem(q: Tensor, k: Tensor, v: Tensor, own_keys: bool = True) -> s
             return f"{name}: has dtype {x.dtype} but q has {q.dtype}; cast them to one dtype"
         if x.device != q.device:
             return f"{name}: is on {x.device} but q is on {q.device}; move them to one device"
-    return _shapes_problem(q, k, v, own_keys)
+    return _shapes_problem(q, k, v, self_attention)
 
 
 def _kind_problem(name: str, x: object) -> str | None:
@@ -74,11 +74,11 @@ def came(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:80]} ... ({type(value).__name__})"
 
 
-def _shapes_problem(q: Tensor, k: Tensor, v: Tensor, own_keys: bool) -> str | None:
+def _shapes_problem(q: Tensor, k: Tensor, v: Tensor, self_attention: bool) -> str | None:
     order = f"; the order of dimensions is {ORDER}"
     (B, T, H, D), (_, _, G, _) = q.shape, k.shape
     if (
-        own_keys
+        self_attention
         and k.shape[1] == v.shape[1] != T
         and k.shape[2] == v.shape[2] == H
         and k.shape[1]
@@ -91,9 +91,9 @@ def _shapes_problem(q: Tensor, k: Tensor, v: Tensor, own_keys: bool) -> str | No
         )
     if k.shape[0] != B or v.shape[0] != B:
         return f"k, v: batch sizes {k.shape[0]} and {v.shape[0]} differ from q's {B}{order}"
-    if not own_keys and k.shape[1] != v.shape[1]:
+    if not self_attention and k.shape[1] != v.shape[1]:
         return f"v: {v.shape[1]} local tokens differ from k's {k.shape[1]}{order}"
-    if own_keys and (k.shape[1] != T or v.shape[1] != T):
+    if self_attention and (k.shape[1] != T or v.shape[1] != T):
         return (
             f"k, v: {k.shape[1]} and {v.shape[1]} local tokens differ from q's {T}; this is self-attention, each rank "
             f"holds the keys and values of its own queries' tokens (for other queries pass q_start and q_len){order}"
@@ -122,10 +122,10 @@ def call_problem(
     scale: float | Tensor | None,
     softcap: float | Tensor | None,
     dropout_p: float,
-    own_keys: bool,
+    self_attention: bool,
 ) -> str | None:
     """What is wrong with a call's arguments, but for their length; None if nothing is."""
-    problem = mask_problem(mask) or tensors_problem(q, k, v, own_keys)
+    problem = mask_problem(mask) or tensors_problem(q, k, v, self_attention)
     if problem is not None:
         return problem
     problem = per_head_problem("sinks", sinks, q, grad=True)
@@ -210,7 +210,7 @@ def device_problem(q: Tensor, transport: Transport) -> str | None:
             f"q: is on {q.device}, but this process group sends from {transport.device}; call torch.cuda.set_device "
             "with this rank's GPU before the ContextParallel is made, and put q, k and v there"
         )
-    if transport.carries(q.device):
+    if transport.supports_device(q.device):
         return None
     return (
         f"q: is on {q.device}, whose tensors this process group cannot send; move q, k and v to "
@@ -255,8 +255,16 @@ def mean_problem(loss_sum: object, token_count: object, reduction: object) -> st
     )
 
 
-def kernel_for(problem: Problem, asked: Kernel | None, known: Sequence[Kernel]) -> Kernel | str:
-    """The kernel asked for, or else the first known that takes the problem; or, in words, why there is none."""
+def kernel_for(problem: Problem, asked: Kernel | None, known: Sequence[Kernel], repeats: bool = False) -> Kernel | str:
+    """The kernel asked for, or else the first known that takes the problem; or, in words, why there is none.
+
+    repeats: whether it has to give the same bits in every run.
+    """
+    if repeats and isinstance(asked, Hopper) and not asked.deterministic:
+        return (
+            f"kernel: {asked!r} adds up dQ in another order in every run, and its bits are to be reproducible; take "
+            "df.kernels.Hopper(deterministic=True), or kernel=None"
+        )
     if asked is not None:
         reasons = asked.not_supported_reasons(problem)
         return f"kernel: {asked!r} does not support this call: " + "; ".join(reasons) if reasons else asked
@@ -279,6 +287,24 @@ def require_schedule(schedule: object) -> None:
     """Refuse what is no schedule."""
     if not isinstance(schedule, Schedule):
         raise ValueError(f"schedule: expected a Schedule such as df.Ring(), got {came(schedule)}{hint(schedule)}")
+
+
+def schedule_of(schedule: Schedule, reproducible: object) -> Schedule:
+    """The schedule that `ContextParallel` was asked for: ``reproducible`` is short for one of them."""
+    require_schedule(schedule)
+    if not isinstance(reproducible, bool):
+        raise ValueError(
+            f"reproducible: expected True or False, got {came(reproducible)}; a chunk other than of "
+            f"{Reproducible().chunk} tokens is given by schedule=df.Reproducible(chunk)"
+        )
+    if not reproducible or schedule.reproducible:
+        return schedule
+    if schedule != Ring():
+        raise ValueError(
+            f"reproducible: True stands for schedule=df.Reproducible(), but schedule={schedule!r} is given, too, under "
+            "which bits depend on the number of ranks; leave one of the two out"
+        )
+    return Reproducible()
 
 
 def require_kernel(kernel: object) -> None:

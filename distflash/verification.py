@@ -1,8 +1,8 @@
 """Is the sharded step exact? Replay one batch unsharded, and compare the loss, outputs and all gradients.
 
-How far may two exact computations be apart? As far as rounding moves either of them. That depends on the weights, the
-depth and the dtypes, and is measured: the unsharded replay is made again with every weight moved by one unit in the
-last place, up or down at random. What that changes is what rounding changes.
+Two exact computations differ by rounding. How much depends on the weights, the depth and the dtypes, so it is measured:
+the unsharded replay is repeated with every weight changed by one unit in the last place, up or down at random. The
+change of the results bounds the difference that rounding may cause.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from distflash.context import ContextParallel
 from distflash.differences import Report
 from distflash.meeting import Meeting
 from distflash.recording import Recorder, Run, nudge, tensors_in
-from distflash.transport import Transport
+from distflash.transport import Alone, Transport
 
 Step = Callable[[Any, ContextParallel | None], Any]
 
@@ -40,33 +40,32 @@ def verify(
     group: dist.ProcessGroup | DeviceMesh | Transport | None = None,
     quiet: bool = False,
 ) -> Report:
-    """Compare one sharded step with its unsharded replay. All ranks of the group must call.
+    """Compare one sharded step with its unsharded replay. All ranks of the group must call it.
 
-    ``step(batch, cp)`` is run sharded once; then every rank runs ``step(batch, None)`` on the whole batch, so that DDP,
-    FSDP and ZeRO, whose forward and backward are collective, take part as they are.
+    ``step(batch, cp)`` runs sharded once. Then every rank runs ``step(batch, None)`` on the whole batch, so it works
+    with DDP, FSDP and ZeRO, whose forward and backward are collective.
 
     Args:
-        step: ``step(batch, cp)`` returns the loss of the whole batch, a scalar, the same on every rank. Given a group
-            it shards the batch (`ContextParallel.shard`); given None it computes the same on the whole batch, and sends
-            nothing of its own. It may call ``backward`` itself, else verify does. It neither clips gradients (clipping
-            hides factors) nor changes weights. It may return a tuple: the loss, further tensors to compare, and a
-            mapping of names to whole gradients where parameters do not hold them (DeepSpeed).
+        step: ``step(batch, cp)`` returns the loss of the whole batch, a scalar, the same on every rank. With a group it
+            shards the batch (`ContextParallel.shard`). With None it computes the same on the whole batch, without
+            communication of its own. It may call ``backward``; otherwise verify does. It must not clip gradients
+            (clipping hides wrong factors) or change weights. It may return a tuple: the loss, further tensors to
+            compare, and a mapping of names to full gradients, if parameters do not hold them (DeepSpeed).
         batch: the whole batch, the same on every rank.
         cp: the group that holds the sequence. Modules that hold it in an attribute, as `distflash.nn.SelfAttention`
-            does, have None there during the replay.
+            does, have a group of this one process there during the replay.
         model: the module whose parameters, layers and output are compared; by default those that step calls.
-        reduction: how gradients are combined over the ranks after step returns: "sum" or "mean"; None where step, DDP,
-            FSDP or ZeRO has combined them by then. Gradients that differ between ranks are added up then, and the
-            report says so.
+        reduction: how gradients are combined over the ranks after step returns: "sum" or "mean". None if step, DDP,
+            FSDP or ZeRO has combined them; then gradients that differ between ranks are added, and the report says so.
         group: with data parallelism all ranks of data x context, as in `ContextParallel.mean`; by default those of cp.
         quiet: print nothing. Otherwise the first rank prints the report.
 
     Returns:
-        The report, the same on every rank. A difference raises nothing: see `Report.ok` and `Report.require`.
+        The report, the same on every rank. A difference does not raise: see `Report.ok` and `Report.require`.
 
     Raises:
-        ValueError: an argument is of another kind, or step does not keep its contract; on every rank.
-        RuntimeError: another rank raised; its words are in the message. That rank raises its own error.
+        ValueError: on every rank: an argument is of another kind, or step does not return what it should.
+        RuntimeError: another rank raised; the message has its error. That rank raises its own error.
 
     Examples:
         >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -87,7 +86,7 @@ def verify(
     replays = _Replays(step, batch, cp, model, reduction, meeting)
     with meeting.part(), _every_call_compared(cp):
         report = replays.report(layers=False)
-        if not report.ok:  # once more, to say where it begins: keeping what all layers compute takes memory
+        if not report.ok:  # again with the layers, to find where the difference starts; recording them takes memory
             report = replays.report(layers=True)
     if not quiet and ranks.rank == 0:
         print(report)
@@ -163,13 +162,14 @@ def _calls(cp: ContextParallel) -> int:
 
 @contextmanager
 def _alone(roots: Sequence[nn.Module], cp: ContextParallel) -> Iterator[None]:
-    """Modules that hold ``cp`` in an attribute have None there: the whole sequence is on this device."""
+    """Modules that hold ``cp`` in an attribute have a group of one there: the whole sequence is on this device."""
+    alone = ContextParallel(Alone(device=cp.transport.device))
     holders = [
         (module, name) for root in roots for module in root.modules() for name, x in vars(module).items() if x is cp
     ]
     try:
         for module, name in holders:
-            setattr(module, name, None)
+            setattr(module, name, alone)
         yield
     finally:
         for module, name in holders:

@@ -1,10 +1,10 @@
-"""Kernels are compiled before the first call that needs them, if asked for, in several processes.
+"""Compilation of kernels before the first call that needs them (`ContextParallel.warm_up`), in parallel processes.
 
-A rehearsal goes through a call, forward and backward, on tensors without data and over a transport that carries
-nothing. So it makes the launches of the real call, whatever plan, placements and kernel these come from.
+A rehearsal runs a call, forward and backward, on meta tensors and over a transport that sends nothing. So it makes the
+launches of the real call, for any plan, placements and kernel.
 
-What differs between calls of one kind in lengths alone, such as the documents of a batch, is compiled once for the
-kind. A specialisation that is met nowhere but in a later call of the kind is compiled when it is first launched.
+Calls of one kind, which differ only in lengths (such as the documents of a batch), are compiled once. A specialisation
+that only a later call of the kind needs is compiled when it is first launched.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from distflash.kernels import Kernel, Problem
 from distflash.kernels.machine import Machine, machine_of
 from distflash.layouts import Layout
 from distflash.masks import Mask
-from distflash.specification import Specification, Tokens
+from distflash.specification import CallTokens, Specification
 from distflash.transport import Alone, Silent
 
 _LOG = logging.getLogger("distflash")
 _META = torch.device("meta")
-# After so many seconds a line says what the call waits for; after so many more it waits no longer.
+# After the first time, in seconds, a line is logged; after the second, waiting ends.
 _SILENT_SECONDS, _PATIENCE = 2.0, 120.0
-# Each goes through the whole call, and there are about as many specialisations.
+# The most processes: each runs the whole call, and there are about as many specialisations.
 _PROCESSES = 8
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A call of one rank that is gone through without data.
+    """A call of one rank without data.
 
     Attributes:
-        calls: of the group; what it sends is not sent here.
-        kernel: of `Kernel.rehearsing`.
+        calls: of the group. Nothing is sent through its transport.
+        kernel: from `Kernel.rehearsing`.
         specification: of the call.
     """
 
@@ -57,7 +57,7 @@ class Rehearsal:
     def __call__(self) -> None:
         real, specification = self.calls, self.specification
         W, rank = real.transport.world_size, real.transport.rank
-        nobody = Silent(rank, W, _META, near=real.transport.near) if W > 1 else Alone(device=_META)
+        nobody = Silent(rank, W, _META, intra_node=real.transport.intra_node) if W > 1 else Alone(device=_META)
         calls = Calls(nobody, real.layout, real.schedule, self.kernel, Agreement(Alone(), every_call=False))
         problem, tokens, H = specification.problem, specification.tokens, specification.problem.heads
         layout = tokens.layout or real.layout
@@ -75,15 +75,15 @@ class Rehearsal:
         given = Given(_lengths(specification), *(_of_heads(H, there) for there in (problem.sinks, problem.alibi)))
         numbers = Numbers(specification.scale, problem.softcap, problem.dropout_p, tokens.kv_layout, tokens.layout)
         recipe = calls.recipe_of_new(specification.mask.value, numbers)
-        attention, _ = recipe.forward(q, k, v, given, specification.needs_grad)
+        attention, _ = recipe.forward_call(q, k, v, given, specification.needs_grad)
         out, lse = attend.forward(q, k, v, attention)
         if specification.needs_grad:
-            for dlse in (None, torch.empty_like(lse)):  # whoever uses lse has a gradient of it
+            for dlse in (None, torch.empty_like(lse)):  # without and with a gradient of lse
                 attend.backward(dout, dlse, q, k, v, out, lse, attention)
 
 
 def _lengths(specification: Specification) -> tuple[int, int, int]:
-    """As the caller gave them, for `Given`."""
+    """The lengths as the caller passed them, for `Given`."""
     tokens = specification.tokens
     whole = tokens.q_start == 0 and tokens.q_len == tokens.seq_len and tokens.kv_layout is None
     return tokens.seq_len, tokens.q_start, -1 if whole else tokens.q_len
@@ -111,12 +111,12 @@ def specification_of(
     needs_grad: bool,
     layout: Layout | None = None,
 ) -> Specification:
-    """Of self-attention over such tensors on the group's device, without softcap, sinks and slopes.
+    """The specification of self-attention on the group's device, without softcap, sinks and slopes.
 
-    layout: of this batch, where it is not the group's.
+    layout: of this batch, if it is not the group's.
 
     Raises:
-        ValueError: they are no tensors of such a call.
+        ValueError: the shapes are not those of such a call.
     """
     q, k, v = (torch.empty(shape, dtype=dtype, device=_META) for shape in (shapes.q, shapes.k, shapes.v))
     problem = validation.call_problem(q, k, v, mask, None, None, None, 0.0, 0.0, True)
@@ -129,19 +129,19 @@ def specification_of(
     if problem is not None:
         raise ValueError(problem)
     asked = Problem(transport.device, dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3])
-    return Specification(asked, q.shape[0], Tokens(length, 0, length, layout=layout), Exact(mask), None, needs_grad)
+    return Specification(asked, q.shape[0], CallTokens(length, 0, length, layout=layout), Exact(mask), None, needs_grad)
 
 
 class Warming:
-    """What has been compiled for the calls of this process."""
+    """Compiles kernels for the calls of this process."""
 
     def __init__(self) -> None:
         self._known: set[str] = set()
 
     def before(self, calls: Calls, specification: Specification, kernel: Kernel) -> None:
-        """Compile what a call can need, unless that has been done for calls of its kind, here or in another process.
+        """Compile the kernels of a call, unless that was done for calls of its kind, here or in another process.
 
-        Returns where that fails, too: the kernels are then compiled when they are first launched.
+        If it fails, it returns as well: the kernels are then compiled when they are first launched.
         """
         problem = specification.problem
         if problem.device.type != "cuda" or not specification.batch:
@@ -163,13 +163,13 @@ class Warming:
 
 
 def compile_all(work: Rehearsal, machine: Machine) -> tuple[str, ...]:
-    """Have processes compile what ``work`` launches, unless a file beside triton's cache says that it is done.
+    """Compile what ``work`` launches in parallel processes, unless a file beside triton's cache says that it is done.
 
     Returns:
-        Why some of them ended early, if any did.
+        The errors of processes that failed, if any.
 
     Raises:
-        OSError: no process can be started here.
+        OSError: no process can be started.
     """
     from distflash.kernels.triton import compiling  # here, since it imports triton
 
@@ -194,14 +194,14 @@ def compile_all(work: Rehearsal, machine: Machine) -> tuple[str, ...]:
 
 
 def kind_of(calls: Calls, specification: Specification, kernel: Kernel) -> str:
-    """What calls have alike that launch the same specialisations, as far as can be told without planning them."""
+    """A key that calls share if they launch the same specialisations, as far as can be told without planning them."""
     transport, tokens = calls.transport, specification.tokens
     lengths = [(n.bit_length(), n % 16) for n in (tokens.seq_len, tokens.q_len, tokens.q_start)]
     problem: Problem = replace(specification.problem, device=_META, softcap=float(specification.problem.softcap > 0))
     group = (
         transport.rank,
         transport.world_size,
-        transport.near,
+        transport.intra_node,
         calls.layout,
         calls.schedule,
         tokens.kv_layout,
@@ -212,14 +212,14 @@ def kind_of(calls: Calls, specification: Specification, kernel: Kernel) -> str:
 
 
 def _names(mask: Mask) -> str:
-    """A mask's classes, without its data."""
+    """The classes of a mask and its parts, without data."""
     parts: list[object] = [getattr(mask, f.name) for f in fields(mask)] if is_dataclass(mask) else []
     return f"{type(mask).__name__}({', '.join(_names(part) for part in parts if isinstance(part, Mask))})"
 
 
 @functools.cache
 def _sources() -> bytes:
-    """A digest of the code, which decides what is compiled."""
+    """A digest of the package's source, on which compiled kernels depend."""
     digest = hashlib.sha256(torch.__version__.encode())
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())

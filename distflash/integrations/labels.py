@@ -1,4 +1,4 @@
-"""Labels, which are shifted in the whole sequence before it is sharded; and digests, by which ranks compare batches.
+"""Labels, which are shifted before the sequence is sharded, and digests, by which ranks compare batches.
 
 [Note: shapes] B batch, S global tokens.
 """
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from distflash.masks import Documents
 
-# What losses leave out by default, in torch as in Transformers.
+# The label that losses ignore by default, in torch and in Transformers.
 IGNORED = -100
 
 
 def shift(x: Tensor, by: int = 1, documents: Documents | None = None, fill: int = IGNORED) -> Tensor:
-    """Each value ``by`` tokens earlier, ``[B, S] -> [B, S]``: a label then stands at the token that predicts it.
+    """Shift values ``by`` tokens to the left, ``[B, S] -> [B, S]``: a label is then at the token that predicts it.
 
     Args:
-        x: tokens or labels of whole sequences, integers.
-        by: by how many tokens, 0 or more.
-        documents: where documents end that nothing is to leave; None for one document.
-        fill: what stands where there is nothing to shift: at the end of each document.
+        x: tokens or labels of unsharded sequences, integers.
+        by: the number of tokens, 0 or more.
+        documents: packed documents, across whose ends nothing is shifted; None for one document.
+        fill: the value at the end of each document.
     """
     S = x.shape[1]
     moved = F.pad(x, (0, by), value=fill)[:, by:]
@@ -35,7 +35,7 @@ def shift(x: Tensor, by: int = 1, documents: Documents | None = None, fill: int 
 
 
 def are_tokens(labels: Tensor, tokens: Tensor, ignored: int = IGNORED) -> bool:
-    """Whether labels ``[B, S]`` plainly are the tokens themselves, not those that follow."""
+    """Whether labels ``[B, S]`` are clearly the tokens themselves (unshifted), not the tokens that follow."""
     return _equal(labels, tokens, ignored) and not _follow(labels, tokens, ignored)
 
 

@@ -1,4 +1,5 @@
-"""What a kernel is: attention of one rank's queries over one source's keys, given by row and column intervals.
+"""The interface of kernels: attention of one rank's queries over one source's keys, masked by an index range [lo, hi)
+per query and per key.
 
 A kernel knows no layout, no rank and no mask. It never communicates. A new kernel is one new file (or folder) with a
 subclass of `Kernel`.
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a call asks of a kernel, known before any data is touched."""
+    """What a kernel needs to know of a call to say whether it supports it: no tensor values."""
 
     device: torch.device
     dtype: torch.dtype
@@ -50,8 +51,8 @@ class Scores:
         scale: multiplies ``q.k``.
         softcap: 0 for none.
         alibi_slopes: float32 ``[H]``, contiguous, or None; ``i`` and ``j`` are global positions.
-        sinks: ``[H]``, contiguous, or None; one more logit per head in the softmax's denominator, with no value. The
-            first pass of a forward takes it in; no other pass and no backward reads it.
+        sinks: ``[H]``, contiguous, or None; one extra logit per head in the softmax's denominator, without a value
+            vector. The first pass of a forward adds it; no other pass and no backward reads it.
     """
 
     scale: float
@@ -61,7 +62,7 @@ class Scores:
 
     @property
     def facts(self) -> tuple[float, float]:
-        """What a launch depends on of them, but for the tensors."""
+        """The scalars' part of the cache key of a kernel launch; see `Pass.facts`."""
         return self.scale, self.softcap
 
     def of_heads(self, heads: slice) -> Scores:
@@ -80,48 +81,48 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What the backward of a call knows of its queries, the same for every pass.
+class BackwardContext:
+    """What all passes of a backward share: the queries' tensors, as `Kernel.preprocess` prepares them.
 
     Attributes:
         q: ``[B, T, H, D]``.
         dout: ``[B, T, H, V]``, the gradient of the output, in q's dtype.
-        lse: ``[B, H, T]``, of the whole softmax (over all sources, sinks included); ``-inf`` where no key was seen.
-        statistics: ``[2, B * H, T']``, T' at least T: lse and delta once more, as the kernel's own loops want them;
-            None if as they are.
-        own_delta: `delta`, where there are no statistics.
-        counter: as in `Partial`, for a kernel whose programs add up dQ in memory; else None.
-        sums: of dQ in the accumulator's dtype, between passes, for such a kernel, in an order that only it knows.
+        lse: ``[B, H, T]``, of the final softmax (over all sources, sinks included); ``-inf`` for rows with no visible
+            key.
+        own_delta: `delta`, of a kernel without ``lse_delta``.
+        lse_delta: ``[2, B * H, T']``, T' at least T: lse (in base 2) and delta in the layout that the kernel's loops
+            read; None if they read ``lse`` and ``own_delta``.
+        counter: int32 ``[2]``, zeros: the atomic counter of the tile scheduler of a kernel that has one; else None.
+        dq_accum: the dQ accumulator in global memory, to which all passes add, in a kernel-specific memory layout and
+            the accumulator's dtype; None for kernels that accumulate in `QueryGradient.sum`.
     """
 
     q: Tensor
     dout: Tensor
     lse: Tensor
     own_delta: Tensor | None = None
-    statistics: Tensor | None = None
+    lse_delta: Tensor | None = None
     counter: Tensor | None = None
-    sums: Tensor | None = None
+    dq_accum: Tensor | None = None
 
     @property
     def delta(self) -> Tensor:
-        """``[B, H, T]``, ``rowsum(dout * out)``, less the gradient of lse where there is one; undefined for rows that
-        see no key.
-        """
+        """``[B, H, T]``: ``rowsum(dout * out) - dlse``; undefined for rows with no visible key."""
         if self.own_delta is not None:
             return self.own_delta
-        assert self.statistics is not None
+        assert self.lse_delta is not None
         B, T = self.q.shape[:2]
-        return self.statistics[1, :, :T].unflatten(0, (B, -1))
+        return self.lse_delta[1, :, :T].unflatten(0, (B, -1))
 
 
 @dataclass(frozen=True)
 class QueryGradient:
-    """dQ between passes: the same rules as `Partial`, with addition in place of the merge.
+    """Output buffers for dQ: as in `Partial`, a running state and a final result, but passes add instead of merging.
 
     Attributes:
         final: ``[B, T, H, D]`` in q's dtype, written by the last pass only.
-        sum: the same in the accumulator's dtype, between passes; None where the only pass is the last, or the kernel
-            keeps sums of its own (see `Saved`).
+        sum: ``[B, T, H, D]`` in the accumulator's dtype, kept between passes; None if there is only one pass, or if the
+            kernel accumulates in `BackwardContext.dq_accum`.
     """
 
     final: Tensor
@@ -130,10 +131,9 @@ class QueryGradient:
 
 @dataclass(frozen=True)
 class KeyGradient:
-    """Where a pass writes its part of dK ``[B, K, G, D]`` and dV ``[B, K, G, V]``: whole, overwriting, never adding.
+    """Buffers for dK ``[B, K, G, D]`` and dV ``[B, K, G, V]`` of a pass, which overwrites all of them.
 
-    Rounded to the tensors' own dtype, which is the accumulator's wherever parts of several passes are still to be
-    added.
+    The pass rounds to the buffers' dtype. That is float32 (the accumulator's) if other passes add to the buffer later.
     """
 
     dk: Tensor
@@ -142,19 +142,22 @@ class KeyGradient:
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a kernel can do beside all heads over the keys of one source, which plans make use of (`overlap`).
+    """Optional features of a kernel. Every kernel can run a pass of all heads over one source; these go beyond that.
+    Plans make use of it (`overlap`).
 
     Attributes:
-        two_sources: a forward pass over the keys of two sources with nothing kept in between, and `Pass.begun`.
-        some_heads: passes over some of the key heads, forward and backward (where `Saved.sums` are kept).
-        enough_keys: how many keys, counted once for each key head, a backward pass of some heads should have not to
-            leave the device idle.
+        two_sources: one forward launch loops over the K/V of two ranks without storing softmax state in between; also
+            supports `Pass.begun`.
+        some_heads: passes over a subset of the key heads, forward and backward (with `BackwardContext.dq_accum`).
+        smallest_work: the least ``batch * keys * KV heads`` of a backward pass over a subset of the heads; below it,
+            such a
+            pass would leave multiprocessors idle.
         separate_gradients: dK and dV come from one launch, dQ from another.
     """
 
     two_sources: bool = False
     some_heads: bool = False
-    enough_keys: int = 0
+    smallest_work: int = 0
     separate_gradients: bool = False
 
 
@@ -162,7 +165,7 @@ class Kernel(ABC):
     """Exact attention of one rank's queries over one source's keys, forward and backward.
 
     Attributes:
-        base: of the exponentials in the state between passes, to which the maximum is an exponent: e, or 2.
+        base: of the exponentials in the running state between passes: e or 2. The maximum is in the same base.
     """
 
     base: ClassVar[float] = math.e
@@ -176,34 +179,35 @@ class Kernel(ABC):
         return Abilities()
 
     def rehearsing(self, machine: Machine) -> Kernel | None:
-        """The same kernel for tensors without data (of device "meta"), launched as on such a GPU; for `warming`.
+        """This kernel for a dry run on meta tensors, from which all that it would launch on the GPU ``machine`` is
+        compiled ahead of time (`warming`).
 
-        None where nothing is compiled when a kernel is first launched, which is the default.
+        None, the default, if the kernel needs no compilation.
         """
         return None
 
     def decoding(self, device: torch.device) -> Decoding:
-        """How a few new tokens attend to a cache; by default in plain torch. One object's steps follow one another."""
+        """The kernel for a few new tokens over a cache; by default in plain torch. Steps of one object run in order."""
         from distflash.kernels.reference_decoding import ReferenceDecoding
 
         return ReferenceDecoding()
 
     @abstractmethod
     def forward(self, q: Tensor, keys: tuple[Keys, ...], each: Pass, scores: Scores, into: Partial) -> None:
-        """Attend and merge into ``into`` (see `Partial`).
+        """Attend to the keys of a pass, and merge the result into ``into`` (see `Partial`).
 
         Args:
             q: ``[B, T, H, D]``, the last dimension contiguous. T > 0.
-            keys: of each source of the pass, with the last dimension contiguous. K > 0. Queries that see none are
-                written as the identity by the first pass.
-            each: its ``first``: start from ``scores.sinks``, or from nothing, else from ``into.running``.
-                ``last``: write ``into.final`` and ``into.lse``, else ``into.running``. Where it has ``live``, rows
-                do so by their own flags, and all others are left alone.
+            keys: of each source of the pass, with the last dimension contiguous. K > 0. For queries that see none of
+                them, the first pass writes the empty softmax state, as `Partial.fill_identity` does.
+            each: if ``first``, start from ``scores.sinks`` or from the identity, otherwise from ``into.running``. If
+                ``last``, write ``into.final`` and ``into.lse``, otherwise ``into.running``. With ``live``, each row
+                group has these two flags of its own, and rows that are not live are left unchanged.
         """
 
     @abstractmethod
-    def save(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Saved:
-        """What all passes of a backward share: ``delta = rowsum(dout * out) - dlse``, and copies where needed.
+    def preprocess(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> BackwardContext:
+        """Prepare the backward passes: compute ``delta = rowsum(dout * out) - dlse``, and copy tensors where needed.
 
         Args:
             q: ``[B, T, H, D]``, out, dout: ``[B, T, H, V]``, with any strides; lse, dlse: ``[B, H, T]``.
@@ -211,13 +215,15 @@ class Kernel(ABC):
 
     @abstractmethod
     def backward(
-        self, saved: Saved, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
+        self, saved: BackwardContext, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
     ) -> None:
-        """Write this pass's dK and dV whole, and add to dQ.
+        """Write this pass's dK and dV to ``dkv``, overwriting it, and accumulate dQ. If `Pass.adds`, the caller passes
+        a temporary and adds it.
 
         Args:
-            saved: of the queries.
+            saved: of the queries, from `preprocess`.
             keys: of the pass's source.
-            each: its ``first`` and ``last`` are about dQ, over all heads: start from nothing, and write ``dq.final``.
-                Its ``gradients`` leave either dQ or dK and dV out, for kernels of `Abilities.separate_gradients`.
+            each: if ``first``, dQ starts from zero; if ``last``, ``dq.final`` is written; both for all heads, even if
+                `Pass.heads` selects only some.
+                ``gradients`` leaves out either dQ or dK and dV, for kernels with `Abilities.separate_gradients`.
         """

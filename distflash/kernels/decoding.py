@@ -1,19 +1,19 @@
-"""What a decoding kernel is: a few new tokens of each sequence over the keys that this rank keeps of it.
+"""The interface of decoding kernels: a few new tokens of each sequence over the cached keys of this rank.
 
-All ranks have the same new tokens. Each new key is kept by one of them; each rank attends to what it keeps, and the
-softmaxes of all ranks are merged. A step waits for no host: lengths and who keeps what stand in device memory, so that
-a step can be captured in a CUDA graph and replayed while the cache grows.
+All ranks have the same new tokens. Each new key is stored by one rank. Each rank attends to the keys that it stores,
+and the partial states of all ranks are merged. Lengths and counts are in device memory, so a step needs no host, and
+can be captured in a CUDA graph and replayed while the cache grows.
 
-[Note: shapes] B sequences, n new tokens of each, W ranks, C keys that a rank has room for, H query heads, G key/value
+[Note: shapes] B sequences, n new tokens of each, W ranks, C keys that a rank has memory for, H query heads, G key/value
 heads (query head h reads key head ``h // (H // G)``), D head dim of q and k, V of v, P parts of the mask.
 
-[Note: message] What a rank tells the others of a sequence is one row of numbers in the accumulator's dtype:
-``weighted [n, H, V]``, ``maximum [n, H]``, ``total [n, H]`` of its softmax (`partial.Softmax`, base e), and four words
-whose bits are integers: the length, digests of the counts and of the queries, and 0.
+[Note: message] A rank's message about a sequence is one row of numbers in the accumulator's dtype: its partial state
+``weighted [n, H, V]``, ``maximum [n, H]``, ``total [n, H]`` (`partial.Softmax`, base e), and four words whose bits are
+integers: the length, digests of the counts and of the queries, and 0.
 
-[Note: fault] 0; or why nothing was computed and the cache has stayed as it was, until the host resets it: `DIFFER`,
-the ranks' lengths, counts or queries differ; `FULL`, no room for the new keys; `BEYOND`, positions beyond the table.
-Where it is set the results are NaN.
+[Note: fault] 0, or the reason why steps compute nothing and leave the cache unchanged until the host resets it:
+`DIFFER`, the ranks' lengths, counts or queries differ; `FULL`, no memory for the new keys; `BEYOND`, positions after
+the end of the table. Results are NaN then.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ WORDS = 4
 
 @dataclass(frozen=True)
 class Store:
-    """What one rank keeps of a cache, in device memory that is allocated once.
+    """One rank's part of a cache, in device memory that is allocated once.
 
     Attributes:
-        k, v: ``[B, C, G, D]`` and ``[B, C, G, V]``, a sequence's keys in ascending position from the start.
+        k, v: ``[B, C, G, D]`` and ``[B, C, G, V]``; the keys of a sequence are at the front, in ascending position.
         positions: int32 ``[B, C]``, the global positions of these keys.
-        counts: int32 ``[B, W]``, how many keys each rank keeps.
-        lengths: int32 ``[B]``, how many tokens each sequence has had, which is the position of its next one.
+        counts: int32 ``[B, W]``, how many keys each rank stores.
+        lengths: int32 ``[B]``, the length of each sequence in tokens, which is the position of its next token.
         fault: int32 ``[1]``, see [Note: fault].
     """
 
@@ -50,7 +50,7 @@ class Store:
 
     @property
     def room(self) -> int:
-        """How many keys of a sequence there is room for on this rank, the same on all ranks."""
+        """C, the number of keys of a sequence that each rank has memory for."""
         return self.k.shape[1]
 
     @property
@@ -60,7 +60,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Table:
-    """The ends of a mask's intervals at the positions to come: the query at p sees the keys of all of its parts.
+    """The bounds of a mask's intervals at the positions to come. A query sees the keys of all parts.
 
     Attributes:
         start: the first position.
@@ -77,16 +77,15 @@ class Decoding(ABC):
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, store: Store, table: Table, scores: Scores, rank: int) -> Tensor:
-        """Keep the new keys that are this rank's, and attend to all that it keeps.
+        """Store this rank's share of the new keys, and attend to all of its keys.
 
-        The keeper of each new key, in order, is the rank that has fewest then, the first of several
-        (`dealing.keepers`). Its key is written behind those that there are. Lengths and counts stay as they
-        are until `merge`.
+        Each new key, in order, is stored by the rank with the fewest keys at that time, the lowest of several
+        (`dealing.keepers`), after its other keys. `merge` updates lengths and counts.
 
         Args:
             q: ``[B, n, H, D]``, k: ``[B, n, G, D]``, v: ``[B, n, G, V]``, the same on all ranks.
             table: of the mask.
-            scores: without sinks, which `merge` takes in.
+            scores: without sinks, which `merge` adds.
             rank: this one.
 
         Returns:
@@ -95,7 +94,7 @@ class Decoding(ABC):
 
     @abstractmethod
     def merge(self, messages: Tensor, q: Tensor, store: Store, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The result of all ranks' messages, merged in their order and then with the sinks; lengths and counts grow.
+        """Merge all ranks' messages in order, then the sinks; update lengths and counts.
 
         Args:
             messages: ``[W, B, n * H * (V + 2) + 4]``.

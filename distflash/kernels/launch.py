@@ -1,4 +1,4 @@
-"""What the launches of the GPU kernels share: strides as they take them, and how many heads to work on at a time.
+"""Parts of launches that all GPU kernels share: strides, alignment, and how many heads to schedule at a time.
 
 [Note: shapes] as in `distflash.kernels.base`.
 """
@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What blocks that run at the same time share should stay in the L2 cache (40 to 60 MB on the GPUs this is for).
+# Tensors that concurrent blocks share should fit into the L2 cache (40 to 60 MB on the supported GPUs).
 L2_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel with its grid and arguments."""
+    """One kernel with its one-dimensional grid (``programs``) and arguments."""
 
     kernel: Any
     programs: int
     arguments: dict[str, Any]
 
     def run(self) -> None:
-        if self.programs:  # none where there are no rows
+        if self.programs:  # 0 if there are no rows
             self.kernel[(self.programs,)](**self.arguments)
 
     @property
     def is_compiled(self) -> bool:
-        """Whether it runs on a device; otherwise in Triton's interpreter."""
+        """Whether the kernel is compiled for a device; otherwise it runs in Triton's interpreter."""
         return hasattr(self.kernel, "device_caches")
 
     def compile(self) -> Any:
@@ -39,9 +39,9 @@ class Launch:
 
 
 def aligned(x: Tensor, packed: bool) -> Tensor:
-    """``x``, copied if its rows are not contiguous or do not start at multiples of 16 bytes, or batches have gaps."""
-    # The usual case first, which costs a tenth of the general one.
-    if x.is_contiguous() and not x.data_ptr() % 16 and not x.shape[-1] * x.element_size() % 16:
+    """``x``, or a contiguous copy if its rows are not aligned, or if ``packed`` and it is not packed; see below."""
+    # The usual case first, which costs a tenth of the general one. A tensor without elements is always contiguous.
+    if x.numel() and x.is_contiguous() and not x.data_ptr() % 16 and not x.shape[-1] * x.element_size() % 16:
         return x
     fine = is_aligned(x) and (is_packed(x) or not packed)
     return x if fine else x.clone(memory_format=torch.contiguous_format)
@@ -55,7 +55,7 @@ def is_aligned(x: Tensor) -> bool:
 
 
 def is_packed(x: Tensor) -> bool:
-    """Whether each sequence of the batch begins where the one before ends."""
+    """Whether each sequence of the batch starts in memory where the previous one ends."""
     batch, row, _ = steps(x)
     return x.numel() == 0 or batch == x.shape[1] * row
 
@@ -63,7 +63,7 @@ def is_packed(x: Tensor) -> bool:
 def steps(x: Tensor) -> tuple[int, int, int]:
     """The strides of batches, rows and heads of ``[B, rows, heads, dim]``.
 
-    That of a dimension of size 1 may be anything: in its place one with which the tensor is packed, if it can be.
+    The stride of a dimension of size 1 is arbitrary: it is replaced by that of a packed tensor.
     """
     B, T, H, D = x.shape
     head = x.stride(2) if H > 1 else D
@@ -72,13 +72,13 @@ def steps(x: Tensor) -> tuple[int, int, int]:
 
 
 def heads_at_once(*shared: Tensor) -> int:
-    """How many heads of the shared tensors ``[B, rows, heads, dim]`` fit into the L2 cache together."""
+    """How many heads of the shared tensors ``[B, rows, heads, dim]`` fit into the L2 cache at the same time."""
     head_bytes = sum(x.shape[1] * x.shape[3] * x.element_size() for x in shared)
     return max(1, L2_BYTES // head_bytes)
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current GPU, whichever holds the tensors."""
+    """Make ``device`` the current GPU, on which Triton launches."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)

@@ -1,4 +1,4 @@
-"""A GPU as compilation sees it, so that kernels can be compiled where there is none."""
+"""The properties of a GPU that compilation depends on, so that kernels can be compiled without one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of GPU.
+    """A GPU model.
 
     Attributes:
-        arch: an NVIDIA GPU's compute capability, 90 for 9.0; an AMD GPU's name, "gfx942".
-        multiprocessors: how many it has.
+        arch: the compute capability of an NVIDIA GPU (90 for 9.0), or the architecture of an AMD GPU ("gfx942").
+        multiprocessors: their number.
     """
 
     arch: int | str
@@ -32,7 +32,7 @@ class Machine:
         return "sm_80" if self.arch in (80, 87) else "sm_86"
 
 
-# By the names of the command line: one GPU of each family.
+# One GPU of each family, by the name that the command line takes.
 MACHINES = {
     "sm_80": Machine(80, 108),
     "sm_86": Machine(86, 84),
@@ -44,7 +44,7 @@ MACHINES = {
 
 @functools.cache
 def machine_of(device: torch.device) -> Machine:
-    """The GPU that this is."""
+    """The GPU model of a device."""
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return Machine(properties.gcnArchName.split(":")[0], properties.multi_processor_count)

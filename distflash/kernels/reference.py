@@ -1,7 +1,7 @@
 """The plain-torch kernel: any device, any floating dtype, tile by tile, never the whole score matrix.
 
-It is the definition that the fast kernels are tested against, and the default on CPUs. Arithmetic is done in the
-accumulator's dtype (float32; float64 for float64 inputs), so the only rounding to a short dtype is the last.
+It is the reference that the fast kernels are tested against, and the default on CPUs. It computes in the accumulator's
+dtype (float32; float64 for float64 inputs), and rounds to the inputs' dtype once, at the end.
 
 [Note: shapes] B batch, T local queries, K local keys, G key/value heads, R query heads per key head, t and n the
 queries and keys of a tile, D head dim of q and k, V head dim of v. Inside a tile, heads come before tokens.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distflash.intervals import Intervals
-from distflash.kernels.base import Abilities, Kernel, KeyGradient, Keys, Problem, QueryGradient, Saved, Scores
+from distflash.kernels.base import Abilities, BackwardContext, Kernel, KeyGradient, Keys, Problem, QueryGradient, Scores
 from distflash.liveness import BEGUN_BITS, ENDS, GROUP_ROWS, LIVE, STARTS, all_rows
 from distflash.partial import Partial, Softmax, accumulator_dtype
 from distflash.plan import Pass
@@ -79,7 +79,7 @@ class Reference(Kernel):
         for block, flags in self._blocks(groups):
             seen = [(source, tile) for source in sources for tile in self._tiles(source, block)]
             if not (seen or flags & (STARTS | ENDS)):
-                continue  # nothing to add, and what there is stays where it is
+                continue  # no key to add, and the running state stays as it is
             softmax = _start(sources[0].tiles, block, bool(flags & STARTS), scores, into)
             queries = sources[0].tiles.queries(q, block) * scores.scale
             for source, tile in seen:
@@ -87,38 +87,38 @@ class Reference(Kernel):
                 softmax = softmax.merge(Softmax.of_scores(s, source.v[:, :, None, tile]))
             _store(sources[0].tiles, block, bool(flags & ENDS), softmax, into)
 
-    def save(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Saved:
+    def preprocess(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> BackwardContext:
         dtype = accumulator_dtype(out.dtype)
         delta = (out.to(dtype) * dout.to(dtype)).sum(-1).transpose(1, 2)
         sums = q.new_empty(q.shape, dtype=dtype)
-        return Saved(q, dout, lse, delta if dlse is None else delta - dlse, sums=sums)
+        return BackwardContext(q, dout, lse, delta if dlse is None else delta - dlse, dq_accum=sums)
 
     def backward(
-        self, saved: Saved, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
+        self, saved: BackwardContext, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
     ) -> None:
-        assert saved.sums is not None
+        assert saved.dq_accum is not None
         if each.first:
-            saved.sums.zero_()
+            saved.dq_accum.zero_()
         G = keys.k.shape[2]
         of_keys, of_queries = _slices(each.heads or range(G), saved.q.shape[2] // G)
-        part = Saved(
+        part = BackwardContext(
             saved.q[:, :, of_queries],
             saved.dout[:, :, of_queries],
             saved.lse[:, of_queries],
             saved.delta[:, of_queries],
-            sums=saved.sums[:, :, of_queries],
+            dq_accum=saved.dq_accum[:, :, of_queries],
         )
         some = Keys(keys.k[:, :, of_keys], keys.v[:, :, of_keys], keys.rows)
         self._differentiate(
             part, some, scores.of_heads(of_queries), KeyGradient(dkv.dk[:, :, of_keys], dkv.dv[:, :, of_keys])
         )
         if each.last:
-            dq.final.copy_(saved.sums)
+            dq.final.copy_(saved.dq_accum)
 
-    def _differentiate(self, saved: Saved, keys: Keys, scores: Scores, dkv: KeyGradient) -> None:
+    def _differentiate(self, saved: BackwardContext, keys: Keys, scores: Scores, dkv: KeyGradient) -> None:
         source = _Source.of(keys, scores, saved.q)
         tiles, k, v = source.tiles, source.k, source.v
-        assert saved.sums is not None
+        assert saved.dq_accum is not None
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         for start in range(0, saved.q.shape[1], self.block_q):
             block = slice(start, min(start + self.block_q, saved.q.shape[1]))
@@ -136,12 +136,12 @@ class Reference(Kernel):
                     ds *= slope
                 dk[:, :, tile] += tiles.transposed_matmul(ds, queries)
                 dq_block += tiles.matmul(ds, k[:, :, tile])
-            saved.sums[:, block] += tiles.tokens_first(dq_block * scores.scale)
+            saved.dq_accum[:, block] += tiles.tokens_first(dq_block * scores.scale)
         dkv.dk.copy_(dk.transpose(1, 2))
         dkv.dv.copy_(dv.transpose(1, 2))
 
     def _blocks(self, groups: list[tuple[range, int]]) -> list[tuple[slice, int]]:
-        """Blocks of the groups' rows, with the flags of each."""
+        """The row groups divided into blocks, with the flags of each."""
         return [
             (slice(start, min(start + self.block_q, rows.stop)), flags)
             for rows, flags in groups
@@ -149,13 +149,13 @@ class Reference(Kernel):
         ]
 
     def _tiles(self, source: _Source, block: slice) -> list[slice]:
-        """The tiles of keys that any query of the block sees."""
+        """The tiles of keys that contain keys that any query of the block sees."""
         lo, hi = int(source.lo[block.start]), int(source.hi[block.stop - 1])
         return [slice(n, min(n + self.block_k, hi)) for n in range(lo, hi, self.block_k)]
 
 
 def _groups(each: Pass, length: int, bits: int) -> list[tuple[range, int]]:
-    """Of ``length`` rows, those that a pass works on, by groups with their flags, which stand at ``bits``."""
+    """The row groups that a pass works on, of ``length`` rows, with their flags, which start at bit ``bits``."""
     if each.live is None:
         return [(range(length), all_rows(each.first, each.last, each.begun > 0) >> bits)]
     groups = ((start, flags >> bits) for start, flags in each.live.groups.tolist())
@@ -169,7 +169,7 @@ def _slices(kv_heads: range, group: int) -> tuple[slice, slice]:
 
 @dataclass(frozen=True)
 class _Source:
-    """The keys of one source, heads first, in the dtype of arithmetic; and the rows' ends on the host."""
+    """The keys of one source, with heads before tokens, in the accumulator's dtype, and the row bounds on the host."""
 
     tiles: _Tiles
     k: Tensor
@@ -186,7 +186,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Views and products of tiles in which query heads are grouped by the key head they read."""
+    """Views and products of tiles in which query heads are grouped by their key head."""
 
     rows: Intervals
     from_scores: Scores
@@ -211,7 +211,7 @@ class _Tiles:
         return x.flatten(1, 2).transpose(1, 2)
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """``[B, G, R, t, x] @ [B, G, x, y]``: the heads of a group share one product, nothing is repeated."""
+        """``[B, G, R, t, x] @ [B, G, x, y]``: one product for each group of heads, without repeating keys."""
         return (a.flatten(2, 3) @ b).unflatten(2, a.shape[2:4])
 
     def transposed_matmul(self, a: Tensor, b: Tensor) -> Tensor:
@@ -236,12 +236,13 @@ class _Tiles:
 
 
 def _start(tiles: _Tiles, block: slice, first: bool, scores: Scores, into: Partial) -> Softmax:
-    """The softmax, ``[B, G, R, t]``, that this pass's tiles are merged into."""
+    """The softmax state, ``[B, G, R, t]``, that the pass's tiles are merged into."""
     if not first:
         assert into.running is not None
         rows = (into.running.maximum, into.running.total)
         maximum, total = (tiles.per_query(x, block)[..., 0] for x in rows)
-        # Copies: a block that sees nothing of these keys is stored as it is, and not from views of where it goes.
+        # Copies, since a block that sees none of the keys is stored unchanged, and must not be a view of its
+        # destination.
         return Softmax(maximum.clone(), total.clone(), tiles.queries(into.running.weighted, block).clone())
     shape = into.final[:, block].transpose(1, 2).unflatten(1, (tiles.kv_heads, -1)).shape
     nothing = into.lse.new_zeros(shape)

@@ -1,11 +1,11 @@
-"""Launches that differ only in where their tensors lie: built and compiled once, then replayed with other addresses.
+"""Replayed launches: built and compiled once, then repeated with other tensor addresses.
 
-Building a launch (descriptors, tile sizes, strides) and Triton's own look at every argument cost the host ten times as
-much as the launch itself. Layers and steps repeat the same launch with other tensors, so both are done once.
+Building a launch (descriptors, tile sizes, strides) and Triton's inspection of every argument cost the host ten times
+as much as the launch itself. Layers and steps repeat the same launch with other tensors, so both are done once.
 
-A replay is right only if the launch depends on nothing but its key and the addresses. Callers put into the key the
-shapes, strides and dtypes of the user's tensors (`facts_of`) and every number that the launch is built from; buffers
-that the package allocates follow from these.
+A replay is correct only if the launch depends on nothing but its key and the addresses. Callers put into the key the
+shapes, strides and dtypes of the user's tensors (`facts_of`) and every number that the launch is built from. Buffers
+that the package allocates are determined by these.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from distflash.kernels.launch import Launch
 from distflash.kernels.packed import Packed
 from distflash.partial import Partial
 
-# Addresses that Triton may take for granted to be multiples of this many bytes.
+# Triton specialises kernels for addresses that are multiples of this many bytes.
 _ALIGNMENT = 16
-# A bound where every step brings other lengths. A replay holds no tensor.
+# Launches kept: a bound for jobs with other lengths in every step. A replay holds no tensor.
 _REMEMBERED = 1024
 _UNKNOWN: Any = object()
 
@@ -41,11 +41,11 @@ class Replays:
         """Launch what ``build`` makes of these tensors, on the current device.
 
         Args:
-            key: all that the launch depends on, but for the addresses of ``tensors`` and which of them are None.
-            tensors: all whose addresses are among the launch's arguments. The first is not None.
-            build: called where no launch with this key can be replayed.
+            key: everything that the launch depends on, except the addresses of ``tensors`` and which of them are None.
+            tensors: all tensors whose addresses are arguments of the launch. The first is not None.
+            build: makes the launch; called if no launch with this key can be replayed.
         """
-        if tensors[0].is_meta:  # type: ignore[union-attr]  # has no address: nothing is launched, see `warming`
+        if tensors[0].is_meta:  # type: ignore[union-attr]  # no addresses: nothing is launched, see `warming`
             build().run()
             return
         addresses = tuple([0 if x is None else x.data_ptr() for x in tensors])
@@ -62,9 +62,9 @@ class Replays:
 
     def _remember(self, key: Hashable, launch: Launch, addresses: Sequence[int]) -> None:
         known = [address for address in addresses if address]
-        if len(set(known)) < len(known):  # which of them an argument is could not be told
+        if len(set(known)) < len(known):  # two tensors share an address, so arguments are ambiguous
             return
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # recording would get in its way
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # recording would disturb it
             return
         if len(self._known) >= _REMEMBERED:
             self._known.clear()
@@ -72,12 +72,12 @@ class Replays:
 
 
 class _Replay:
-    """A compiled kernel, its grid, and its arguments but for the addresses.
+    """A compiled kernel, its grid, and its arguments without addresses.
 
     Args:
-        launch: compiled, with its grid; called with the arguments in the kernel's order. None to launch nothing.
-        arguments: in that order.
-        slots: for each argument that has an address its place, the tensor's number, and what is made of it.
+        launch: the compiled kernel with its grid; takes the arguments in the kernel's order. None to launch nothing.
+        arguments: in the kernel's order.
+        slots: for each argument that has an address: its index, the tensor's index, and how to make it of an address.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class _Replay:
 
     @staticmethod
     def of(launch: Launch, addresses: Sequence[int]) -> _Replay | Packed | None:
-        """None where an argument is no view of a tensor from its first element on: it was copied for this launch."""
+        """None if an argument does not start at the first element of a tensor: it was copied for this launch."""
         if not launch.is_compiled:
             return None
         numbers = {address: n for n, address in enumerate(addresses) if address}
@@ -121,7 +121,7 @@ class _Replay:
 
 
 class _At:
-    """As much of a tensor as a launch looks at."""
+    """The part of a tensor's interface that a launch reads."""
 
     def __init__(self, address: int) -> None:
         self.address = address
@@ -131,17 +131,17 @@ class _At:
 
 
 def facts_of(*tensors: Tensor | None) -> tuple[Hashable, ...]:
-    """What launches may depend on of tensors, but for their addresses."""
+    """The properties of tensors that launches may depend on, except their addresses."""
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors])
 
 
 def of_keys(keys: Sequence[Keys]) -> list[Tensor]:
-    """What a forward pass reads of its sources."""
+    """The tensors of its sources that a forward pass reads."""
     return [x for each in keys for x in (each.k, each.v, each.rows.row_lo, each.rows.row_hi)]
 
 
 def of_state(into: Partial) -> list[Tensor | None]:
-    """What a forward pass reads and writes of its softmax."""
+    """The tensors of its softmax state that a forward pass reads and writes."""
     running = (None, None, None) if into.running is None else into.running.tensors
     return [into.final, into.lse, into.counter, *running]
 
@@ -155,7 +155,7 @@ def _base(argument: Any) -> Tensor | None:
 
 
 def _form(argument: Any) -> Form:
-    """From another address to such an argument. Triton takes a number for an address."""
+    """How to make such an argument of another address. Triton accepts an integer as a pointer."""
     if isinstance(argument, Tensor):
         return int
     if isinstance(argument, tuple):
@@ -172,7 +172,7 @@ def _form(argument: Any) -> Form:
 
 
 def _is_plain(metadata: Any) -> bool:
-    """Whether a launch is its grid and parameters, and nothing besides."""
+    """Whether a launch consists of its grid and parameters alone (no scratch memory, clusters or launch attributes)."""
     scratch = getattr(metadata, "global_scratch_size", 0) or getattr(metadata, "profile_scratch_size", 0)
     special = getattr(metadata, "launch_pdl", False) or getattr(metadata, "launch_cooperative_grid", False)
     return not (scratch or special) and getattr(metadata, "num_ctas", 1) == 1

@@ -1,4 +1,4 @@
-"""Transports: how the ranks of a ring reach one another."""
+"""Transports: communication between the ranks of a group."""
 
 from distflash.transport.alone import Alone
 from distflash.transport.base import Exchanges, Message, Pending, Transport

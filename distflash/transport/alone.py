@@ -1,4 +1,4 @@
-"""The transport of a single rank: there is nobody to send to."""
+"""The transport of a single rank, which sends nothing."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Alone:
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
-    checks_every_call: bool = False
-    near: bool = True
+    verifies_every_call: bool = False
+    intra_node: bool = True
 
-    def carries(self, device: torch.device) -> bool:
+    def supports_device(self, device: torch.device) -> bool:
         return True
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Nothing:

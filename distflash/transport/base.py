@@ -1,4 +1,4 @@
-"""Moving tensors between the ranks of one ring. A transport knows nothing of attention."""
+"""The interface of transports: communication of tensors between ranks. A transport knows nothing of attention."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Message:
-    """One contiguous tensor to, or from, one other rank.
+    """One contiguous tensor that is sent to, or received from, another rank.
 
     Attributes:
-        what: what the tensor is, for the words of an error.
+        what: what the tensor is, in words, for error messages.
     """
 
     tensor: Tensor
@@ -27,20 +27,20 @@ class Pending(Protocol):
     """Messages in flight."""
 
     def wait(self) -> None:
-        """Make what is computed next see the received tensors, and be free to overwrite the sent ones."""
+        """After this, received tensors can be read, and sent ones overwritten (on GPUs: on the current stream)."""
         ...
 
 
 class Exchanges(Protocol):
-    """Point-to-point messages. Between two ranks they arrive in the order in which they were sent."""
+    """Point-to-point messages. Between two ranks they are received in the order in which they are sent."""
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        """Start sending and receiving; returns at once. The tensors must stay as they are until `Pending.wait`."""
+        """Start sends and receives, and return at once. The tensors must not be touched until `Pending.wait`."""
         ...
 
 
 class Transport(Exchanges, Protocol):
-    """How the ranks of a ring reach one another. Peers are ranks of the ring, from 0 to ``world_size - 1``."""
+    """Communication between the ranks of a group, which are numbered from 0 to ``world_size - 1``."""
 
     @property
     def rank(self) -> int: ...
@@ -50,21 +50,21 @@ class Transport(Exchanges, Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where this rank's tensors are expected to be, and what `gather_ints` goes through."""
+        """The device of this rank's tensors, and of the collective behind `gather_ints`."""
         ...
 
-    def carries(self, device: torch.device) -> bool:
+    def supports_device(self, device: torch.device) -> bool:
         """Whether tensors on ``device`` can be sent."""
         ...
 
     @property
-    def checks_every_call(self) -> bool:
-        """Whether `gather_ints` is cheap enough to compare notes at every call, not only at a new signature."""
+    def verifies_every_call(self) -> bool:
+        """Whether `gather_ints` is cheap enough to compare every call over the ranks, not only new signatures."""
         ...
 
     @property
-    def near(self) -> bool:
-        """Whether all ranks are on one host, where keys travel much faster than they are worked on."""
+    def intra_node(self) -> bool:
+        """Whether all ranks are on one host, where an exchange takes much less time than a pass."""
         ...
 
     def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
@@ -76,7 +76,7 @@ class Transport(Exchanges, Protocol):
         ...
 
     def gather_equal(self, x: Tensor) -> Tensor:
-        """``[W, ...]``: every rank's tensor of this shape, by rank, without waiting for the device. All must call."""
+        """``[W, ...]``: every rank's tensor of this shape, by rank, without a synchronisation. All ranks must call."""
         ...
 
     def all_reduce(self, x: Tensor) -> Tensor:

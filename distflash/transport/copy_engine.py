@@ -1,8 +1,8 @@
-"""Transport by the copy engines of GPUs that reach one another's memory: no kernel, no multiprocessor.
+"""Transport by the copy engines of GPUs with peer-to-peer access, which uses no kernel and no multiprocessor.
 
-A sender copies what it sends into a buffer that its peer can read. The peer's copy engine fetches it from there. Flags
-in the same memory say when a buffer is full, and when it is free again; GPUs wait for them, hosts do not. A flag is 0
-or 1 and is reset by who waited for it, so that a captured exchange can be replayed.
+A sender copies a message into a buffer that its peer can read, and the peer's copy engine copies it from there. Flags
+in the same memory say that a buffer is full or free. GPU streams wait for them, the host does not. A flag is 0 or 1,
+and the waiting stream resets it, so a captured exchange can be replayed.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ from distflash import driver
 from distflash.transport.base import Message
 from distflash.transport.distributed import Distributed
 
-# Of a flag in bytes; each has a cache line of its own.
+# Bytes per flag: each has a cache line of its own.
 _FLAG = 128
 _EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
 _HANDLE, _ADDRESS = ctypes.c_void_p, ctypes.c_uint64
 _OF_FLAGS = _HANDLE, _ADDRESS, ctypes.c_uint32, ctypes.c_uint
 _OF_COPIES = _ADDRESS, _ADDRESS, ctypes.c_size_t, _HANDLE
-_SLOTS = 2  # buffers between two ranks: one is filled while the other is fetched
+_SLOTS = 2  # buffers per direction between two ranks: one is filled while the other is read
 
 
 @dataclass(frozen=True)
 class Copies:
-    """An exchange under way. It keeps its tensors until `wait`."""
+    """An exchange in flight. It keeps its tensors alive until `wait`."""
 
     events: Sequence[torch.cuda.Event]
     works: Sequence[Message]
 
     def wait(self) -> None:
-        """Have the current stream wait for all copies. The host does not."""
+        """Make the current stream wait for all copies. The host does not wait."""
         stream = current_stream()
         for event in self.events:
             stream.wait_event(event)
 
     def describe(self) -> str:
-        """What is waited for."""
+        """What is waited for, in words."""
         peers = sorted({message.peer for message in self.works})
         return f"{self.works[0].what} (copies between this rank and ranks {peers})"
 
 
 class CopyEngine(Distributed):
-    """The ranks of a process group whose GPUs reach one another's memory, such as those of one NVLink domain.
+    """The ranks of a process group whose GPUs have peer-to-peer access, such as those of one NVLink domain.
 
-    Exchanges between ranks are copies between their memories; all else goes through the group. All ranks make it at the
-    same time. Nothing falls back to NCCL: where memory cannot be shared, making it raises.
+    Exchanges are copies between the GPUs' memories; collectives go through the group. All ranks have to construct it at
+    the same time. If memory cannot be shared, the constructor raises; nothing falls back to NCCL.
 
         cp = df.ContextParallel(df.transport.CopyEngine(dist.group.WORLD))
 
     Args:
         group: an NCCL group that this rank belongs to.
         timeout: as in `Distributed`.
-        room: bytes of a buffer. Each rank has two for each other rank.
+        room: bytes of a buffer. Each rank has two buffers for each other rank.
 
     Raises:
-        ValueError: the group's tensors are not on GPUs, or a GPU of the group cannot reach another one's memory.
+        ValueError: the group's tensors are not on GPUs, or two GPUs of the group have no peer-to-peer access.
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout: timedelta | None = None, room: int = 2**24) -> None:
@@ -76,7 +76,7 @@ class CopyEngine(Distributed):
         self._lanes = {peer: _Lane(self, peer) for peer in range(self.world_size) if peer != self.rank}
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Copies:
-        """Copies on streams of their own, behind all that the current stream was given."""
+        """Start copies on other streams, after all work queued on the current stream."""
         ready = torch.cuda.Event()
         ready.record(current_stream())
         events = []
@@ -88,7 +88,7 @@ class CopyEngine(Distributed):
         return Copies(events, (*receives, *sends))
 
     def close(self) -> None:
-        """End the waits of this GPU, whose peers may be gone, and the group."""
+        """End the waits of this GPU, whose peers may be gone, and close the group."""
         for lane in self._lanes.values():
             lane.release()
         super().close()
@@ -105,13 +105,13 @@ class CopyEngine(Distributed):
 
 
 def current_stream() -> torch.cuda.Stream:
-    """`torch.cuda.current_stream`, which first asks which device is meant, in several layers."""
+    """`torch.cuda.current_stream` of the current device, with less work for the host."""
     stream, device, kind = torch._C._cuda_getCurrentStream(torch.cuda.current_device())
     return torch.cuda.Stream(stream_id=stream, device_index=device, device_type=kind)
 
 
 class _Shared:
-    """Memory of this rank that the others can reach, and the addresses of theirs."""
+    """Memory of this rank that the other ranks can access, and the addresses of theirs."""
 
     def __init__(self, ranks: Distributed, size: int) -> None:
         from torch.distributed import _symmetric_memory
@@ -134,7 +134,7 @@ class _Shared:
 
 
 class _Lane:
-    """Between this rank and one other: a stream for each direction, and the buffer that is next."""
+    """The connection to one other rank: a stream for each direction, and the index of the next buffer."""
 
     def __init__(self, ranks: CopyEngine, peer: int) -> None:
         self.ranks, self.peer = ranks, peer
@@ -167,7 +167,7 @@ class _Lane:
         return stream.record_event()
 
     def release(self) -> None:
-        """Set every flag that this GPU may wait for, until it waits no more. What it copies then is of no use."""
+        """Set every flag that this GPU may wait for, until no stream waits. What is copied then is not valid."""
         free = torch.cuda.Stream()
         flags = [self.ranks.flag(self.ranks.rank, full, self.peer, slot) for full in (True, False) for slot in range(2)]
         for _ in range(100_000):
@@ -179,9 +179,9 @@ class _Lane:
 
 
 def _parts(tensors: Sequence[Tensor], room: int) -> Iterator[tuple[int, int]]:
-    """Address and length of what goes into one buffer after the other.
+    """The address and length of the part of a tensor that goes into each buffer, in order.
 
-    No buffer is shared by two tensors: the other rank may receive them in two exchanges.
+    No buffer holds parts of two tensors, since the other rank may receive them in two exchanges.
     """
     for x in tensors:
         start, size = x.data_ptr(), x.nbytes
@@ -190,7 +190,7 @@ def _parts(tensors: Sequence[Tensor], room: int) -> Iterator[tuple[int, int]]:
 
 
 class _Driver:
-    """What a stream is told. Addresses and streams are numbers."""
+    """The driver's calls that queue waits, writes and copies on a stream. Addresses and streams are integers."""
 
     @cached_property
     def _wait(self) -> Callable[..., int]:
@@ -210,9 +210,9 @@ class _Driver:
         driver.require(self._write(stream, flag, 0, 0))
 
     def set(self, stream: int, flag: int) -> None:
-        """Set it once all copies before are done."""
+        """Set the flag once all earlier copies of the stream are done."""
         driver.require(self._write(stream, flag, 1, 0))
 
     def copy(self, stream: int, to: int, source: int, count: int) -> None:
-        """So many bytes."""
+        """Copy ``count`` bytes."""
         driver.require(self._copy(to, source, count, stream))

@@ -15,25 +15,26 @@ from torch import Tensor
 
 from distflash.transport.base import Message
 
-HEAD_START = 2**14  # cycles of a GPU, about 9 us
+# How long the compute stream waits after an exchange is posted, in cycles of a GPU: about 9 us.
+HEAD_START = 2**14
 
 
-# The name of 2.13, from which on the other one warns.
+# Named so from torch 2.13 on, where the old name warns.
 _ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-# What `Work.wait` takes for the group's own timeout.
+# `Work.wait` reads 0 as the group's own timeout.
 _GROUPS_OWN = timedelta(0)
-# Of tensors of a collective that are kept until the next one, in bytes.
+# Tensors of a collective of up to this many bytes are kept until the next one.
 _KEPT = 2**20
-# No message that is meant to arrive has this tag.
+# The tag of a receive that is to time out: no message has it.
 _NEVER_SENT = 2**20
 
 
-class UnderWay(Protocol):
-    """An exchange that says what it waits for."""
+class InFlight(Protocol):
+    """An exchange in flight, which can say what it waits for."""
 
     @property
     def works(self) -> Sequence[object]:
-        """What there is to wait for."""
+        """The handles to wait for."""
         ...
 
     def wait(self) -> None: ...
@@ -45,7 +46,7 @@ class UnderWay(Protocol):
 
 @dataclass
 class Works:
-    """Handles of one batch. They and their tensors are kept until `wait`, which NCCL needs to reuse memory safely."""
+    """Handles of one exchange. They keep the tensors alive until `wait`, so that their memory is not reused before."""
 
     works: Sequence[dist.Work]
     receives: Sequence[Message]
@@ -54,17 +55,17 @@ class Works:
     waits_for: int = 0
 
     def wait(self) -> None:
-        """Wait for one message after the other, the received ones first. On GPUs the host does not wait.
+        """Wait for all messages in order, receives first. On GPUs the current stream waits, and the host does not.
 
         Raises:
-            RuntimeError: a peer is gone, or the deadline has passed.
+            RuntimeError: a peer is gone, or the timeout has passed.
         """
         for number, work in enumerate(self.works):
             self.waits_for = number
             work.wait(self.timeout)
 
     def describe(self) -> str:
-        """What is waited for at the moment, or was when the wait failed."""
+        """The message that is waited for, or whose wait has failed."""
         message = (*self.receives, *self.sends)[self.waits_for]
         received = self.waits_for < len(self.receives)
         return f"{message.what} from rank {message.peer}" if received else f"rank {message.peer} to take {message.what}"
@@ -74,9 +75,9 @@ class Distributed:
     """The ranks of a `torch.distributed` process group, or of a one-dimensional DeviceMesh.
 
     Args:
-        group: this rank belongs to it.
-        timeout: how long one wait may last; None for the group's own timeout. On GPUs the host waits for no message:
-            see `distflash.transport.guarded`.
+        group: a group that this rank belongs to.
+        timeout: of one wait; None for the group's own timeout. On GPUs the host does not wait for messages: see
+            `distflash.transport.guarded`.
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
@@ -88,19 +89,19 @@ class Distributed:
         # "nccl", "gloo", or one for each kind of device such as "cpu:gloo,cuda:nccl".
         self._backends = dist.get_backend_config(group)
         self.device = _gpu() if "nccl" in self._backends else torch.device("cpu")
-        self.checks_every_call = self.device.type == "cpu"
-        # Launchers number ranks host by host, one a GPU. Where they do not, only time is lost.
+        self.verifies_every_call = self.device.type == "cpu"
+        # Launchers number ranks host by host, one for each GPU. If they do not, calls are only slower.
         gpus = torch.cuda.device_count() if self.device.type == "cuda" else 0
-        self.near = gpus > 0 and len({rank // gpus for rank in self.members}) == 1
+        self.intra_node = gpus > 0 and len({rank // gpus for rank in self.members}) == 1
 
     @property
     def members(self) -> tuple[int, ...]:
-        """The ranks of this group by their numbers in the default group."""
+        """The global ranks of this group's ranks."""
         return tuple(dist.get_process_group_ranks(self.group))
 
     @property
     def store(self) -> dist.Store:
-        """What all ranks of the group can read and write."""
+        """A key-value store that all ranks of the group can read and write."""
         return self.group.get_group_store()
 
     def within(self, timeout: timedelta | None) -> Distributed:
@@ -109,23 +110,23 @@ class Distributed:
         other.timeout = timeout
         return other
 
-    def carries(self, device: torch.device) -> bool:
+    def supports_device(self, device: torch.device) -> bool:
         return ("nccl" if device.type == "cuda" else "gloo") in self._backends
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> UnderWay:
-        """Point to point, one batch: NCCL then runs all of it as one kernel on its own stream."""
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> InFlight:
+        """Start sends and receives as one batch, which NCCL runs as one kernel on its own stream."""
         messages = *receives, *sends
         if not messages:
             return Works((), (), (), _GROUPS_OWN)
         if not messages[0].tensor.is_cuda:
             return Works(self._one_by_one(sends, receives), receives, sends, self._limit(messages[0].tensor))
         work = self._as_one(sends, receives)
-        # A grid as large as the GPU that begins before NCCL's kernel keeps it out until it ends.
+        # A persistent grid launched first occupies every SM and delays NCCL's kernel until it finishes.
         torch.cuda._sleep(HEAD_START)
         return Works((work,), receives, sends, _GROUPS_OWN)
 
     def _one_by_one(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[dist.Work]:
-        # Receives first: gloo matches them as they arrive.
+        # Receives first: gloo matches messages as they arrive.
         ops = [
             dist.P2POp(operation, message.tensor, group=self.group, group_peer=message.peer)
             for operation, messages in ((dist.irecv, receives), (dist.isend, sends))
@@ -134,7 +135,7 @@ class Distributed:
         return dist.batch_isend_irecv(ops)
 
     def _as_one(self, sends: Sequence[Message], receives: Sequence[Message]) -> dist.Work:
-        """What `batch_isend_irecv` does for NCCL, without its checks of every message, which cost the host as much."""
+        """`batch_isend_irecv` for NCCL without its checks of every message, which cost the host as much as the rest."""
         device = self.device
         self.group._start_coalescing(device)
         for message in receives:
@@ -144,8 +145,8 @@ class Distributed:
         return self.group._end_coalescing(device)
 
     def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
-        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
-        return [theirs.tolist() for theirs in self._all_gather_equal(mine)]
+        local = torch.tensor(values, dtype=torch.int64, device=self.device)
+        return [of_rank.tolist() for of_rank in self._all_gather_equal(local)]
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         shapes = self.gather_ints(x.shape)
@@ -167,7 +168,7 @@ class Distributed:
         return total.to(x.device)
 
     def mark(self) -> Callable[[], bool] | None:
-        """A question whether all that was queued on the device until now is done; None where the host has waited."""
+        """A function that says whether all work queued on the device is done; None if the host has waited for it."""
         if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return None
         event = torch.cuda.Event()
@@ -175,13 +176,13 @@ class Distributed:
         return event.query
 
     def close(self) -> None:
-        """End what is under way, here and on all ranks that wait for this one; the group is of no use afterwards."""
+        """End all communication of the group, here and on ranks that wait for this one. It is unusable afterwards."""
         if "nccl" in self._backends:
             self.group.abort()
         if "gloo" in self._backends:
-            # gloo closes all connections of a group when a wait of one of its ranks times out. It has no call for that.
+            # gloo has no call that closes a group's connections, but does so when a wait of one of its ranks times out.
             for peer in range(self.world_size):
-                with suppress(RuntimeError, ValueError):  # a connection to it is closed already, or it is this rank
+                with suppress(RuntimeError, ValueError):  # its connection is closed already, or it is this rank
                     never = dist.irecv(torch.empty(1), group=self.group, group_src=peer, tag=_NEVER_SENT)
                     assert never is not None
                     never.wait(timedelta(milliseconds=1))
@@ -194,13 +195,13 @@ class Distributed:
     def _finish(self, work: dist.Work | None, *tensors: Tensor) -> None:
         assert work is not None, "this rank belongs to the group"
         work.wait(self._limit(tensors[0]))
-        # A thread of gloo lets go of its tensors when it gets round to it. If they had no other owner by then, it would
-        # need Python for that, and Python that is about to exit ends the whole process with an abort.
+        # A thread of gloo releases its references to tensors some time later. If they were the last references, the
+        # thread would need Python's lock, and the process would abort if Python is exiting.
         small = sum(x.nbytes for x in tensors) <= _KEPT
         self._kept = tensors if small and tensors[0].device.type == "cpu" else ()
 
     def _limit(self, x: Tensor) -> timedelta:
-        """How long the host may wait for ``x``. A wait for a GPU's takes no time, and with a limit it would."""
+        """The timeout of a wait for ``x``. On GPUs the host does not wait, and would if a timeout were given."""
         return _GROUPS_OWN if self.timeout is None or x.device.type == "cuda" else self.timeout
 
 

@@ -1,7 +1,7 @@
-"""When a rank fails: the one error that every other rank raises, and how its words reach them.
+"""The failure of a rank: the error that every other rank raises, and how its message reaches them.
 
-The words go through the group's store (`torch.distributed.Store`), which is there for every backend and works when the
-connections between the ranks no longer do. Nothing is written to it, and nothing read, until something has failed.
+The message goes through the group's store (`torch.distributed.Store`), which exists for every backend and still works
+when connections between ranks are broken. It is read and written only after a failure.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import torch.distributed as dist
 _FIRST = "distflash/failure"
 _STOPPED = "distflash/stopped"
 
-# How long the ranks that stop wait for one another, to learn who does not stop.
+# How long a rank that stops waits for the reports of the others, in seconds.
 _GATHERING = 1.0
-# The store may live in the process that died: it is not waited for any longer.
+# How long a rank waits for the store, which may be in the process that died, in seconds.
 _STORE_ANSWERS = 3.0
 
 T = TypeVar("T")
 
 
 class RankFailure(RuntimeError):
-    """A rank of the group died, raised, or did not come in time. Every other rank of the group raises this.
+    """A rank of the group died, raised, or exceeded the timeout. Every other rank of the group raises this.
 
-    The message names the rank that failed first and its error, and for the rank that raises it the call, the direction,
-    the ring step, the peer and what it waited for. ``__cause__`` is the error of torch.distributed, if there was one.
+    The message names the rank that failed first and its error. For the rank that raises it, it also names the call, the
+    direction, the ring step, the peer and what it waited for. ``__cause__`` is the error of torch.distributed, if any.
 
     Attributes:
-        failed: the ranks of the group that failed, as far as is known; empty where it is not.
+        failed: the ranks of the group that failed, as far as they are known.
 
     Examples:
         >>> cp = df.ContextParallel(dist.group.WORLD, timeout=60)
@@ -49,13 +49,13 @@ class RankFailure(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a rank says when it stops.
+class FailureReport:
+    """Why a rank stops.
 
     Attributes:
-        rank: who says it.
-        raised: whether it raised an error of its own; otherwise it waited in vain for another rank.
-        words: what happened.
+        rank: the rank that stops.
+        raised: whether it raised an error of its own; otherwise its wait for another rank failed.
+        words: what happened, in words.
     """
 
     rank: int
@@ -63,29 +63,29 @@ class Report:
     words: str
 
 
-class Reports:
-    """The reports of one group, shared by its ranks through a store.
+class FailureReports:
+    """The failure reports of one group, shared by its ranks through a store.
 
     Args:
-        store: called when something has failed; where it fails in turn, ranks only know their own words.
+        store: returns the store; called only after a failure. If it fails as well, each rank knows only its own report.
     """
 
     def __init__(self, store: Callable[[], dist.Store], rank: int, world_size: int) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
 
-    def read(self) -> Report | None:
+    def read(self) -> FailureReport | None:
         """The first report of the group, if there is one and the store answers."""
 
-        def read() -> Report | None:
+        def read() -> FailureReport | None:
             store = self._store()
             return _report(store.get(_FIRST)) if store.check([_FIRST]) else None
 
         return _in_time(read)
 
-    def file(self, report: Report) -> Report:
-        """Put ``report`` where the others find it; returns the first one of the group, which may be another rank's."""
+    def file(self, report: FailureReport) -> FailureReport:
+        """Write ``report`` to the store, and return the group's first report, which may be another rank's."""
 
-        def file() -> Report:
+        def file() -> FailureReport:
             store = self._store()
             first = _report(store.compare_set(_FIRST, "", json.dumps(asdict(report))))
             store.set(f"{_STOPPED}/{self._rank}", report.words)
@@ -94,7 +94,7 @@ class Reports:
         return _in_time(file) or report
 
     def missing(self) -> tuple[int, ...]:
-        """The ranks that have filed nothing a second later; none where the store does not answer."""
+        """The ranks without a report after a second; none if the store does not answer."""
         others = [rank for rank in range(self._world_size) if rank != self._rank]
 
         def missing() -> tuple[int, ...]:
@@ -113,18 +113,18 @@ def ranks(numbers: tuple[int, ...]) -> str:
     return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, numbers))
 
 
-def _report(value: bytes) -> Report:
-    return Report(**json.loads(value))
+def _report(value: bytes) -> FailureReport:
+    return FailureReport(**json.loads(value))
 
 
 def _in_time(work: Callable[[], T]) -> T | None:
-    """``work()``, or None if it fails or does not come back."""
+    """``work()``, or None if it fails or takes too long."""
     results: list[T] = []
 
     def run() -> None:
         try:
             results.append(work())
-        except Exception:  # without a store there are no words of others, and one's own are raised all the same
+        except Exception:  # the store is gone: this rank's own report is raised all the same
             return
 
     thread = threading.Thread(target=run, name="distflash store", daemon=True)

@@ -1,9 +1,9 @@
-"""A process group whose ranks tell one another why they stop.
+"""A transport that reports failures to all ranks of its group.
 
-Where a rank waits for others, an error of torch.distributed becomes a `RankFailure`, which says where the rank waited,
-and for what. Before it is raised, these words are put into the group's store and the group's connections are closed.
-That ends the waits of the other ranks, who find the words in the store. A rank that raises an error of its own in the
-middle of a call does the same.
+An error of torch.distributed during a wait becomes a `RankFailure`, which says in which call the rank waited and for
+what. Before it is raised, the rank writes its report to the group's store and closes the group's connections. That ends
+the waits of the other ranks, which then read the report. A rank that raises an error of its own in the middle of a call
+does the same.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import torch
 from torch import Tensor
 
 from distflash.transport.base import Message, Transport
-from distflash.transport.distributed import Distributed, UnderWay
-from distflash.transport.failures import RankFailure, Report, Reports, ranks
+from distflash.transport.distributed import Distributed, InFlight
+from distflash.transport.failures import FailureReport, FailureReports, RankFailure, ranks
 from distflash.transport.watch import Watch
 
 Direction = Literal["forward", "backward"]
 
 
 def during(transport: Transport, direction: Direction, q: Tensor) -> AbstractContextManager[None]:
-    """The part of a call in which ranks wait for one another: a rank that raises in it tells the others."""
+    """A context for the part of a call in which ranks wait for one another: it reports an error to the others."""
     return transport.during(direction, q.shape) if isinstance(transport, Guarded) else nullcontext()
 
 
 def preparing(transport: Transport) -> AbstractContextManager[None]:
-    """The part of a call between the ranks' agreement and its first message: a rank that raises in it tells the others.
+    """A context for the part of a call between the agreement and the first message: an error is reported to the others.
 
-    Not of a ValueError, which is about what the ranks have agreed on: all raise the same, and can go on.
+    A ValueError is not: it is about arguments that all ranks have, so all raise it and can continue.
     """
     return transport.preparing() if isinstance(transport, Guarded) else nullcontext()
 
@@ -51,7 +51,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Part(AbstractContextManager[None]):
-    """A part of a call. A class, since a generator costs the host several times as much."""
+    """The context of a part of a call. A class, since a generator costs the host several times as much."""
 
     guarded: Guarded
     allowed: tuple[type[BaseException], ...]
@@ -64,15 +64,15 @@ class _Part(AbstractContextManager[None]):
 
 
 class Guarded:
-    """`Distributed`, with words for what goes wrong. All else is passed on."""
+    """`Distributed` with failure reports. Everything else is delegated to it."""
 
     def __init__(self, inner: Distributed) -> None:
         self.inner = inner
         self.rank, self.world_size, self.device = inner.rank, inner.world_size, inner.device
-        self.checks_every_call, self.near = inner.checks_every_call, inner.near
-        self.carries = inner.carries
-        self._reports = Reports(lambda: inner.store, inner.rank, inner.world_size)
-        # Marks cost the host some 10 us an exchange, and must not be asked about while a CUDA graph is captured.
+        self.verifies_every_call, self.intra_node = inner.verifies_every_call, inner.intra_node
+        self.supports_device = inner.supports_device
+        self._reports = FailureReports(lambda: inner.store, inner.rank, inner.world_size)
+        # Events cost the host some 10 us per exchange, and must not be queried while a CUDA graph is captured.
         self._watches = inner.device.type == "cuda" and inner.timeout is not None
         self._watch = Watch(self._is_stuck)
         self._calls = 0
@@ -80,12 +80,12 @@ class Guarded:
         self._in_call = _Part(self, (RankFailure,), in_call=True)
         self._in_preparation = _Part(self, (ValueError, RankFailure), in_call=False)
         self._giving_up = threading.Lock()
-        # Words, not an exception: its traceback would keep the tensors of the call.
+        # The message and the failed ranks. Not an exception, whose traceback would keep the call's tensors alive.
         self._failure: tuple[str, tuple[int, ...]] | None = None
 
     @property
     def members(self) -> tuple[int, ...]:
-        """The ranks of this group by their numbers in the default group."""
+        """The global ranks of this group's ranks."""
         return self.inner.members
 
     def during(self, direction: Direction, shape: torch.Size) -> AbstractContextManager[None]:
@@ -100,7 +100,7 @@ class Guarded:
         return self._in_preparation
 
     def leave(self, error: BaseException | None, allowed: tuple[type[BaseException], ...]) -> None:
-        """A part of a call is over: tell the others of an error, but for those allowed."""
+        """Leave a part of a call: report an error to the other ranks, unless its type is allowed."""
         if error is not None and not isinstance(error, allowed):
             self._tell(error)
 
@@ -108,7 +108,7 @@ class Guarded:
         self._call = None
 
     def require_sound(self) -> None:
-        """Raises `RankFailure` with the words of the first failure, if there was one."""
+        """Raise `RankFailure` with the message of the first failure, if there was one."""
         if self._failure is not None:
             words, failed = self._failure
             raise RankFailure(
@@ -142,7 +142,7 @@ class Guarded:
         with self._collective("the sum over all ranks (all-reduce)"):
             return self.inner.all_reduce(x)
 
-    def wait(self, works: UnderWay) -> None:
+    def wait(self, works: InFlight) -> None:
         """Wait for an exchange."""
         start = time.monotonic()
         try:
@@ -169,10 +169,10 @@ class Guarded:
         finally:
             returned.set()
         self._queued(what)
-        self.require_sound()  # a wait that was ended from outside returns whatever lies in memory
+        self.require_sound()  # a wait that was ended by closing the group returns uninitialised memory
 
     def _queued(self, what: str) -> None:
-        """Have what the device was given until now watched. Strings only: a message would keep its tensor."""
+        """Watch the work queued on the device so far. Takes a string, since a message would keep its tensor alive."""
         done = self.inner.mark() if self._watches else None
         if done is not None:
             self._watch.add(done, self._waiting_for(what))
@@ -186,35 +186,35 @@ class Guarded:
         return f"{self._where()} for {what}"
 
     def _tell(self, error: BaseException) -> None:
-        """This rank raises: tell the others, who may wait for it."""
+        """Report an error of this rank to the others, which may wait for it."""
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        self._give_up(Report(self.rank, True, f"rank {self.rank} raised{self._where()} {reason}"))
+        self._give_up(FailureReport(self.rank, True, f"rank {self.rank} raised{self._where()} {reason}"))
 
     def _stop(self, raw: RuntimeError, what: str, start: float) -> NoReturn:
-        """This rank waited in vain: tell the others, who may wait for it in turn, and raise."""
+        """Report a failed wait to the others, which may wait for this rank, and raise."""
         self._give_up(self._waited(self._waiting_for(what), time.monotonic() - start, _cause(raw)))
         assert self._failure is not None
         raise RankFailure(*self._failure) from raw
 
     def _is_stuck(self, waiting_for: str, seconds: float) -> bool:
-        """On devices: give up at the deadline, or if another rank has. Called by the thread of the watch."""
+        """On GPUs: give up at the timeout, or if another rank has. Called by the watching thread."""
         limit = self.inner.timeout
         late = limit is not None and seconds >= limit.total_seconds()
         if late or self._reports.read() is not None:
             self._give_up(self._waited(waiting_for, seconds, "nothing came"))
         return self._failure is not None
 
-    def _waited(self, waiting_for: str, seconds: float, cause: str) -> Report:
-        return Report(self.rank, False, f"rank {self.rank} waited {seconds:.1f} s{waiting_for}: {cause}")
+    def _waited(self, waiting_for: str, seconds: float, cause: str) -> FailureReport:
+        return FailureReport(self.rank, False, f"rank {self.rank} waited {seconds:.1f} s{waiting_for}: {cause}")
 
-    def _give_up(self, report: Report) -> None:
+    def _give_up(self, report: FailureReport) -> None:
         with self._giving_up:
-            if self._failure is not None:  # by the thread of the watch, whose closing ended a wait of this one
+            if self._failure is not None:  # the watching thread was first, and its closing ended this thread's wait
                 return
             first = self._reports.file(report)
             words = first.words if first == report else f"{first.words}. Therefore {report.words}"
             self._failure = words + self._numbering(), (first.rank,) if first.raised else ()
-            # The words are in the store before any connection closes, which is what ends the waits of the others.
+            # The report is in the store before connections close, which ends the waits of the other ranks.
             self.inner.close()
             if not first.raised and (missing := self._reports.missing()):
                 silent = f"{words}. Nothing was heard of {ranks(missing)}: dead, or not waiting for anybody"
@@ -228,10 +228,10 @@ class Guarded:
 
 @dataclass(frozen=True)
 class _Exchange:
-    """Messages in flight, of which a failure to arrive has words."""
+    """Messages in flight, whose failure is reported."""
 
     guarded: Guarded
-    works: UnderWay
+    works: InFlight
 
     def wait(self) -> None:
         self.guarded.wait(self.works)
@@ -243,7 +243,7 @@ def _exchange_of(messages: Sequence[Message]) -> str:
 
 
 def _cause(raw: RuntimeError) -> str:
-    """What an error of torch.distributed means, in words; its own where they are not known."""
+    """What an error of torch.distributed means, in words; its own message if it is not known."""
     text = " ".join(str(raw).split())
     if "timed out" in text.lower():
         return "nothing came"

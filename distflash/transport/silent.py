@@ -1,4 +1,4 @@
-"""A transport of one rank of several of which only this one is there: its work alone, while nothing arrives."""
+"""A transport for one rank of a group without the others: it runs the rank's work, and receives nothing."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class _Nothing:
 
 @dataclass(frozen=True)
 class Silent:
-    """What is received is whatever lies in memory; the other ranks agree with everything."""
+    """Received tensors are uninitialised memory; the other ranks agree with every call."""
 
     rank: int
     world_size: int
     device: torch.device
-    checks_every_call: bool = False
-    near: bool = True
+    verifies_every_call: bool = False
+    intra_node: bool = True
 
-    def carries(self, device: torch.device) -> bool:
+    def supports_device(self, device: torch.device) -> bool:
         return True
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Nothing:

@@ -1,8 +1,7 @@
-"""All ranks of a ring in one process: a simulator that counts messages and bytes.
+"""A simulator of all ranks in one process, which counts messages and bytes.
 
-Every rank is a thread, but only one of them runs at a time: a thread hands over only where it waits for a message.
-So what runs under it needs to be no more thread-safe than usual, a run is repeatable, and a ring in which everybody
-waits is reported as such instead of hanging.
+Every rank is a thread, but only one thread runs at a time, until it waits for a message. So code that runs in it need
+not be thread-safe, runs are repeatable, and a deadlock is reported instead of hanging.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from distflash.transport.base import Message
 
 
 class SimulationError(RuntimeError):
-    """A rank of a simulated ring failed, or all of them wait for messages that nobody sends."""
+    """A simulated rank failed, or all running ranks wait for messages that no rank sends."""
 
 
 @dataclass
 class Traffic:
-    """What `Transport.exchange` moved, over all ranks. Collectives are not counted."""
+    """What `Transport.exchange` sent, over all ranks. Collectives are not counted."""
 
     messages: int = 0
     bytes: int = 0
@@ -40,12 +39,12 @@ class Traffic:
 
 
 class Simulator:
-    """A ring of ``world_size`` simulated ranks on one device.
+    """A group of ``world_size`` simulated ranks on one device.
 
     Args:
-        world_size: how many ranks, at least 1.
-        device: where the ranks' tensors are: "cpu", or one GPU that all ranks share.
-        shape: as a mesh of these dimensions, whose product is the number of ranks; None for one dimension.
+        world_size: the number of ranks, at least 1.
+        device: the device of the ranks' tensors: "cpu", or one GPU that all ranks share.
+        shape: of a mesh of the ranks; None for one dimension.
 
     Examples:
         >>> def work(transport):
@@ -70,7 +69,8 @@ class Simulator:
         self.shape = shape or (world_size,)
         self.device = _with_index(torch.device(device))
         self.traffic = Traffic()
-        # One lock, so that one rank runs at a time, and a condition for each rank, so that a message wakes nobody else.
+        # One lock, so that one rank runs at a time, and a condition for each rank, so that a message wakes only its
+        # receiver.
         self._turn = threading.RLock()
         self._wake = [threading.Condition(self._turn) for _ in range(world_size)]
         self._mail: dict[tuple[int, int, bool], deque[Tensor]] = {}
@@ -82,11 +82,11 @@ class Simulator:
     def run(self, work: Callable[[SimulatedTransport], Any]) -> list[Any]:
         """Call ``work(transport)`` as each rank and return the results by rank.
 
-        A rank's backward passes run in its own thread, as they do in a process of its own. (On GPUs autograd would run
-        those of all ranks in its one thread of the device, of which the first to wait for a message stops all others.)
+        A rank's backward passes run in its own thread. (On GPUs autograd would run those of all ranks in its one thread
+        of the device, which would block all ranks at the first wait for a message.)
 
         Raises:
-            BaseException: the first that a rank raised, with its traceback and a note that names the rank.
+            BaseException: the first error that a rank raised, with its traceback and a note that names the rank.
         """
         self._mail.clear()
         self._expected.clear()
@@ -162,7 +162,7 @@ def _with_index(device: torch.device) -> torch.device:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """A new thread starts with the first GPU as its current one, whichever the thread that started it had."""
+    """Make ``device`` the current GPU, which in a new thread is the first one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -181,7 +181,7 @@ class _InFlight:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """Of a contiguous tensor, whose stride may be anything for all that where it has one element."""
+    """The bytes of a contiguous tensor (whose strides may be arbitrary if it has one element)."""
     return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
@@ -192,8 +192,8 @@ class SimulatedTransport:
     simulator: Simulator
     rank: int
     device: torch.device = torch.device("cpu")
-    checks_every_call: bool = True
-    near: bool = True
+    verifies_every_call: bool = True
+    intra_node: bool = True
 
     @property
     def world_size(self) -> int:
@@ -203,7 +203,7 @@ class SimulatedTransport:
     def shape(self) -> tuple[int, ...]:
         return self.simulator.shape
 
-    def carries(self, device: torch.device) -> bool:
+    def supports_device(self, device: torch.device) -> bool:
         return True
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> _InFlight:
@@ -212,7 +212,7 @@ class SimulatedTransport:
             assert message.tensor.is_contiguous(), "only contiguous tensors travel"
         put = self.simulator._put
         sent = [(m.tensor, put(self.rank, m.peer, m.tensor, collective=False)) for m in sends]
-        # What has not arrived must not be read: whoever forgets to wait finds NaN.
+        # Code that reads a tensor without waiting for it gets NaN.
         for message in receives:
             self._expected(message.peer).append(message)
             if message.tensor.is_floating_point():
@@ -220,29 +220,29 @@ class SimulatedTransport:
         return _InFlight(self, sent, receives)
 
     def receive(self, message: Message) -> None:
-        """Wait for a message, and for those from the same rank that were to be received before it."""
+        """Wait for a message, and for earlier ones from the same rank."""
         expected = self._expected(message.peer)
         while any(each is message for each in expected):
-            got, room = self.simulator._take(message.peer, self.rank, collective=False), expected.popleft().tensor
-            if got.shape != room.shape or got.dtype != room.dtype:
+            got, buffer = self.simulator._take(message.peer, self.rank, collective=False), expected.popleft().tensor
+            if got.shape != buffer.shape or got.dtype != buffer.dtype:
                 raise SimulationError(
-                    f"rank {self.rank} expected {room.dtype} {tuple(room.shape)} from rank {message.peer} and got "
+                    f"rank {self.rank} expected {buffer.dtype} {tuple(buffer.shape)} from rank {message.peer} and got "
                     f"{got.dtype} {tuple(got.shape)}"
                 )
-            room.copy_(got)
+            buffer.copy_(got)
 
     def _expected(self, source: int) -> deque[Message]:
         return self.simulator._expected.setdefault((source, self.rank), deque())
 
     def gather_ints(self, values: Sequence[int]) -> list[list[int]]:
-        return [theirs.tolist() for theirs in self.all_gather(torch.tensor(values, dtype=torch.int64))]
+        return [of_rank.tolist() for of_rank in self.all_gather(torch.tensor(values, dtype=torch.int64))]
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         for rank in others:
             self.simulator._put(self.rank, rank, x, collective=True)
-        theirs = {rank: self.simulator._take(rank, self.rank, collective=True) for rank in others}
-        return [x if rank == self.rank else theirs[rank] for rank in range(self.world_size)]
+        received = {rank: self.simulator._take(rank, self.rank, collective=True) for rank in others}
+        return [x if rank == self.rank else received[rank] for rank in range(self.world_size)]
 
     def gather_equal(self, x: Tensor) -> Tensor:
         return torch.stack(self.all_gather(x))

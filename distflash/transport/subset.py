@@ -1,4 +1,4 @@
-"""Some ranks of a transport, in an order of their own, as the ranks of another."""
+"""A subset of the ranks of a transport, in another order."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from distflash.transport.base import Exchanges, Message, Pending
 
 @dataclass(frozen=True)
 class Subset:
-    """What a schedule among ``members`` needs of a transport: point-to-point messages."""
+    """Point-to-point messages between the ``members``, which are ranks of ``transport``."""
 
     transport: Exchanges
     members: tuple[int, ...]
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        """As `Transport.exchange`; peers are places among the members."""
+        """As `Transport.exchange`; peers are indices into the members."""
         sends, receives = (
             [replace(message, peer=self.members[message.peer]) for message in messages]
             for messages in (sends, receives)

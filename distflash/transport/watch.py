@@ -1,9 +1,8 @@
-"""A look-out for exchanges that run on a device, where no call of the host waits for them.
+"""A thread that watches exchanges on a GPU, which no call of the host waits for.
 
-gloo's waits are calls that end with an error. NCCL's are kernels: when a peer is gone the host is blocked later,
-outside this package (`loss.item()`), for as long as the kernel waits. So a thread looks four times a second whether
-what was queued is done. It asks what to do only if nothing was completed in between, and ends when nothing is left to
-watch.
+A wait of gloo is a call that raises an error. NCCL waits in kernels: if a peer is gone, the host blocks later, outside
+of this package (`loss.item()`), for as long as the kernel waits. So a thread checks four times a second whether queued
+work is done. If nothing was completed since the last check, it calls ``stuck``. It ends when nothing is queued.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ Done = Callable[[], bool]
 
 @dataclass(frozen=True)
 class _Queued:
-    """Something that was queued: how to find out whether it is done, and what to call it."""
+    """Queued work: whether it is done, and its description."""
 
     done: Done
     what: str
 
 
 class Watch:
-    """Watches what was queued, in its order.
+    """Watches queued work, in its order.
 
     Args:
-        stuck: called by the thread with ``(what, seconds)`` whenever nothing was completed for ``interval``: what is
-            waited for, and since how long nothing was completed. If it returns True the thread ends.
-        interval: seconds between two looks.
+        stuck: called by the thread with ``(what, seconds)`` if nothing was completed for ``interval``: the description
+            of the oldest work, and the time since work was last completed. If it returns True, the thread ends.
+        interval: seconds between two checks.
     """
 
     def __init__(self, stuck: Callable[[str, float], bool], interval: float = 0.25) -> None:
@@ -53,7 +52,7 @@ class Watch:
         while True:
             time.sleep(self._interval)
             with self._lock:
-                # Things get done in the order in which they were queued, so few have to be asked.
+                # Work completes in the order in which it was queued, so a bisection finds the first that is not done.
                 done = bisect_left(self._queue, True, key=lambda queued: not queued.done())
                 del self._queue[:done]
                 if not self._queue and not done:

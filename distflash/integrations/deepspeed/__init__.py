@@ -13,7 +13,7 @@ Nothing of DeepSpeed is patched: it is given ranks that hold one sequence as dat
 and averages, and the loss is scaled so that this average is the gradient.
 """
 
-from distflash.integrations.extras import needed
+from distflash.extras import needed
 
 with needed("deepspeed", "deepspeed"):
     from distflash.integrations.deepspeed.attention import (

@@ -22,16 +22,17 @@ MicroBatch = tuple[Tensor | tuple[Tensor, Tensor], Tensor]
 
 
 class ShardBatch:
-    """What turns a whole batch, the same on every rank of a ring, into this rank's part.
+    """Shards a batch that is the same on every rank of a ring.
 
-    Made for ``engine.set_batch_fn`` of a pipeline, whose ``data_iter`` then yields whole batches; without one, call it.
+    Pass it to ``engine.set_batch_fn`` of a pipeline, whose ``data_iter`` then yields unsharded batches. Without a
+    pipeline, call it.
 
     Args:
         cp: the ranks that share a sequence, ``topology.cp``.
         seq_len: the global length S of every batch.
         max_documents: the number of packed documents that ``cu_seqlens`` is padded to, since stages of a pipeline
-            exchange tensors of one shape; None where no pipeline needs it.
-        ignored: the label of tokens that do not count.
+            exchange tensors of a fixed shape; None without a pipeline.
+        ignored: the label of tokens that the loss ignores.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class ShardBatch:
         self.max_documents, self.ignored = max_documents, ignored
 
     def __call__(self, batch: Any) -> MicroBatch:
-        """Shard a batch. All ranks of the ring must call: they compare what they were given.
+        """Shard a batch. All ranks of the ring must call it, and it compares their batches.
 
         Args:
             batch: ``(tokens, labels)`` or ``((tokens, cu_seqlens), labels)``; tokens and labels int64 ``[B, S]``, each
@@ -51,8 +52,8 @@ class ShardBatch:
             The same with tokens and labels ``[B, T]``, and cu_seqlens ``[max_documents + 1]``.
 
         Raises:
-            ValueError: on every rank of the ring, if what one was given is not whole, has labels that are not shifted,
-                or differs from what another was given.
+            ValueError: on every rank of the ring: a rank's batch is sharded already, has labels that are not shifted,
+                or differs from another rank's.
         """
         problem, cu_seqlens = _problem(batch, self), None
         if problem:

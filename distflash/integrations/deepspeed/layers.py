@@ -12,6 +12,7 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -126,8 +127,8 @@ class CausalLoss(nn.Module):
                 f"labels: expected one for each of the {list(logits.shape[:2])} tokens of this rank, got "
                 f"{list(labels.shape)}; shard tokens and labels together, with ShardBatch"
             )
-        flat = logits.float().flatten(0, 1), labels.flatten()
-        total = F.cross_entropy(*flat, ignore_index=self.ignored, reduction="sum")
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=self.ignored, reduction="sum")
         return self.topology.mean(total, (labels != self.ignored).sum())
 
 

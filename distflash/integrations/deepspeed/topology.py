@@ -1,4 +1,4 @@
-"""Ranks as pipe x data x context, in the form that DeepSpeed averages gradients over rightly."""
+"""The topology of pipe x data x context ranks, such that DeepSpeed averages gradients correctly."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from distflash.schedules import Ring, Schedule
 
 
 class Topology(PipeDataParallelTopology):  # type: ignore[misc]
-    """Where this rank stands among pipe x data x context ranks; also what `PipelineModule` takes as ``topology``.
+    """A grid of pipe x data x context ranks, and this rank's place in it. `PipelineModule` takes it as ``topology``.
 
-    Ranks that differ in ``context`` alone hold one sequence together, and are neighbours in rank; those that differ in
-    ``data`` hold other sequences; those that differ in ``pipe`` hold other layers. DeepSpeed knows of data x context as
-    one axis of data parallelism, since ranks of a ring hold the same layers: so ZeRO shards over all of them, and the
-    gradients of all of them are averaged. With an axis of its own for context they would not be.
+    Ranks that differ only in ``context`` share a sequence and are consecutive. Ranks that differ in ``data`` have other
+    sequences, ranks that differ in ``pipe`` other layers. To DeepSpeed, data x context is one axis of data parallelism:
+    ZeRO shards over all of these ranks, and gradients are averaged over all of them. With a separate axis for context
+    they would not be.
 
-    All ranks must make the same topologies in the same order: it makes process groups.
+    All ranks must make the same topologies in the same order, since it makes process groups.
 
     Args:
-        context: ranks that share a sequence.
-        pipe: stages of the pipeline; 1 for none.
-        data: groups of ranks that hold other sequences; by default what is left of the ranks.
+        context: the number of ranks that share a sequence.
+        pipe: the number of pipeline stages; 1 for none.
+        data: the number of groups with different sequences; by default as many as there are ranks for.
         layout, schedule, kernel: as for `ContextParallel`.
 
     Attributes:
         cp: the `ContextParallel` of this rank.
         group: the ranks, data x context, over which gradients are averaged and ZeRO shards.
         pipe, data, context: as given.
-        pipe_rank, data_rank: this rank's stage, and its place among the groups with other sequences.
+        pipe_rank, data_rank: this rank's stage, and the number of its group.
 
     Raises:
         ValueError: before any group is made, if the sizes do not multiply to the number of ranks, or there are no ranks

@@ -8,7 +8,10 @@ Nothing of Megatron is patched. Its batches, positions and gradients are as with
 ``get_batch_on_this_cp_rank`` gives each rank its tokens, of packed documents (``thd``) those of `PerDocument`.
 """
 
-from distflash.integrations.megatron.attention import CoreAttention, core_attention
-from distflash.integrations.megatron.packed import PerDocument
+from distflash.extras import needed
+
+with needed("megatron", "megatron"):
+    from distflash.integrations.megatron.attention import CoreAttention, core_attention
+    from distflash.integrations.megatron.packed import PerDocument
 
 __all__ = ["CoreAttention", "PerDocument", "core_attention"]

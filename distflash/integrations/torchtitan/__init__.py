@@ -9,7 +9,10 @@ Nothing of torchtitan is patched: its own `override` replaces the inner attentio
 derived from its own tells each layer where the documents of the batch end.
 """
 
-from distflash.integrations.torchtitan.attention import Batch, RingAttention
-from distflash.integrations.torchtitan.trainer import Trainer, Validator, context_parallel
+from distflash.extras import needed
+
+with needed("torchtitan", "torchtitan", "spmd_types", "tyro"):
+    from distflash.integrations.torchtitan.attention import Batch, RingAttention
+    from distflash.integrations.torchtitan.trainer import Trainer, Validator, context_parallel
 
 __all__ = ["Batch", "RingAttention", "Trainer", "Validator", "context_parallel"]

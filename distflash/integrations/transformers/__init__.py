@@ -21,7 +21,7 @@ that reaches every layer.
 from importlib import import_module
 from typing import Any
 
-from distflash.integrations.extras import needed
+from distflash.extras import needed
 
 with needed("transformers", "transformers"):
     from distflash.integrations.transformers.batch import (

@@ -175,8 +175,9 @@ def _no_shard(module: nn.Module) -> str:
             "second model beside yours (an assistant, which needs another attention; guidance is not supported)"
         )
     return (
-        f"batch: nothing that shard_batch adds has reached the attention of {type(module).__name__}; {PASS_ALL}. If "
-        "you did: this model's layers do not pass keywords on to their attention, and are not supported"
+        f"batch: nothing that shard_batch adds has reached the attention of {type(module).__name__}; {PASS_ALL}. With "
+        "a Trainer, take dft.Trainer(..., context_parallel=cp), which does so. If you did: this model's layers do not "
+        "pass keywords on to their attention, and are not supported"
     )
 
 

@@ -1,4 +1,4 @@
-"""A rank's part of a batch, and what the layers have to know of the whole.
+"""Sharding of batches: a rank's part, and what the layers need to know of the whole batch.
 
 [Note: shapes] B batch, T local tokens, S global tokens.
 """
@@ -19,29 +19,29 @@ from distflash.integrations.transformers.shifting import as_shifts, shard_shifte
 from distflash.layouts import Layout
 from distflash.masks import Causal, Documents
 
-# The name in attn_implementation, and the keyword by which a batch brings its Shard to the attention.
+# The name in attn_implementation, and the keyword of the batch's Shard, which models pass on to the attention.
 NAME = "distflash"
 
-# Another name in attn_implementation, for models that take none with "flash" in it.
+# Another name in attn_implementation, for models that refuse names with "flash" in them.
 OTHER_NAME = "context_parallel"
 NAMES = (NAME, OTHER_NAME)
 
 _TYPES = ("token_type_ids", "mm_token_type_ids")
-# Models make nothing of these but their masks, so that they are given the whole.
+# Models use these for their masks only, so they get those of the whole sequence.
 _FOR_MASKS = ("mm_token_type_ids",)
 _PER_TOKEN = ("input_ids", *_TYPES)
 _WHOLE = ("labels", "shift_labels", "attention_mask")
 _BOUNDARIES = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
-# Follow from the boundaries.
+# Computed from the boundaries.
 _DERIVED = ("max_length_q", "max_length_k", "seq_idx")
-# How the names of images, video and audio begin.
+# Prefixes of the names of images, video and audio.
 _MEDIA = ("pixel", "image", "video", "audio", "input_features", "mm_")
 _KNOWN = (*_PER_TOKEN, *_WHOLE, *_BOUNDARIES, *_DERIVED, "position_ids", "num_items_in_batch")
 
-# What the ranks compare once a batch.
+# The kind of the agreement that compares a batch over the ranks.
 KIND = "Transformers batch"
 
-# The keyword by which a batch brings what is shifted further; models pass it on, and read it not.
+# The keyword of tokens and labels that are shifted further. Models pass it on without reading it.
 SHIFTED = "shifted"
 
 OUR_CACHE = "past_key_values=distflash.integrations.transformers.ShardedCache(cp)"
@@ -59,14 +59,14 @@ _NO_LABELS = (
 
 
 class _Trace:
-    """Which layers have attended over the ranks with this part of a batch."""
+    """Which layers have used distflash's attention with this part of a batch."""
 
     def __init__(self) -> None:
         self.layers: WeakSet[nn.Module] = WeakSet()
-        self.compiled = False  # whether a compiled layer has, which does not say which one it is
+        self.compiled = False  # whether a compiled layer has; it cannot say which one it is
 
     def __reduce__(self) -> tuple[type[_Trace], tuple[()]]:
-        return _Trace, ()  # a copy, as from a data loader's worker, has seen no layer
+        return _Trace, ()  # a copy, as from a data loader's worker, starts empty
 
     @property
     def attended(self) -> bool:
@@ -82,10 +82,10 @@ class _Trace:
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of which batch a rank holds.
+    """Which part of a batch a rank has, and what the layers need to know of the whole batch.
 
-    documents: where packed documents end; None for one. contents: digests, by name, of what all ranks must have alike.
-    start: the position of its first token, behind those that a cache has had. trace: what has become of it.
+    documents: the packed documents; None for one. contents: by name, digests of what has to be equal on all ranks.
+    start: the position of the first token, after those in a cache. trace: which layers have used it.
     """
 
     layout: Layout
@@ -103,18 +103,18 @@ class Shard:
         return self.layout.length(self.seq_len, self.world_size, self.rank)
 
     def of_rank(self, rank: int) -> Shard:
-        """The same batch's part that another rank holds."""
+        """The part of another rank of the same batch."""
         return replace(self, rank=rank)
 
     def position_ids(self, device: torch.device) -> Tensor:
-        """int64 ``[T]``: the place of each of this rank's tokens in its document."""
+        """int64 ``[T]``: the position of each of this rank's tokens in its document."""
         positions = self.layout.positions(self.seq_len, self.world_size, self.rank).to(device)
         if self.documents is None:
             return positions + self.start
         return positions - self.documents.ends(positions, self.seq_len)[0]
 
     def require_attended(self) -> None:
-        """Raise where a loss is about to be computed although no layer has attended over the ranks."""
+        """Raise if no layer has used distflash's attention before the loss is computed."""
         if not self.trace.attended:
             raise ValueError(
                 "attn_implementation: the batch was sharded, but no layer of the model has used distflash, so that "
@@ -153,34 +153,35 @@ def require_same_batch(shard: Shard, cp: ContextParallel) -> None:
 def shard_batch(
     batch: Mapping[str, Any], cp: ContextParallel, whole: Sequence[str] = (), shifts: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """This rank's part of a batch, to be passed to the model as it is: ``model(**shard_batch(batch, cp))``.
+    """This rank's part of a batch, to be passed on to the model: ``model(**shard_batch(batch, cp))``.
 
-    Asks no other rank (the first layer of the model does: all ranks must have been given the same batch), so that it
-    may run in a data loader's worker.
+    It does not communicate, so it can run in a data loader's worker. (The model's first layer compares the batch over
+    the ranks.)
 
     Args:
-        batch: what a tokenizer or collator returns, the whole of it on every rank of ``cp``: tensors ``[B, S]`` by
-            name. ``input_ids``, and where there are any: ``labels`` (not shifted, as the library wants them) or
-            ``shift_labels`` (shifted), ``position_ids`` that restart at 0 where a packed document begins, or
-            ``cu_seqlens`` (also as ``cu_seq_lens_q``) ``[documents + 1]``, ``attention_mask`` of ones,
-            ``token_type_ids`` or ``mm_token_type_ids``, and ``num_items_in_batch``, by which to divide the sum of the
-            losses instead of by the number of this batch's labels.
+        batch: the output of a tokenizer or collator, the same whole batch on every rank of ``cp``: tensors ``[B, S]``
+            by name. ``input_ids``, and optionally: ``labels`` (not shifted, as the library expects) or ``shift_labels``
+            (shifted); ``position_ids`` that restart at 0 at each packed document, or ``cu_seqlens`` (also
+            ``cu_seq_lens_q``) ``[documents + 1]``; ``attention_mask`` of ones; ``token_type_ids`` or
+            ``mm_token_type_ids``; and ``num_items_in_batch``, which divides the sum of the losses instead of the number
+            of this batch's labels.
         cp: the group that `register` was given.
         whole: ``("token_type_ids",)`` for models that make their mask of them (images in Gemma 3, the prefix in
-            PaliGemma). A mask is of the whole sequence, so that it has to be made of all tokens' types. Models that
-            look them up in an embedding (BERT) need those of this rank's tokens.
-        shifts: by how many tokens ahead to give tokens and labels, too, for heads that predict several tokens: with
-            ``(1, 2)`` a module is given ``tokens[1]`` and its loss ``labels[2]``. None leave their document.
+            PaliGemma), since a mask needs the types of all tokens. Models that look them up in an embedding (BERT) need
+            those of this rank's tokens.
+        shifts: the numbers of tokens by which to shift tokens and labels as well, for heads that predict several
+            tokens: with ``(1, 2)`` a module gets ``tokens[1]`` and its loss ``labels[2]``. Nothing is shifted across
+            documents.
 
     Returns:
-        ``input_ids, position_ids, attention_mask`` (and ``token_type_ids, shift_labels``) ``[B, T]`` of this rank's
-        tokens, what is ``whole``, ``mm_token_type_ids`` among it, as it was, and what makes the model use all this
-        rightly. The model's loss is this rank's share: the mean over ranks of ``loss``, and of its gradients, is that
-        of the whole batch. `loss_function` returns that mean itself. With ``shifts`` also ``shifted``, a `Shifted` of
+        This rank's ``input_ids, position_ids, attention_mask`` (and ``token_type_ids, shift_labels``) ``[B, T]``; the
+        entries in ``whole`` and ``mm_token_type_ids``, unchanged; and entries that the attention and the loss need.
+        The model's loss is this rank's share: the mean over ranks of ``loss``, and of its gradients, is that of the
+        whole batch. `loss_function` returns that mean itself. With ``shifts`` also ``shifted``, a `Shifted` with
         ``tokens`` and ``labels [B, T]`` by shift.
 
     Raises:
-        ValueError: the batch has been sharded before, has padding, or holds what cannot be sharded.
+        ValueError: the batch has been sharded before, has padding, or has entries that cannot be sharded.
     """
     if not isinstance(cp, ContextParallel):
         raise ValueError(f"cp: expected the ContextParallel that register was given, got {type(cp).__name__}")
@@ -200,7 +201,7 @@ def shard_batch(
     part: dict[str, Any] = {name: x if name in as_is else cp.shard(x) for name, x in per_token.items()}
     part |= {
         "position_ids": shard.position_ids(ids.device).expand(B, -1),
-        # Without one the library takes a zigzag's positions for packed documents.
+        # Without an attention_mask, the library would mistake a zigzag's positions for packed documents.
         "attention_mask": torch.ones_like(part["input_ids"]),
         "use_cache": False,
         NAME: shard,
@@ -220,22 +221,22 @@ def shard_batch(
 
 
 def shard_labels(labels: Tensor, cp: ContextParallel) -> Tensor:
-    """This rank's part ``[B, T]`` of whole ``labels [B, S]``, each at the token that predicts it, for ``shift_labels``.
+    """This rank's part ``[B, T]`` of unsharded ``labels [B, S]``, shifted, to be passed as ``shift_labels``.
 
-    They are shifted before they are sharded, so that none is lost where a shard ends.
+    They are shifted before they are sharded, so no label is lost at the end of a shard.
     """
     return cp.shard(shift(labels))
 
 
 def shard_position_ids(seq_len: int, cp: ContextParallel, documents: Documents | None = None) -> Tensor:
-    """int64 ``[T]``: the place of each of this rank's tokens in the sequence, or in its document."""
+    """int64 ``[T]``: the position of each of this rank's tokens in the sequence, or in its document."""
     shard = Shard(for_documents(cp, documents).layout, cp.world_size, cp.rank, seq_len, documents)
     return shard.position_ids(cp.transport.device)
 
 
 @dataclass(frozen=True)
 class _Divisor:
-    """By what the sum of this rank's losses is to be divided; refuses where that sum is wrong."""
+    """The divisor of the sum of this rank's losses; it raises if that sum would be wrong."""
 
     value: Tensor
     shard: Shard

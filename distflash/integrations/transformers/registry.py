@@ -1,4 +1,4 @@
-"""Switching the attention on and off in the library's registry."""
+"""Registration of the attention in the library's registry."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from distflash.context import ContextParallel
 from distflash.integrations.transformers.attention import Attention
 from distflash.integrations.transformers.batch import NAME, NAMES
 
-# Families that list which flash attentions they take, as far as this version of the library has them: they are
-# imported, so that they are among those that `_choosy_models` finds.
+# Model families with a list of the flash attentions that they accept. They are imported, if this version of the library
+# has them, so that `_choosy_models` finds them.
 _CHOOSY = ("Flint", "GptOss", "GraniteMoeSWA", "GraniteSWA", "MiMoV2Flash", "MiniMaxM3VL", "OpenAIPrivacyFilter")
 
 
 def register(cp: ContextParallel) -> None:
-    """Give the library attention over ``cp`` under the name "distflash", until `unregister`.
+    """Register attention over ``cp`` in the library under the name "distflash", until `unregister`.
 
-    Models take it up by ``attn_implementation="distflash"`` or ``model.set_attn_implementation("distflash")``. Those
-    that refuse any attention with "flash" in its name (Llama 4, for its chunks) take it by its other name,
+    Models use it with ``attn_implementation="distflash"`` or ``model.set_attn_implementation("distflash")``. Models
+    that refuse any attention with "flash" in its name (Llama 4, for its chunks) use it under its other name,
     "context_parallel".
 
-    The library holds every name with "flash" in it for a package to be loaded, and some models list those that they
-    take. So this also notes that there is nothing to load, and adds the name to the lists of the models that have been
-    imported, and of those that are known to have one.
+    The library treats a name with "flash" in it as a package to load, and some models have a list of those that they
+    accept. So this also records that there is nothing to load, and adds the name to the lists of the imported models
+    and of those that are known to have a list.
 
     Until `unregister`, hooks on all modules check models of the library before and after their forward.
 
     Raises:
-        ValueError: the name is taken; `unregister` first.
+        ValueError: the name is registered already; call `unregister` first.
     """
     if not isinstance(cp, ContextParallel):
         raise ValueError(f"cp: expected a ContextParallel, got {cp!r}; make one of the process group first")
@@ -50,7 +50,7 @@ def register(cp: ContextParallel) -> None:
 
 
 def unregister() -> None:
-    """Take back all that `register` did. Models made with it refuse to run until they are given another attention."""
+    """Undo `register`. Models that use the attention raise until they are given another one."""
     # The registry has no method for this.
     attention = AttentionInterface._global_mapping.get(NAME)
     if attention is not None:

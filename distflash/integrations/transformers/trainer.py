@@ -1,4 +1,4 @@
-"""Trainers of Transformers and TRL over sequences that ranks hold together: `ContextParallelMixin`, `Trainer`."""
+"""Trainers of Transformers and TRL with context parallelism: `ContextParallelMixin`, `Trainer`."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from distflash.integrations.transformers.trainer_arguments import (
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
-else:  # whichever class it is put before
+else:  # the mixin works with any trainer class
     _Trainer = object
 
 
 class ContextParallelMixin(_Trainer):
-    """Put before a trainer class: its batches are then held by the ranks of a group together.
+    """A mixin before a trainer class, whose batches are then sharded over the ranks of a group.
 
         class MyTrainer(dft.ContextParallelMixin, transformers.Trainer): ...
         MyTrainer(model, args, context_parallel=cp, train_dataset=dataset).train()
 
-    Losses, gradients and what is logged are those of the same trainer on one process per data rank. Batch sizes and
-    steps are those of a data rank, too: the ranks of a group count as one.
+    Losses, gradients and logs are those of the same trainer with one process per data rank. Batch sizes and steps are
+    per data rank as well: the ranks of a group count as one.
 
     Args:
-        context_parallel: what `register` was given. Every rank makes the trainer.
-        args, kwargs: those of the trainer.
+        context_parallel: the group that `register` was given. Every rank makes the trainer.
+        args, kwargs: those of the trainer class.
 
     Raises:
-        ValueError: a setting that cannot be right over several ranks, or that ranks do not have alike.
+        ValueError: a setting does not work over several ranks, or differs between ranks.
     """
 
     accelerator: Any
@@ -84,7 +84,7 @@ class ContextParallelMixin(_Trainer):
         return loader
 
     def get_cp_size(self) -> int:
-        """How many ranks are given the same batch, by which the library divides the number of sequences in a step."""
+        """The number of ranks with the same batch, by which the library divides the number of sequences per step."""
         return self.data_ranks.context
 
     def shard_batch(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class ContextParallelMixin(_Trainer):
         inputs = super()._prepare_inputs(inputs)
         return inputs if NAME in inputs else self.shard_batch(inputs)
 
-    # The loss: each rank's is scaled so that their mean, which gradients are, too, is that of all labels.
+    # The loss: each rank's is scaled so that the mean over ranks, as of gradients, is the mean over all labels.
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """The labels of a step, counted once for each group; of this group alone if tokens are not averaged over all.
@@ -211,7 +211,7 @@ class ContextParallelMixin(_Trainer):
             raise ValueError(
                 f"context_parallel: there are {world} ranks, but the library counts {self.accelerator.num_processes} "
                 "process; start the script with torchrun or accelerate launch, which set RANK, WORLD_SIZE and "
-                "LOCAL_RANK"
+                "LOCAL_RANK, and on CPUs pass TrainingArguments(use_cpu=True)"
             )
 
 

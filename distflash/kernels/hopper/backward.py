@@ -1,13 +1,13 @@
 """The backward kernel for Hopper: dK, dV and dQ in one pass, five products a tile.
 
-After FlashAttention-3 (https://arxiv.org/abs/2407.08608): a block of 128 keys stays in place and queries pass by. Each
-of two warpgroups holds 64 of the keys, with their dK and dV in registers. S and dP are computed transposed, so that
-P^T and dS^T feed the products for dV and dK from registers. dS also goes through shared memory, where both warpgroups
-need all of it: each computes half of the tile's dQ, which is added to float32 sums in global memory, in the order of
-`fragments`: by another warp, from shared memory, or by the warpgroup itself.
+After FlashAttention-3 (https://arxiv.org/abs/2407.08608): a work tile is 128 keys, and the kernel loops over blocks of
+queries. Each of two warpgroups holds 64 of the keys, with their dK and dV in registers. S and dP are computed
+transposed, so P^T and dS^T are register operands of the products for dV and dK. dS is also written to shared memory,
+because each warpgroup computes half of the block's dQ and needs all of dS. dQ is added to the float32 accumulator in
+global memory, in the layout of `fragments`: by another warp, from shared memory, or by the warpgroup itself.
 
-Unlike there, a tile's dQ is computed a tile later, under the next softmax. So tensor cores have work under all that is
-not theirs, and the warpgroups, which meet by their dS only, may be half a tile apart and fill each other's gaps.
+Unlike in FlashAttention-3, dQ of a block is computed one block later and overlaps the next softmax. So the tensor cores
+are busy during the softmax. The warpgroups synchronise only for dS, and may be half a block apart.
 
 Up to a head dim of 128; above, see `backward_wide`. [Note: shapes] as in `backward_parts`.
 """
@@ -40,7 +40,7 @@ from distflash.kernels.hopper.common import ROWS, advance, arrive, nth, product,
 from distflash.kernels.hopper.compat import async_add, async_store, barrier, store_wait
 from distflash.kernels.hopper.fragments import add, fragments
 
-# Hardware barriers, beside those of `backward_parts`; one a warpgroup.
+# Named barriers, besides those of `backward_parts`; one per warpgroup.
 DQ_READY = gl.constexpr(9)
 DQ_FREE = gl.constexpr(11)
 DONE = gl.constexpr(15)
@@ -52,7 +52,7 @@ def add_queries(
     dq, dq_smem, jobs, job_ready, job_free, queries, kv_heads,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, DIRECT: gl.constexpr,
 ):  # fmt: skip
-    """The adding warp: each tile's dQ, in the two parts that the warpgroups computed, to the sums in global memory."""
+    """The dQ warp: add the two parts of each block's dQ, one of each warpgroup, to the accumulator in global memory."""
     if not DIRECT:
         for w in gl.static_range(2):
             arrive(DQ_FREE + w, ONE_AND_WARP)

@@ -1,4 +1,4 @@
-"""What both backward kernels for Hopper share: the loading warp, P from the log-sum-exp, and where things go.
+"""Parts that both backward kernels for Hopper share: the producer warp, P from the log-sum-exp, and the epilogue.
 
 [Note: shapes] as in `common`. ``stats`` is float32 ``[2, B * H, T]``: the log-sum-exp in base 2, and delta; see the
 portable kernel.
@@ -25,8 +25,8 @@ from distflash.kernels.hopper.common import (
 from distflash.kernels.hopper.compat import async_load
 
 JOB = gl.constexpr(7)  # first, batch, kv_head, begin, before, full, tiles
-# Hardware barriers, beyond those that the compiler uses.
-DS_READY = gl.constexpr(5)  # of a warpgroup and of two tiles in turn
+# Named barriers, besides those that the compiler uses.
+DS_READY = gl.constexpr(5)  # one per warpgroup and for each of two alternating tiles
 FREE = gl.constexpr(13)  # of a stage
 MAX_STAGES = gl.constexpr(2)
 BOTH = gl.constexpr(256)  # threads of both warpgroups
@@ -35,7 +35,7 @@ BOTH_AND_WARP = gl.constexpr(288)
 
 @gluon.jit
 def make_gates(STAGES: gl.constexpr, JOB_READERS: gl.constexpr):
-    """The barriers between the loading warp, both warpgroups, and whoever else reads jobs."""
+    """The mbarriers between the producer warp, both warpgroups, and other readers of work tiles."""
     one: gl.constexpr = mbarrier.MBarrierLayout()
     kv_ready = gl.allocate_shared_memory(gl.int64, [1], one)
     kv_free = gl.allocate_shared_memory(gl.int64, [1], one)

@@ -1,9 +1,9 @@
 """The backward kernel for Hopper above a head dim of 128, where dK and dV of 64 keys fill two warpgroups' registers.
 
-A block is 64 keys: one warpgroup has their dK, the other their dV, and both a part of the columns of every tile's dQ.
-For these they need P and dS of all of a tile's queries, of which each computes half: they meet in shared memory, where
-the second waits for P only, which is there long before dS. So it may be ahead, and the warpgroups fill each other's
-gaps. As in `backward`, a tile's dQ is computed a tile later, under the next softmax, and added up by who computed it.
+A work tile is 64 keys: one warpgroup accumulates their dK, the other their dV, and each computes some columns of every
+block's dQ. Both need P and dS of all queries of a block, and each computes half of them, so they exchange them through
+shared memory. The second warpgroup waits for P only, which is ready long before dS, so it can run ahead. As in
+`backward`, dQ of a block is computed one block later and overlaps the next softmax; the warpgroup itself adds it.
 
 [Note: shapes] as in `backward_parts`. HALF queries of a tile are a warpgroup's.
 """

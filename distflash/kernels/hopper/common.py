@@ -1,16 +1,16 @@
-"""What the Hopper kernels share: walking intervals, forming scores, moving tiles.
+"""Device functions that the Hopper kernels share: intervals, scores, tiles and the tile scheduler.
 
-[Note: shapes] B batch, T local queries, K local keys of the owner, H query heads, G key/value heads, D head dim of q
+[Note: shapes] B batch, T local queries, K local keys of the source, H query heads, G key/value heads, D head dim of q
 and k, V head dim of v. DP and VP are D and V padded to the next power of two. ROWS queries belong to one warpgroup.
 
-Scores live in base 2, as in the portable kernel.
+Scores are in base 2, as in the portable kernel.
 
-[Note: who waits for whom] Scalars of a job, and tiles, pass through shared memory. Of the threads that read or write
-there one alone arrives at the mbarrier; before it does, all of them meet: the compiler puts a barrier of the warpgroup,
-or of the warp, between an access to shared memory and the arrival that follows. At the hardware's named barriers every
-thread arrives for itself. The parts of a kernel begin behind a barrier of all threads. compute-sanitizer's racecheck
-does not follow mbarriers between warps, and reports the job's scalars (`post`, `read`) and a kernel's first lines as
-hazards all the same. `tools.compile_hopper` checks the order in the PTX of every kernel.
+[Note: who waits for whom] Work tiles (a tuple of scalars, called a job) and tiles of tensors are passed through shared
+memory. Only one of the threads that access it arrives at the mbarrier. Before that, the compiler inserts a barrier of
+the warpgroup or the warp, so all of its threads have finished their access. At named barriers every thread arrives.
+Warp-specialised partitions start after a barrier of all threads. compute-sanitizer's racecheck does not follow
+mbarriers between warps, so it reports the scalars of work tiles (`post`, `read`) and a kernel's first lines as hazards
+although they are none. `tools.compile_hopper` checks the order in the PTX of every kernel.
 """
 
 from triton.experimental import gluon
@@ -37,13 +37,13 @@ def product(columns):
 
 @gluon.constexpr_function
 def columns_of(dim):
-    """How many columns of a head dim there are to multiply: the tiles in shared memory may be wider."""
+    """How many columns of a head dim to multiply; the tiles in shared memory may be wider."""
     return (dim + 63) // 64 * 64
 
 
 @gluon.jit
 def strips(x, COLUMNS: gl.constexpr):
-    """The first COLUMNS of a tile in shared memory, in as few parts as can be of a power of two."""
+    """The first COLUMNS of a tile in shared memory, in the fewest chunks whose widths are powers of two."""
     if COLUMNS == 192:
         return x.slice(0, 128, dim=1), x.slice(128, 64, dim=1)
     else:
@@ -52,7 +52,7 @@ def strips(x, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def row_products(a, b, zeros):
-    """Start A B^T, of the strips of A and the same columns of B."""
+    """Issue A B^T, of the column chunks of A and the same columns of B."""
     if len(a) == 2:
         s = warpgroup_mma(a[0], b.slice(0, 128, dim=1).permute((1, 0)), zeros, use_acc=False, is_async=True)
         return warpgroup_mma(a[1], b.slice(128, 64, dim=1).permute((1, 0)), s, is_async=True)
@@ -71,7 +71,7 @@ def pick(program, blocks, heads, heads_at_once):
 
 @gluon.jit
 def locate(row, groups, flags):
-    """Where a block of rows begins, and its flags; see the function of this name in the portable kernel."""
+    """The first row of a block of rows, and its flags; see the function of this name in the portable kernel."""
     group = row // GROUP_ROWS
     live = flags < 0
     start = gl.load(groups + 2 * group, mask=live, other=group * GROUP_ROWS)
@@ -81,9 +81,9 @@ def locate(row, groups, flags):
 
 @gluon.jit
 def span(lo, hi, first, last, STEP: gl.constexpr, ALIGN: gl.constexpr):
-    """The tiles of ``STEP`` that a block visits; see the portable kernel's function of this name.
+    """The tiles of ``STEP`` that a block processes; see the portable kernel's function of this name.
 
-    None where the block's interval is empty: such a block may begin where the tensor ends.
+    None if the block's interval is empty: such a block may start at the end of the tensor.
     """
     start, stop = gl.load(lo + first), gl.load(hi + last)
     begin = start // ALIGN * ALIGN
@@ -95,7 +95,7 @@ def span(lo, hi, first, last, STEP: gl.constexpr, ALIGN: gl.constexpr):
 
 @gluon.jit
 def nth(i, before, full, masked):
-    """The tile to visit as ``i``-th: those that need a mask first, then the full ones between them."""
+    """The ``i``-th tile of a block: the masked tiles first, then the full ones between them."""
     return gl.where(i >= masked, i - masked + before, gl.where(i < before, i, i + full))
 
 
@@ -106,16 +106,16 @@ def pack_asm(dtype):
 
 @gluon.jit
 def pack(x, like):
-    """``x`` rounded to the dtype of ``like``, in pairs; one by one, they are paired only where they are multiplied."""
+    """``x`` rounded to the dtype of ``like``, in pairs; the compiler itself would pair them only at the product."""
     return gl.inline_asm_elementwise(pack_asm(like.dtype), "=r,f,f", [x], like.dtype, True, 2)
 
 
 @gluon.jit
 def inside(lo, length, COLUMNS: gl.constexpr, layout: gl.constexpr):
-    """Which columns of a product lie in their row's interval, of ``length`` columns from ``lo`` on.
+    """Which columns of a product are in their row's interval of ``length`` columns from ``lo`` on.
 
     A thread holds columns 8 j + 2 l and 8 j + 2 l + 1 for its l and every j. Its l is subtracted from ``lo``, which
-    leaves constants in the code instead of a register for every column. What is below ``lo`` is huge as unsigned.
+    leaves constants in the code instead of a register for every column. A column below ``lo`` is huge as unsigned.
     """
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))[None, :]
     mine = columns & 6
@@ -141,13 +141,13 @@ def row_max(x):
 
 @gluon.jit
 def row_parts(x):
-    """The sums ``[ROWS, 4]`` of the columns that each of a row's four threads holds."""
+    """The partial row sums ``[ROWS, 4]`` of the four threads that share each row."""
     return half_parts(split(x))
 
 
 @gluon.jit
 def halves(x):
-    """The left and the right half of a product's columns, as `split` has them."""
+    """The left and the right half of a product's columns, in the form of `split`."""
     four = x.reshape([x.shape[0], 2, x.shape[1] // 64, 4, 4, 2])
     return gl.split(four.permute((0, 2, 3, 4, 5, 1)))
 
@@ -161,21 +161,21 @@ def whole(left, right, like):
 
 @gluon.jit
 def half_parts(x):
-    """`row_parts` of what `split` or `halves` gave; neighbours first, which are known at the same time."""
+    """`row_parts` of the result of `split` or `halves`; adjacent elements first, which are ready at the same time."""
     return gl.sum(gl.sum(gl.sum(x, 4), 2), 1)
 
 
 @gluon.jit
 def in_parts(x, like):
-    """A value for each row, beside the parts of `row_parts`."""
+    """A value for each row, in the layout of `row_parts`."""
     return gl.convert_layout(x, gl.SliceLayout(1, like.type.layout))[:, None]
 
 
 @gluon.constexpr_function
 def rescale_asm(elements):
-    """PTX that multiplies a thread's elements, of two rows in turn, unless no row of the warp has changed.
+    """PTX that multiplies a thread's elements, which alternate between two rows, unless no row of the warp has changed.
 
-    Each multiplication is under a predicate, because one that is not carried out costs next to no power.
+    Each multiplication has a predicate, because a multiplication that is not executed costs almost no power.
     """
     first, second = f"${2 * elements}", f"${2 * elements + 2}"
     lines = [
@@ -196,15 +196,15 @@ def rescale_asm(elements):
 
 @gluon.constexpr_function
 def rescale_constraints(elements):
-    """In place: outputs, the same registers as inputs, and each element's ``change``."""
+    """Constraints of an in-place operation: outputs, the same registers as inputs, and each element's ``change``."""
     return ",".join(["=f"] * elements + [str(n) for n in range(elements)] + ["f"] * elements)
 
 
 @gluon.jit
 def rescale(acc, change):
-    """A product ``acc * exp2(change)[:, None]``; a warp with no change in its rows jumps over all of it.
+    """``acc * exp2(change)[:, None]``, which a warp skips if no row of it has changed.
 
-    In assembly, because a branch of the language is taken by a whole warpgroup, which would have to meet for it.
+    In assembly, because a branch in the language is taken by a whole warpgroup, which would have to synchronise.
     """
     COUNT: gl.constexpr = min(64, acc.shape[1] // 2)
     by_row = gl.convert_layout(change, gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -215,28 +215,28 @@ def rescale(acc, change):
 
 @gluon.jit
 def advance(place, phase, PLACES: gl.constexpr):
-    """The next place of a ring of buffers, and the phase of its barriers, which flips with every round."""
+    """The next stage of a circular buffer, and the phase of its barriers, which flips in every round."""
     last = place == PLACES - 1
     return gl.where(last, 0, place + 1), gl.where(last, phase ^ 1, phase)
 
 
 @gluon.jit
 def sync(number, threads):
-    """Wait at the hardware's barrier ``number`` until so many threads have come, those that only `arrive` included."""
+    """Wait at named barrier ``number`` until ``threads`` threads have arrived, including those that only `arrive`."""
     gl.inline_asm_elementwise("bar.sync $1, $2; mov.b32 $0, 0;", "=r,r,r", [number, threads], gl.int32, False, 1)
 
 
 @gluon.jit
 def arrive(number, threads):
-    """Be counted at a barrier without waiting for it."""
+    """Arrive at a named barrier without waiting."""
     gl.inline_asm_elementwise("bar.arrive $1, $2; mov.b32 $0, 0;", "=r,r,r", [number, threads], gl.int32, False, 1)
 
 
 @gluon.jit
 def arrive_after(values, number, same, threads):
-    """As `arrive`, but not before the float32 ``values``, one a row, are known; they are returned.
+    """As `arrive`, but not before the float32 ``values``, one per row, are computed; they are returned.
 
-    ``same`` is equal to ``number``, which the assembler must not be able to tell: it chooses one by the values.
+    ``same`` equals ``number``, but the assembler cannot know it: the barrier is selected by the values.
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .b32 n; setp.gt.f32 p, $2, $3; selp.b32 n, $4, $6, p; bar.arrive n, $8; "
@@ -247,7 +247,7 @@ def arrive_after(values, number, same, threads):
 
 @gluon.jit
 def post(jobs, slot, values):
-    """Write a job, a tuple of scalars, into shared memory; the barrier that makes it visible is the caller's."""
+    """Write a work tile, a tuple of scalars, to shared memory. The caller's barrier makes it visible."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     for n in gl.static_range(len(values)):
         jobs.index(slot * len(values) + n).store(gl.full([1], 0, gl.int32, layout=one) + values[n])
@@ -255,7 +255,7 @@ def post(jobs, slot, values):
 
 @gluon.jit
 def read(jobs, slot, SIZE: gl.constexpr, COUNT: gl.constexpr):
-    """The first COUNT scalars of a job of SIZE."""
+    """The first COUNT scalars of a work tile of SIZE scalars."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     values = ()  # of scalars, one after the other
     for n in gl.static_range(COUNT):
@@ -265,13 +265,13 @@ def read(jobs, slot, SIZE: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def next_job(counter, programs):
-    """The next job of a grid of ``programs``, whichever program asks first."""
+    """The next work tile of a grid of ``programs``, by the atomic counter."""
     return programs + gl.atomic_add(counter, 1)
 
 
 @gluon.jit
 def leave(counter, programs):
-    """Called once by every program after its last `next_job`: the last one to leave sets the counters back to 0."""
+    """Called by every program after its last `next_job`; the last program resets the counters to 0."""
     if gl.atomic_add(counter + 1, 1) == programs - 1:
         gl.store(counter, 0)
         gl.store(counter + 1, 0)
@@ -279,7 +279,7 @@ def leave(counter, programs):
 
 @gluon.jit
 def tanh(x):
-    # The language's division takes care of small divisors, too; this one is 1 at least.
+    # The language's division also handles divisors below 1; this one is at least 1.
     divisor = gl.exp2(x * (2.0 * LOG2E)) + 1.0
     inverse = gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], gl.float32, True, 1)
     return 1.0 - 2.0 * inverse

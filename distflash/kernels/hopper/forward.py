@@ -1,15 +1,16 @@
-"""The forward kernel for Hopper: warpgroups that take turns at the tensor cores, fed by one warp that loads.
+"""The forward kernel for Hopper: consumer warpgroups in ping-pong, fed by one producer warp.
 
-After FlashAttention-3 (https://arxiv.org/abs/2407.08608): each warpgroup holds 64 queries. The product Q K^T of the
-next tile is in flight before P V of the last, and while one warpgroup computes its softmax, the other's products run.
-The state between passes is that of the portable kernel, but for its reference, which follows the maximum only when it
-must (after FlashAttention-4, https://arxiv.org/abs/2603.05451): see `follow`.
+After FlashAttention-3 (https://arxiv.org/abs/2407.08608): each consumer warpgroup has 64 queries. Q K^T of the next
+tile is issued before P V of the last one, and while one warpgroup computes its softmax, the other's products run. The
+state between passes is that of the portable kernel, except that its reference follows the maximum only if necessary
+(after FlashAttention-4, https://arxiv.org/abs/2603.05451): see `follow`.
 
-As many programs run as there are multiprocessors, and each takes the next block of queries when it has room for it: the
-loading warp asks for it, tells the others, and loads ahead while they finish the last one.
+The grid is persistent, with one program per multiprocessor. The producer warp takes the next work tile (a block of
+queries of a head) from an atomic counter as soon as a slot for Q is free, publishes it to the consumers, and prefetches
+its tiles while they finish the previous one.
 
-A block's keys come from one source or from two, one after the other. A pass has only blocks of rows that see a key in
-it (`distflash.liveness`); of heads that have begun some may be passed by.
+The keys of a block come from one source, or from two in order. A pass processes only blocks of rows that see one of its
+keys (`distflash.liveness`); for begun heads, some of these blocks may have no work.
 
 [Note: shapes] as in `common`.
 """
@@ -60,15 +61,15 @@ from distflash.kernels.hopper.common import (
 )
 from distflash.kernels.hopper.compat import async_load, async_store, barrier, reinterpret, store_wait
 
-# Hardware barriers, beyond those that the compiler uses; of the last two, one a stage.
+# Named barriers, besides those that the compiler uses; of the last two there is one per stage.
 TURN = gl.constexpr(5)
 K_FREE = gl.constexpr(8)
 V_FREE = gl.constexpr(12)
 MAX_STAGES = gl.constexpr(4)
-PLACE = gl.constexpr(3)  # first, plane, ends: of a job what its end needs
+PLACE = gl.constexpr(3)  # first, plane, ends: the scalars of a work tile that its epilogue needs
 JOB = gl.constexpr(8)  # and starts, begin, before, full, tiles
-JOB_2 = gl.constexpr(12)  # and the last four for the other owner
-LOWEST = gl.constexpr(-3.0e38)  # for -inf, of which differences are NaN
+JOB_2 = gl.constexpr(12)  # and the last four once more for the second source
+LOWEST = gl.constexpr(-3.0e38)  # in place of -inf, whose differences are NaN
 
 
 @gluon.jit
@@ -76,7 +77,7 @@ def load_keys(
     k, v, batch, kv_head, part, smem, gates, stage, loaded,
     BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One owner's tiles of keys and values, as room becomes free."""
+    """Load one source's tiles of keys and values, as stages become free."""
     k_smem, v_smem, k_ready, v_ready = smem[1], smem[2], gates[2], gates[3]
     begin, before, full, tiles = part
     for i in range(tiles):
@@ -96,9 +97,9 @@ def load_keys(
 
 @gluon.jit
 def at_least_one(begin, tiles, others, BLOCK_N: gl.constexpr):
-    """Where a block's tiles begin, and how many: one if there are none and no ``others``, to keep the pipeline simple.
+    """The first tile of a block and the number of its tiles; at least one, unless there are ``others``.
 
-    That one lies before the first key, where the copy engine reads zeros, whatever the keys hold that nobody sees.
+    Where no key is visible, the one tile is before the first key, where TMA reads zeros. It keeps the pipeline simple.
     """
     none = tiles + others == 0
     return gl.where(none, -BLOCK_N, begin), gl.where(none, 1, tiles)
@@ -110,7 +111,7 @@ def load_block(
     SLOTS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     TWO: gl.constexpr,
 ):  # fmt: skip
-    """A block's job and queries, then keys and values of its tiles. Heads that have ``begun`` take the other's only."""
+    """Publish a work tile and load Q, then its K and V. Heads that have ``begun`` read the second source only."""
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     q_smem, _, _ = smem
     q_ready, q_free, _, _ = gates
@@ -154,7 +155,7 @@ def load_tiles(
     SLOTS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     TWO: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: one block after the other."""
+    """The producer warp: one work tile after the other."""
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     q_ready, q_free, _, _ = gates
     queries, heads, head_count, done, batches, heads_at_once, programs, groups, blocks, marks = grid
@@ -163,12 +164,12 @@ def load_tiles(
     while program < blocks * head_count * batches:
         block, place = pick(program, blocks, head_count * batches, heads_at_once)
         batch, head = place // head_count, place % head_count
-        # Under causal masks later rows see more: longest first.
+        # Longest first: with causal masks later rows see more keys.
         first, flags = locate((blocks - 1 - block) * BLOCK_M, groups, marks)
         begun = head < done
         if TWO:
             flags = gl.where(begun, flags >> BEGUN_BITS, flags)
-        if (flags & LIVE) != 0:  # only heads that have begun may have nothing to do
+        if (flags & LIVE) != 0:  # 0 only for heads that have begun
             slot, slot_phase, stage, loaded = load_block(
                 q, owner, other, smem, gates, jobs, (first, flags, batch, head, heads, queries), begun,
                 (slot, slot_phase, stage, loaded), SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO,
@@ -185,7 +186,7 @@ def load_tiles(
 
 @gluon.jit
 def read_job(jobs, slot, TWO: gl.constexpr):
-    """A block's scalars, of which the tiles of the other owner may be none."""
+    """A work tile's scalars; the second source may have no tiles."""
     if TWO:
         return read(jobs, slot, JOB_2, JOB_2)
     else:
@@ -195,13 +196,13 @@ def read_job(jobs, slot, TWO: gl.constexpr):
 
 @gluon.jit
 def read_place(jobs, slot, TWO: gl.constexpr):
-    """The first scalars of a job once more, rather than to keep them and what follows from them in registers."""
+    """The first scalars of a work tile, read again instead of being kept in registers."""
     return read(jobs, slot, JOB_2 if TWO else JOB, PLACE)
 
 
 @gluon.jit
 def tile_at(i, job, BLOCK_N: gl.constexpr, TWO: gl.constexpr):
-    """Of a block's tile ``i``: where it starts, whether it needs the mask, whether it is the other owner's."""
+    """Of tile ``i`` of a block: its first key, whether it needs the mask, and whether it is the second source's."""
     begin, before, full, tiles, begin_2, before_2, full_2, tiles_2 = job
     theirs = i >= tiles
     if TWO:
@@ -216,14 +217,14 @@ def tile_at(i, job, BLOCK_N: gl.constexpr, TWO: gl.constexpr):
 
 @gluon.jit
 def scores(s, tile, ends, scale, softcap, layout: gl.constexpr, SOFTCAP: gl.constexpr, TWO: gl.constexpr):
-    """From raw products ``s [ROWS, N]`` to what, times the factor also returned, are scores in base 2."""
+    """From raw products ``s [ROWS, N]``: masked scores, and the factor that brings them to base 2."""
     start, masked, theirs = tile
     lo, length, lo_2, length_2 = ends
     factor = scale * LOG2E
     if SOFTCAP:
         s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
         factor = 1.0
-    if masked:  # a value of the loop: a tile inside every interval skips this
+    if masked:  # known at run time only: a tile inside all intervals skips the comparison
         if TWO:
             lo = gl.where(theirs, lo_2, lo)
             length = gl.where(theirs, length_2, length)
@@ -233,14 +234,14 @@ def scores(s, tile, ends, scale, softcap, layout: gl.constexpr, SOFTCAP: gl.cons
 
 @gluon.jit
 def follow(s, factor, m):
-    """The maximum, and the logarithm of the last one relative to it, 0 where nothing changes."""
+    """The new maximum, and the base-2 logarithm of the rescaling factor, 0 where the maximum does not change."""
     m_new = gl.maximum(m, row_max(s) * factor)
     return m_new, m - m_new
 
 
 @gluon.jit
 def exponentials(s, factor, m, l, change):
-    """P in float32, and the sums of each thread's part of the rows."""
+    """P in float32, and each thread's partial row sums."""
     p = gl.exp2(s * factor - m[:, None])
     return p, l * in_parts(gl.exp2(change), l) + row_parts(p)
 
@@ -250,7 +251,7 @@ def multiply(
     w: gl.constexpr, q, p, acc, smem, gates, stage, phase,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr,
 ):  # fmt: skip
-    """Start Q K^T of the next tile and P V of this one, when it is this warpgroup's turn."""
+    """Issue Q K^T of the next tile and P V of this one, when it is this warpgroup's turn (ping-pong)."""
     k_smem, v_smem, k_ready, v_ready = smem[1], smem[2], gates[2], gates[3]
     BLOCK_N: gl.constexpr = k_smem.shape[3]
     following, following_phase = advance(stage, phase, STAGES)
@@ -271,18 +272,18 @@ def attend(
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
     HALVES: gl.constexpr, TWO: gl.constexpr,
 ):  # fmt: skip
-    """P V of a tile under the first part of the next one's softmax: up to the maximum, or half of the exponentials."""
+    """P V of a tile, overlapping the next tile's softmax up to its maximum, or up to half of its exponentials."""
     m, l, acc, p, stage, phase = state
     EVERYBODY: gl.constexpr = 32 + CONSUMERS * 128
     if TWO and acc.shape[1] > 128:
-        zero = stage // MAX_STAGES  # there is no register to keep it in
+        zero = stage // MAX_STAGES  # computed, since no register is free to keep it
     s, acc, following, following_phase = multiply(w, q, p, acc, smem, gates, stage, phase, CONSUMERS, STAGES, mma_s)
     s = warpgroup_mma_wait(1, [s])
     s, factor = scores(s, tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
     m, change = follow(s, factor, m)
-    # The assembler would move the wait for P V up to that for Q K^T; an arrival that depends on results holds it.
+    # Without an arrival that depends on results, the assembler would move the wait for P V up to that for Q K^T.
     if HALVES:
-        # Halved before the difference, so that the assembler mixes differences and exponentials: 1% of all.
+        # Split before the subtraction, so that the assembler interleaves subtractions and exponentials: 1% faster.
         left, right = halves(s)
         m_left, m_right = halves(m[:, None] + gl.zeros_like(s))
         left, right = left * factor - m_left, right * factor - m_right
@@ -310,7 +311,7 @@ def attend_in_turn(
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
     TWO: gl.constexpr,
 ):  # fmt: skip
-    """A tile's softmax, then its P V and the next tile's Q K^T, and the wait for both."""
+    """A tile's softmax, then its P V and the next tile's Q K^T, and the wait for both products."""
     m, l, acc, s, stage, phase = state
     EVERYBODY: gl.constexpr = 32 + CONSUMERS * 128
     s, factor = scores(s, tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
@@ -328,7 +329,7 @@ def attend_in_turn(
 
 @gluon.jit
 def places(first, plane, sizes, V: gl.constexpr, VP: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr):
-    """Where the rows from ``first`` on are in ``[B, H, T]`` and ``[B, T, H, V]``, and which of them exist."""
+    """The offsets of the rows from ``first`` on in ``[B, H, T]`` and ``[B, T, H, V]``, and which of them exist."""
     queries, heads = sizes
     batch, head = plane // heads, plane % heads
     rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_s))
@@ -344,7 +345,7 @@ def begin(
     sinks, sums, first, plane, starts, sizes, V: gl.constexpr, VP: gl.constexpr, mma_s: gl.constexpr,
     mma_o: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
-    """The state ``(maximum, total, weighted)`` that queries start from: nothing, the sinks, or the last pass's."""
+    """The state ``(maximum, total, weighted)`` to start from: the identity, the sinks, or the running state."""
     maximum, total, weighted = sums
     m = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, mma_s))
     acc = gl.zeros([ROWS, VP], gl.float32, layout=mma_o)
@@ -366,7 +367,7 @@ def end(
     state, final, staging, lse, sums, first, plane, ends, sizes, V: gl.constexpr, VP: gl.constexpr,
     mma_s: gl.constexpr, mma_o: gl.constexpr,
 ):  # fmt: skip
-    """Write the output by way of ``staging``, where the queries were, or the state for the next pass."""
+    """Epilogue: write O through ``staging``, which is Q's shared memory, or the running state for the next pass."""
     m, l, acc = state
     maximum, total, weighted = sums
     at_row, at_out, exists, kept = places(first, plane, sizes, V, VP, mma_s, mma_o)
@@ -374,7 +375,7 @@ def end(
         inverse = gl.where(l > 0.0, 1.0 / l, 0.0)
         gl.store(lse + at_row, (m + gl.log2(l)) * LN2, mask=exists)
         out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))[:, None]
-        # Values may be narrower than keys: the first of as many places as there is room for.
+        # Values may be narrower than keys: use the first part of Q's shared memory.
         room = reinterpret(staging, staging.dtype, [staging.shape[3] // VP] + final.block_type.shape, final.layout)
         room.index(0).reshape(acc.shape).store(out.to(staging.dtype))
         fence_async_shared()
@@ -392,7 +393,7 @@ def block(
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
     IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr,
 ):  # fmt: skip
-    """Take all of a block's tiles into its state. ``previous`` is the last block's place, to be freed, or -1."""
+    """Attend to all tiles of a block. ``previous`` is the slot of the last block's Q, which is freed here, or -1."""
     m, l, acc = state
     _, k_smem, v_smem = smem
     _, _, k_ready, v_ready = gates
@@ -404,13 +405,13 @@ def block(
     s = row_products(query, key, zeros)
     s = warpgroup_mma_wait(0, [s])
     arrive(K_FREE + stage, 32 + CONSUMERS * 128)
-    # One thread of each row carries its sum so far, the others begin with 0.
+    # One of the threads that share a row starts with the row's running total, the others with 0.
     parts = row_parts(zeros)
     column = gl.arange(0, parts.shape[1], layout=gl.SliceLayout(0, parts.type.layout))[None, :]
     l = gl.where(column == 0, in_parts(l, parts), 0.0)
     tiles = job[3] + job[7]
     if IN_TURN:
-        if previous >= 0:  # by now, the last block's output has left its place
+        if previous >= 0:  # the last block's O has been stored by now
             store_wait(0)
             mbarrier.arrive(q_free.index(previous))
         for i in range(tiles - 1):
@@ -426,7 +427,7 @@ def block(
     m, change = follow(s, factor, m)
     p32, l = exponentials(s, factor, m, l, change)
     p = gl.convert_layout(p32.to(k_smem.dtype), gl.DotOperandLayout(0, mma_o, k_width=2))
-    acc = rescale(acc, gl.where(fresh, 0.0, change))  # zeros stay zeros
+    acc = rescale(acc, gl.where(fresh, 0.0, change))  # an accumulator of zeros needs no rescaling
     if not IN_TURN:
         if previous >= 0:
             store_wait(0)
@@ -451,7 +452,7 @@ def consume(
     STAGES: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, IN_TURN: gl.constexpr, HALVES: gl.constexpr,
     TWO: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup ``w``: attention of 64 queries of every block."""
+    """Consumer warpgroup ``w``: 64 queries of every block."""
     q_smem, _, v_smem = smem
     q_ready, q_free, _, _ = gates
     row_lo, row_hi, other_lo, other_hi = ends
@@ -482,7 +483,7 @@ def consume(
         place = q_smem.index(slot * CONSUMERS + w)
         query = strips(place.reshape([ROWS, q_smem.shape[4]]), columns_of(D))
         job = (begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2)
-        # The sign of a length is 0, but the assembler does not know.
+        # Always 0, since lengths are not negative, but the assembler cannot know that.
         state, stage, phase = block(
             w, state, query, smem, gates, stage, phase, job, (lo, length, lo_2, length_2), scale, softcap,
             queries >> 31, previous, q_free, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, IN_TURN, HALVES, TWO,
@@ -491,7 +492,7 @@ def consume(
         end(state, final, place, lse, sums, first + w * ROWS, plane, closes, sizes, V, VP, mma_s, mma_o)
         if SLOTS > 1:
             previous = slot
-        else:  # nothing else can come before this place is free
+        else:  # with one slot, the next block needs this one
             store_wait(0)
             mbarrier.arrive(q_free.index(slot))
         slot, slot_phase = advance(slot, slot_phase, SLOTS)
@@ -509,13 +510,13 @@ def consume(
 )  # fmt: skip
 def forward_kernel(
     q, k, v, row_lo, row_hi,  # descriptors of [B, H, T, D], [B, G, K, D], [B, G, K, V]; int32 [T]
-    other_k, other_v, other_lo, other_hi,  # the same of another owner, read where TWO
-    sinks,  # [H], read where SINKS
+    other_k, other_v, other_lo, other_hi,  # the same of the second source, read if TWO
+    sinks,  # [H], read if SINKS
     final, lse,  # descriptor of [B, H, T, V] in q's dtype, float32 [B, H, T]: written where rows end
-    maximum, total, weighted,  # float32 [B, H, T], [B, H, T], [B, T, H, V]: between hops
+    maximum, total, weighted,  # float32 [B, H, T], [B, H, T], [B, T, H, V]: between passes
     counter,  # int32 [2], zeros, and zeros again afterwards
     scale, softcap, queries, heads, batches,
-    head_count, done,  # the heads of this launch, and, where TWO, how many of them have seen the owner's keys before
+    head_count, done,  # the heads of this launch, and, if TWO, how many of them have begun
     groups, blocks, flags,  # int32 [N, 2], and their blocks of queries; or all blocks and their flags, see `locate`
     heads_at_once, programs,
     GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,

@@ -1,10 +1,10 @@
-"""The order in which dQ is added up in memory: as threads hold it after a product, and so without rearrangement.
+"""The memory layout of the dQ accumulator: that of a product's registers, so that adding needs no rearrangement.
 
 [Note: fragment order] A product of ROWS rows and N columns lies in the registers of 4 warps of 32 threads: thread l of
 warp w has columns 8 j + 2 (l % 4) + c of rows 16 w + 8 r + l / 4, for c and r of 0 and 1 and every j. In fragment order
-its four numbers of each j follow one another, then come those of the next thread: every store of a warp is 512 bytes in
-a row, which neither conflicts with itself in shared memory nor has to be put together anywhere on its way. float32
-``[tiles, PARTS, ROWS, N]`` holds tiles of ROWS queries, one head after the other, each in PARTS products side by side.
+the four numbers of a thread and j are consecutive, followed by those of the next thread. So every store of a warp is
+512 consecutive bytes, without bank conflicts in shared memory. float32 ``[tiles, PARTS, ROWS, N]`` holds tiles of ROWS
+queries, by heads, each as PARTS products with consecutive columns.
 """
 
 from triton.experimental import gluon

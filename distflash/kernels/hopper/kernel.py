@@ -1,6 +1,6 @@
-"""The kernel for Hopper GPUs (sm_90): warpgroup matrix instructions fed by the tensor copy engine, written in Gluon.
+"""The kernel for Hopper GPUs (sm_90): warpgroup matrix instructions (WGMMA) fed by TMA, written in Gluon.
 
-Importable without triton, which is imported when the kernel is first asked for something.
+Importable without triton, which is imported when the kernel is first used.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from distflash.kernels.base import Abilities, Kernel, KeyGradient, Keys, Problem, QueryGradient, Saved, Scores
+from distflash.kernels.base import Abilities, BackwardContext, Kernel, KeyGradient, Keys, Problem, QueryGradient, Scores
 from distflash.kernels.decoding import Decoding
 from distflash.kernels.hopper.tiles import KEYS, BackwardTile, ForwardTile, backward_tile, forward_tile, padded
 from distflash.kernels.launch import Launch, on
 from distflash.kernels.machine import Machine, machine_of
 from distflash.kernels.replay import Replays, facts_of, of_keys, of_state
 from distflash.kernels.triton import Triton
+from distflash.kernels.versions import gluon_reasons
 from distflash.partial import Partial
 from distflash.plan import Pass
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257, 8)
-TRITONS = (3, 6), (3, 9)  # the first and the last whose Gluon the kernels are compiled with in tests
-ROUNDS = 3  # of blocks of keys: where masks make them unequal, with fewer some programs end long before others
+ROUNDS = 3  # work tiles per program: with fewer, programs finish at different times if masks make tiles unequal
 
 _forward, _backward, _rounding = Replays(), Replays(), Replays()
 
@@ -34,15 +34,15 @@ _forward, _backward, _rounding = Replays(), Replays(), Replays()
 class Hopper(Kernel):
     """Exact attention in Gluon for sm_90, by row and column intervals; see `distflash.kernels.base.Kernel`.
 
-    Forward and backward after FlashAttention-3 (https://arxiv.org/abs/2407.08608). dQ is added up in float32 in global
-    memory, in the order in which blocks of keys come by, so its last bits differ from run to run. Where values are of
-    64 columns or fewer beside wider keys, the backward pass is the portable kernel's.
+    Forward and backward after FlashAttention-3 (https://arxiv.org/abs/2407.08608). dQ is accumulated in float32 in
+    global memory, in the order in which tiles finish, so its last bits differ from run to run. For values of up to 64
+    columns with wider keys, the backward pass is the portable kernel's.
 
     Args:
-        deterministic: the same bits in every run: the portable kernel's backward pass, which computes seven products a
-            tile instead of five.
-        margin: multiprocessors left to communication, which a grid as large as the GPU would hold up.
-        forward_tile, backward_tile: in place of the shipped ones, for tuning.
+        deterministic: the same bits in every run, by the portable kernel's backward pass, which computes seven products
+            per tile instead of five.
+        margin: the number of multiprocessors (SMs) that the persistent grid leaves free for communication kernels.
+        forward_tile, backward_tile: tile sizes in place of the shipped ones, for tuning.
         machine: see `Kernel.rehearsing`.
 
     Raises:
@@ -53,7 +53,7 @@ class Hopper(Kernel):
         >>> df.attention(*torch.randn(3, 1, 10, 4, 64), cp=cp)
         Traceback (most recent call last):
             ...
-        ValueError: kernel: Hopper(...) does not support this call: the Triton kernel runs on GPUs, not on cpu; ...
+        ValueError: kernel: Hopper(...) does not support this call: Triton kernels run on GPUs, not on cpu; ...
     """
 
     base: ClassVar[float] = 2.0
@@ -77,10 +77,10 @@ class Hopper(Kernel):
         elif not reasons:
             import triton
 
-            reasons += triton_reasons(triton.__version__)
+            reasons += gluon_reasons(triton.__version__)
         if problem.dtype not in DTYPES:
             reasons.append(f"the Hopper kernel takes float16 and bfloat16, not {problem.dtype}")
-        if padded(problem.d_v) > padded(problem.d_qk):  # outputs leave by the place of the queries
+        if padded(problem.d_v) > padded(problem.d_qk):  # O is staged through Q's shared memory
             reasons.append(
                 f"the Hopper kernel takes values as wide as keys at most, padded to a power of two, not d_v = "
                 f"{problem.d_v} beside d_qk = {problem.d_qk}"
@@ -92,7 +92,7 @@ class Hopper(Kernel):
     def abilities(self, device: torch.device) -> Abilities:
         if self.deterministic:
             return Abilities(two_sources=True)
-        return Abilities(two_sources=True, some_heads=True, enough_keys=ROUNDS * KEYS * self._programs(device))
+        return Abilities(two_sources=True, some_heads=True, smallest_work=ROUNDS * KEYS * self._programs(device))
 
     def rehearsing(self, machine: Machine) -> Hopper | None:
         if self._portable.rehearsing(machine) is None:
@@ -102,7 +102,7 @@ class Hopper(Kernel):
         return replace(self, machine=machine)
 
     def decoding(self, device: torch.device) -> Decoding:
-        """The portable kernel's: it is bound by memory, which needs nothing of Hopper's own."""
+        """The portable kernel's: decoding is bound by memory bandwidth, so it needs no Hopper instructions."""
         return self._portable.decoding(device)
 
     def forward(self, q: Tensor, keys: tuple[Keys, ...], each: Pass, scores: Scores, into: Partial) -> None:
@@ -117,23 +117,23 @@ class Hopper(Kernel):
         with on(q.device):
             _forward.run(key, tensors, lambda: launches.forward(tile, programs, q, keys, each, scores, into))
 
-    def save(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Saved:
-        saved = self._portable.save(q, out, lse, dout, dlse)
+    def preprocess(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> BackwardContext:
+        saved = self._portable.preprocess(q, out, lse, dout, dlse)
         if not self._fused(q, out):
             return saved
         from distflash.kernels.hopper import launches
 
-        return replace(saved, counter=q.new_zeros(2, dtype=torch.int32), sums=launches.query_sums(saved.q))
+        return replace(saved, counter=q.new_zeros(2, dtype=torch.int32), dq_accum=launches.query_sums(saved.q))
 
     def backward(
-        self, saved: Saved, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
+        self, saved: BackwardContext, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
     ) -> None:
-        if saved.sums is None:
+        if saved.dq_accum is None:
             self._portable.backward(saved, keys, each, scores, dq, dkv)
             return
         from distflash.kernels.hopper import launches
 
-        sums = saved.sums
+        sums = saved.dq_accum
         with on(saved.q.device):
             if each.first:
                 sums.zero_()
@@ -147,15 +147,15 @@ class Hopper(Kernel):
                 _rounding.run(facts, tensors, lambda: launches.round_queries(sums, scores.scale, dq.final))
 
     def _few(self, q: Tensor, k: Tensor) -> bool:
-        """Whether many queries share few key heads, whose blocks would leave three multiprocessors of four idle."""
+        """Whether work tiles (key blocks x key heads) are so few that three of four multiprocessors would idle."""
         (B, K, G, _), (_, T, H, _) = k.shape, q.shape
-        # Copies and sums take the host longer than they save where queries are few.
+        # With few queries, copying and adding take the host longer than they save.
         return H > G and T >= 4 * K and self._programs(k.device) >= 4 * B * G * -(-K // KEYS)
 
-    def _backward_spread(self, saved: Saved, keys: Keys, scores: Scores, dkv: KeyGradient) -> None:
-        """`_backward` with a copy of the keys for each query head: more work tiles, of fewer queries each.
+    def _backward_spread(self, saved: BackwardContext, keys: Keys, scores: Scores, dkv: KeyGradient) -> None:
+        """`_backward` with a copy of the keys for each query head, which makes more work tiles.
 
-        The copies' gradients are added in float32. For few keys that many queries see, such as the first of a sequence.
+        The copies' gradients are added in float32. For few keys that many queries see, such as attention sinks.
         """
         heads = saved.q.shape[2]
         k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (keys.k, keys.v))
@@ -164,10 +164,10 @@ class Hopper(Kernel):
         for total, parts in ((dkv.dk, each.dk), (dkv.dv, each.dv)):
             total.copy_(parts.unflatten(2, (total.shape[2], -1)).sum(3))
 
-    def _backward(self, saved: Saved, keys: Keys, scores: Scores, dkv: KeyGradient, heads: range) -> None:
+    def _backward(self, saved: BackwardContext, keys: Keys, scores: Scores, dkv: KeyGradient, heads: range) -> None:
         from distflash.kernels.hopper import launches
 
-        # The kernel leaves out blocks of keys that no query sees.
+        # The kernel skips blocks of keys that no query sees.
         for unseen in keys.rows.unseen:
             for gradient in (dkv.dk, dkv.dv):
                 gradient[:, unseen.start : unseen.stop, heads.start : heads.stop].zero_()
@@ -177,7 +177,7 @@ class Hopper(Kernel):
             return launches.backward(tile, self._programs(saved.q.device), saved, keys, scores, dkv, heads)
 
         rows = keys.rows
-        of_queries = saved.q, saved.dout, saved.statistics, saved.sums, saved.counter
+        of_queries = saved.q, saved.dout, saved.lse_delta, saved.dq_accum, saved.counter
         tensors = [*of_queries, keys.k, keys.v, rows.col_lo, rows.col_hi, dkv.dk, dkv.dv]
         inputs = facts_of(saved.q, saved.dout, keys.k, keys.v, dkv.dk)
         _backward.run((self, heads, scores.facts, inputs), tensors, build)
@@ -195,15 +195,3 @@ class Hopper(Kernel):
     @cached_property
     def _portable(self) -> Triton:
         return Triton(machine=self.machine)
-
-
-def triton_reasons(version: str) -> list[str]:
-    """Why the kernels cannot be compiled by this triton: Gluon's names change from one to the next."""
-    first, last = (".".join(map(str, pair)) for pair in TRITONS)
-    found = tuple(int(part) for part in version.split(".")[:2])
-    if TRITONS[0] <= found <= TRITONS[1]:
-        return []
-    return [
-        f"the Hopper kernel is written for triton {first} to {last}, and triton {version} is installed; "
-        "df.kernels.Triton() works with others"
-    ]

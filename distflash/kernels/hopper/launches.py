@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from distflash.kernels.base import KeyGradient, Keys, Saved, Scores
+from distflash.kernels.base import BackwardContext, KeyGradient, Keys, Scores
 from distflash.kernels.hopper import backward as of_backward
 from distflash.kernels.hopper import backward_parts, backward_wide, common, compat, fragments
 from distflash.kernels.hopper import forward as of_forward
@@ -98,10 +98,16 @@ def forward(
 
 
 def backward(
-    tile: BackwardTile, programs: int, saved: Saved, keys: Keys, scores: Scores, dkv: KeyGradient, heads: range
+    tile: BackwardTile,
+    programs: int,
+    saved: BackwardContext,
+    keys: Keys,
+    scores: Scores,
+    dkv: KeyGradient,
+    heads: range,
 ) -> Launch:
-    """Of these key heads; adds to ``saved.sums``."""
-    q, stats, sums = saved.q, saved.statistics, saved.sums
+    """Of these key heads; adds to ``saved.dq_accum``."""
+    q, stats, sums = saved.q, saved.lse_delta, saved.dq_accum
     k, v, rows = keys.k, keys.v, keys.rows
     assert stats is not None and sums is not None
     B, T, H, D = q.shape

@@ -1,29 +1,29 @@
-"""Which tile sizes the Hopper kernels run with, by head dim: measured, see ``benchmarks/NOTES.md``."""
+"""Which tile sizes the Hopper kernels run with, by head dim: measured, see ``docs/lab/hopper.md``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-# The backward kernel: keys of a program's block, which stay, and queries of a tile, in which sums of dQ are kept, too.
+# The backward kernel: keys of a work tile, and queries of a block, which is also the tile size of the dQ accumulator.
 KEYS = 128
 QUERIES = 64
 
 
 def padded(dim: int) -> int:
-    """A head dim as the kernels see it: the next power of two, 64 at least."""
+    """A head dim padded for the kernels: the next power of two, at least 64."""
     return max(64, 1 << (dim - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class ForwardTile:
-    """``consumers`` warpgroups of 64 queries each, ``block_n`` keys a step, ``stages`` of them in flight.
+    """``consumers`` warpgroups of 64 queries each, ``block_n`` keys per step, ``stages`` steps in flight.
 
     Attributes:
-        registers: of each consumer's threads.
-        slots: blocks of queries that have a place in shared memory.
-        in_turn: softmax and products of a warpgroup take turns; otherwise its P V runs under its next softmax, for
-            which there have to be registers.
-        halves: up to the middle of that softmax, rather than to its maximum.
+        registers: of each consumer thread.
+        slots: blocks of queries in shared memory at the same time.
+        in_turn: a warpgroup does not overlap softmax and products; otherwise its P V overlaps its next softmax, which
+            needs more registers.
+        halves: P V overlaps up to the middle of that softmax, instead of up to its maximum.
     """
 
     consumers: int
@@ -37,14 +37,16 @@ class ForwardTile:
 
 @dataclass(frozen=True)
 class BackwardTile:
-    """``stages`` tiles of queries in flight.
+    """``stages`` blocks of queries in flight.
 
     Attributes:
-        registers: of each consumer's threads.
-        in_registers: the block's values, and its keys unless ``by_columns``, stay in registers, where there are enough:
-            shared memory is the limit.
-        direct: a warpgroup adds its part of dQ to memory itself, rather than by way of shared memory and another warp.
-        by_columns: a block is 64 keys, of which one warpgroup has dK, the other dV; otherwise each has 64 of KEYS.
+        registers: of each consumer thread.
+        in_registers: keep the work tile's values, and its keys unless ``by_columns``, in registers, which saves shared
+            memory.
+        direct: a warpgroup adds its part of dQ to global memory itself, instead of through shared memory and the dQ
+            warp.
+        by_columns: a work tile is 64 keys, of which one warpgroup has dK and the other dV; otherwise it is KEYS keys,
+            half of them for each warpgroup.
     """
 
     stages: int

@@ -1,11 +1,11 @@
-"""The backward kernels: one for dK and dV, one for dQ, and the row sums that both need.
+"""The backward kernels: one for dK and dV, one for dQ, and the preprocess that both need.
 
-Split in two, each with its output in registers, after FlashAttention-2 (https://arxiv.org/abs/2307.08691): two of seven
-products are computed twice, in return nothing is added through memory, so that results are the same bit by bit from run
-to run. With P the softmax and dP = dO V^T: dV = P^T dO, dS = P * (dP - delta), dQ = dS K, dK = dS^T Q.
+Each of the two accumulates its output in registers, after FlashAttention-2 (https://arxiv.org/abs/2307.08691). Two of
+the seven products are computed twice, but nothing is added through memory, so results have the same bits in every run.
+With P the softmax and dP = dO V^T: dV = P^T dO, dS = P * (dP - delta), dQ = dS K, dK = dS^T Q.
 
 [Note: shapes] as in `common`. ``stats`` is float32 ``[2, B * H, T]``: the log-sum-exp in base 2, and delta; +inf and 0
-where a query saw no key, so that P and dS are 0 there.
+for queries with no visible key, so that their P and dS are 0.
 """
 
 import triton
@@ -93,7 +93,7 @@ def seat(i, tiles, GROUP: tl.constexpr):
     else:
         # The loads of a loop's first steps begin above the loop, under the condition that it has these steps; and there
         # the compiler divides without that condition. From a division by 0 it would conclude that there are tiles, and
-        # load them in any case: nobody would wait for these loads, which arrive in what the epilogue keeps there.
+        # load them in any case: no wait would cover these loads, which would overwrite the epilogue's shared memory.
         tiles = tl.maximum(tiles, 1)
         return i // tiles, i % tiles
 

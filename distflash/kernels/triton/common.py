@@ -1,10 +1,10 @@
-"""What the forward and backward kernels share: walking intervals, moving tiles, forming scores.
+"""Device functions that the forward and backward kernels share: intervals, tiles and scores.
 
-[Note: shapes] B batch, T local queries, K local keys of the owner, H query heads, G key/value heads, D head dim of q
+[Note: shapes] B batch, T local queries, K local keys of the source, H query heads, G key/value heads, D head dim of q
 and k, V head dim of v. A tile is BLOCK_M queries by BLOCK_N keys. DP and VP are D and V padded to the next power of
 two.
 
-Scores live in base 2: log2(e) is folded into the scale, so that the softmax is one multiply-add and one exp2 a score.
+Scores are in base 2: log2(e) is folded into the scale, so the softmax is one multiply-add and one exp2 per score.
 """
 
 import triton
@@ -23,8 +23,8 @@ ENDS = tl.constexpr(liveness.ENDS)
 def pick(program, blocks, heads, heads_at_once):
     """Which ``(block, head)`` a program works on.
 
-    Heads are taken in groups small enough for the L2 cache to hold what their blocks share. Within a group the block is
-    the slow index: all heads' longest blocks start first where the caller orders blocks by length.
+    Heads are in groups, so that the tensors that their blocks share fit into the L2 cache. Within a group the block is
+    the slow index: if the caller orders blocks by length, the longest blocks of all heads start first.
     """
     group = program // (heads_at_once * blocks)
     rest = program % (heads_at_once * blocks)
@@ -34,9 +34,9 @@ def pick(program, blocks, heads, heads_at_once):
 
 @triton.jit
 def locate(row, groups, flags, BLOCK: tl.constexpr):
-    """Where a block of rows begins that is the one from ``row`` on of those that are worked on, and its flags.
+    """The first row of a block, and its flags. ``row`` counts only the rows that the pass works on.
 
-    ``groups`` as in `LiveRows`; it is read where ``flags``, which otherwise are those of all rows, is below 0.
+    ``groups`` as in `LiveRows`; it is read if ``flags`` is below 0. Otherwise ``flags`` are those of all rows.
     """
     group = row // GROUP_ROWS
     live = flags < 0

@@ -1,8 +1,8 @@
-"""The forward kernel: one owner's keys and values taken into the running softmax of a block of queries.
+"""The forward kernel: attention of blocks of queries over one source's keys, merged into the running state.
 
 Online softmax with the loop over keys innermost, after FlashAttention-2 (https://arxiv.org/abs/2307.08691). The state
-of that loop (maximum, total, weighted values) is also what is kept between hops: a later hop goes on where the one
-before it stopped, and a sink is a state with a total and no value. The maximum is kept in base 2.
+of that loop (maximum, total, weighted values) is also kept between passes, so a later pass continues the loop. A sink
+is a state with a total of 1 and no value. The maximum is in base 2.
 
 [Note: shapes] as in `common`.
 """
@@ -71,7 +71,7 @@ def forward_kernel(
     row_lo, row_hi, q_positions, k_positions,  # int32 [T], [T], [T], [K]
     slopes, sinks,  # [H], read where ALIBI and SINKS
     final, lse,  # [B, T, H, V] in q's dtype, float32 [B, H, T]: written where rows end
-    maximum, total, weighted,  # float32 [B, H, T], [B, H, T], [B, T, H, V]: between hops
+    maximum, total, weighted,  # float32 [B, H, T], [B, H, T], [B, T, H, V]: between passes
     groups, live, flags,  # int32 [N, 2] and the number of rows that they are; or flags of all rows, see `locate`
     scale, softcap, queries, keys, heads, batches, heads_at_once,
     GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,

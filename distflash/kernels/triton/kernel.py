@@ -1,6 +1,6 @@
 """The portable kernel: exact attention in Triton, on NVIDIA sm_80 and later, on AMD, and in Triton's interpreter.
 
-Importable without triton, which is imported when the kernel is first asked for something.
+Importable without triton, which is imported when the kernel is first used.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from distflash.kernels.base import Abilities, Kernel, KeyGradient, Keys, Problem, QueryGradient, Saved, Scores
+from distflash.kernels.base import Abilities, BackwardContext, Kernel, KeyGradient, Keys, Problem, QueryGradient, Scores
 from distflash.kernels.launch import aligned, on
 from distflash.kernels.machine import Machine, machine_of
 from distflash.kernels.replay import Replays, facts_of, of_keys, of_state
 from distflash.kernels.triton.tiles import Tiles
+from distflash.kernels.versions import warn_untested
 from distflash.partial import Partial
 from distflash.plan import Gradients, Pass
 
@@ -35,8 +36,8 @@ _forward, _statistics, _of_keys, _of_queries = Replays(), Replays(), Replays(), 
 class Triton(Kernel):
     """Exact attention in Triton, by row and column intervals; see `distflash.kernels.base.Kernel`.
 
-    Forward after FlashAttention-2 (https://arxiv.org/abs/2307.08691), merging into the partial of earlier hops;
-    backward as one kernel for dK and dV and one for dQ, deterministic. float16 and bfloat16 products accumulate in
+    Forward after FlashAttention-2 (https://arxiv.org/abs/2307.08691), merging into the running state of earlier passes.
+    Backward is one kernel for dK and dV and one for dQ, and deterministic. float16 and bfloat16 products accumulate in
     float32, and P and dS are rounded to the input's dtype for the second products; float32 products are exact.
 
     Args:
@@ -48,7 +49,7 @@ class Triton(Kernel):
     Examples:
         >>> problem = df.kernels.Problem(torch.device("cpu"), torch.bfloat16, heads=8, kv_heads=2, d_qk=128, d_v=128)
         >>> df.kernels.Triton().not_supported_reasons(problem)
-        ['the Triton kernel runs on GPUs, not on cpu']
+        ['Triton kernels run on GPUs, not on cpu']
     """
 
     base: ClassVar[float] = 2.0
@@ -66,6 +67,10 @@ class Triton(Kernel):
                 reasons.append(f"the Triton kernel takes head dims of 16 to 256 in steps of 8, not {name} = {dim}")
         if problem.dropout_p:
             reasons.append("the Triton kernel has no dropout")
+        if not reasons:
+            import triton
+
+            warn_untested(triton.__version__)
         return reasons
 
     def abilities(self, device: torch.device) -> Abilities:
@@ -97,24 +102,24 @@ class Triton(Kernel):
                 facts, tensors, lambda: launches.forward(self._device(q, of_source.v), q, of_source, each, scores, into)
             )
 
-    def save(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Saved:
+    def preprocess(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> BackwardContext:
         from distflash.kernels.triton import launches
 
         saved = launches.saved_of(q, out, lse, dout)
         out = aligned(out, True)
-        tensors = [out, saved.dout, saved.lse, dlse, saved.statistics]
+        tensors = [out, saved.dout, saved.lse, dlse, saved.lse_delta]
         with on(q.device):
             _statistics.run(facts_of(out, saved.dout, dlse), tensors, lambda: launches.statistics(saved, out, dlse))
         return saved
 
     def backward(
-        self, saved: Saved, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
+        self, saved: BackwardContext, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
     ) -> None:
         from distflash.kernels.triton import launches
 
         device, rows = self._device(saved.q, keys.v), keys.rows
         ends = rows.row_lo, rows.row_hi, rows.col_lo, rows.col_hi, rows.q_positions, rows.k_positions
-        shared = [saved.q, saved.dout, saved.statistics, keys.k, keys.v, *ends, scores.alibi_slopes]
+        shared = [saved.q, saved.dout, saved.lse_delta, keys.k, keys.v, *ends, scores.alibi_slopes]
         facts = self, each.facts, scores.facts, facts_of(saved.q, saved.dout, keys.k, keys.v)
         with on(saved.q.device):
             if each.gradients is not Gradients.OF_QUERIES:
@@ -148,7 +153,7 @@ def family(device: torch.device) -> str:
 def _device_reasons(device: torch.device, machine: Machine | None) -> list[str]:
     reasons = _package_reasons()
     if machine is None and device.type != "cuda":
-        return [*reasons, f"the Triton kernel runs on GPUs, not on {device.type}"]
+        return [*reasons, f"Triton kernels run on GPUs, not on {device.type}"]
     arch = (machine or machine_of(device)).arch
     if isinstance(arch, int) and arch < 80:
         reasons.append("the Triton kernel needs an NVIDIA GPU of compute capability 8.0 or later")

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distflash.intervals import Intervals
-from distflash.kernels.base import KeyGradient, Keys, QueryGradient, Saved, Scores
+from distflash.kernels.base import BackwardContext, KeyGradient, Keys, QueryGradient, Scores
 from distflash.kernels.launch import Launch, aligned, heads_at_once, is_aligned, is_packed, steps
 from distflash.kernels.triton import backward as of_backward
 from distflash.kernels.triton import common
@@ -83,7 +83,7 @@ def forward(device: Device, q: Tensor, keys: Keys, each: Pass, scores: Scores, i
     )
 
 
-def saved_of(q: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Saved:
+def saved_of(q: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> BackwardContext:
     """What the passes of a backward share, with room for its statistics.
 
     These are float32 ``[2, B * H, T']``, lse in base 2 and delta. T' is T rounded up to 16 bytes; what lies beyond T is
@@ -93,13 +93,13 @@ def saved_of(q: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Saved:
     # Copied here, if at all, and not once more in every pass.
     q, dout, lse = aligned(q, True), aligned(dout, True), lse.contiguous()
     stats = lse.new_empty(2, B * H, -(-T // 4) * 4)
-    return Saved(q, dout, lse, statistics=stats)
+    return BackwardContext(q, dout, lse, lse_delta=stats)
 
 
-def statistics(saved: Saved, out: Tensor, dlse: Tensor | None) -> Launch:
+def statistics(saved: BackwardContext, out: Tensor, dlse: Tensor | None) -> Launch:
     """Fills in the statistics of `saved_of`."""
     B, T, H, V = out.shape
-    dout, lse, stats = saved.dout, saved.lse, saved.statistics
+    dout, lse, stats = saved.dout, saved.lse, saved.lse_delta
     assert stats is not None
     block = 64
     strides = (0, 0, 0) if dlse is None else dlse.stride()
@@ -127,9 +127,9 @@ def statistics(saved: Saved, out: Tensor, dlse: Tensor | None) -> Launch:
     )
 
 
-def backward_keys(device: Device, saved: Saved, keys: Keys, scores: Scores, dkv: KeyGradient) -> Launch:
+def backward_keys(device: Device, saved: BackwardContext, keys: Keys, scores: Scores, dkv: KeyGradient) -> Launch:
     tile, k, v, rows = device.tiles.dkdv, keys.k, keys.v, keys.rows
-    q, dout, stats = saved.q, saved.dout, saved.statistics
+    q, dout, stats = saved.q, saved.dout, saved.lse_delta
     assert stats is not None
     group = q.shape[2] // k.shape[2]
     return Launch(
@@ -149,9 +149,11 @@ def backward_keys(device: Device, saved: Saved, keys: Keys, scores: Scores, dkv:
     )
 
 
-def backward_queries(device: Device, saved: Saved, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient) -> Launch:
+def backward_queries(
+    device: Device, saved: BackwardContext, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient
+) -> Launch:
     tile, k, v, rows = device.tiles.dq, keys.k, keys.v, keys.rows
-    q, stats = saved.q, saved.statistics
+    q, stats = saved.q, saved.lse_delta
     assert stats is not None
     return Launch(
         kernel=dq_kernel,

@@ -1,9 +1,9 @@
 """Train with a loop of accelerate, each sequence spread over the ranks of a group.
 
-    torchrun --nproc-per-node 2 examples/accelerate_loop.py         # or accelerate launch, or python for one process
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py    # or accelerate launch
 
-A tiny random model on random tokens, on CPUs where there are no GPUs. For a real one, take
-``AutoModelForCausalLM.from_pretrained(name, attn_implementation="distflash")`` and a data set of your own.
+A tiny random model, on CPUs where there are no GPUs. For a real one, take
+``AutoModelForCausalLM.from_pretrained(name, attn_implementation="distflash")``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import distflash as df
 from distflash.integrations import transformers as dft
 
-CONFIG = LlamaConfig(
-    vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
-)
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+CONFIG = LlamaConfig(**SIZES, vocab_size=256, num_attention_heads=4, pad_token_id=0)
 
 
 def sequences(count: int, seq_len: int) -> list[dict[str, torch.Tensor]]:
@@ -33,27 +32,31 @@ def sequences(count: int, seq_len: int) -> list[dict[str, torch.Tensor]]:
 
 def main() -> None:
     """Train a few steps, two micro-batches each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--seq-len", type=int, default=257)
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
 
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=2)  # starts the group
-    cp = df.ContextParallel(dist.group.WORLD if dist.is_initialized() else df.transport.Alone())
+    on_cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=2)
+    started = dist.is_initialized()  # by the accelerator, under torchrun
+    cp = df.ContextParallel(dist.group.WORLD if started else df.transport.Alone())
     dft.register(cp)
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG, attn_implementation="distflash")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, options.steps)
-    loader = DataLoader(sequences(4 * options.steps, options.seq_len), batch_size=2)  # the same batch on all ranks
+    # The same batches on all ranks.
+    loader = DataLoader(sequences(4 * options.steps, options.seq_len), batch_size=2)
     model, optimizer, loader, scheduler = dft.prepare(
         accelerator, model, optimizer, loader, scheduler, context_parallel=cp
     )
     model.train()
     for number, batch in enumerate(loader):
         with accelerator.accumulate(model):
-            loss = model(**batch).loss  # of this rank's tokens; the mean over ranks is that of the batch
+            # Of this rank's tokens; the mean over ranks is the loss of the batch.
+            loss = model(**batch).loss
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)

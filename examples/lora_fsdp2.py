@@ -1,10 +1,10 @@
-"""Train LoRA adapters with Transformers' Trainer and FSDP2, each sequence spread over the ranks of a group.
+"""Train LoRA adapters with Transformers' Trainer and FSDP2, sequences over all ranks.
 
     torchrun --nproc-per-node 2 examples/lora_fsdp2.py
 
-A tiny random model, whose weights stay frozen in bfloat16. FSDP2 shards them where there are GPUs; accelerate has no
-FSDP on CPUs, where every rank holds all of them. For a real one, take
-``AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, attn_implementation="distflash")``.
+A tiny random model, whose weights stay frozen in bfloat16. FSDP2 shards them on GPUs;
+accelerate has no FSDP on CPUs. For a real one, take ``from_pretrained``, with the same
+``dtype`` and ``attn_implementation``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 import distflash as df
 from distflash.integrations import transformers as dft
 
-CONFIG = LlamaConfig(
-    vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
-)
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+CONFIG = LlamaConfig(**SIZES, vocab_size=256, num_attention_heads=4, pad_token_id=0)
 FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 
 
@@ -35,13 +34,13 @@ def sequences(count: int, seq_len: int) -> list[dict[str, torch.Tensor]]:
 
 def main() -> None:
     """Train a few steps."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--seq-len", type=int, default=257)
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
 
-    # The arguments start the process group, as torchrun has told them.
+    # These start the process group.
     args = TrainingArguments(
         tempfile.mkdtemp(),
         use_cpu=not on_gpu,
@@ -49,21 +48,24 @@ def main() -> None:
         **({"fsdp": True, "fsdp_config": FSDP2} if on_gpu else {}),
         max_steps=options.steps,
         per_device_train_batch_size=2,
-        activation_checkpointing=True,
+        gradient_checkpointing=True,  # newer versions: activation_checkpointing
         learning_rate=1e-2,
         logging_steps=5,
         save_strategy="no",
         report_to="none",
     )
-    cp = df.ContextParallel(dist.group.WORLD if dist.is_initialized() else df.transport.Alone())
+    started = dist.is_initialized()
+    cp = df.ContextParallel(dist.group.WORLD if started else df.transport.Alone())
     dft.register(cp)
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG, attn_implementation="distflash", dtype=torch.bfloat16)
-    model.enable_input_require_grads()  # whose layers are checkpointed though the embedding is frozen
+    options_of_model = {"attn_implementation": "distflash", "dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_config(CONFIG, **options_of_model)
+    model.enable_input_require_grads()  # for checkpointing behind a frozen embedding
     model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
-    dft.Trainer(model, args, context_parallel=cp, train_dataset=sequences(64, options.seq_len)).train()
-    if dist.is_initialized():
+    data = sequences(64, options.seq_len)
+    dft.Trainer(model, args, context_parallel=cp, train_dataset=data).train()
+    if started:
         dist.destroy_process_group()
 
 

@@ -1,9 +1,10 @@
-"""Fine-tune with TRL's SFTTrainer on packed documents, each of which sees itself only, over the ranks of a group.
+"""Fine-tune with TRL's SFTTrainer on packed documents, sequences over all ranks.
 
     torchrun --nproc-per-node 2 examples/sft_packed.py
 
-A tiny random model and tokenizer, on CPUs where there are no GPUs. For real ones, load both by
-``from_pretrained``, the model with ``attn_implementation="distflash"``, and take a data set of texts or of messages.
+Each document sees itself only. A tiny random model and tokenizer, on CPUs where there
+are no GPUs. For real ones, load both by ``from_pretrained``, the model with
+``attn_implementation="distflash"``, and take a data set of texts or of messages.
 """
 
 from __future__ import annotations
@@ -22,23 +23,24 @@ import distflash as df
 from distflash.integrations import transformers as dft
 
 WORDS = ["pad", "end", *(f"w{n}" for n in range(62))]
-CONFIG = LlamaConfig(
-    vocab_size=len(WORDS), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
-)
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+CONFIG = LlamaConfig(**SIZES, vocab_size=len(WORDS), num_attention_heads=4)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word."""
-    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="end"))
+    numbers = {word: n for n, word in enumerate(WORDS)}
+    words = Tokenizer(models.WordLevel(numbers, unk_token="end"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="pad", eos_token="end")
+    special = {"pad_token": "pad", "eos_token": "end"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
 def texts(count: int) -> Dataset:
     """Texts of 5 to 60 words that count up."""
-    return Dataset.from_list(
-        [{"text": " ".join(f"w{(n * 7 + i) % 62}" for i in range(5 + n * 11 % 56))} for n in range(count)]
-    )
+    lengths = [5 + n * 11 % 56 for n in range(count)]
+    words = [[f"w{(n * 7 + i) % 62}" for i in range(k)] for n, k in enumerate(lengths)]
+    return Dataset.from_list([{"text": " ".join(text)} for text in words])
 
 
 def main() -> None:
@@ -57,12 +59,15 @@ def main() -> None:
         save_strategy="no",
         report_to="none",
     )
-    cp = df.ContextParallel(init_device_mesh("cpu" if on_cpu else "cuda", (args.world_size,)))
+    cp = df.ContextParallel(
+        init_device_mesh("cpu" if on_cpu else "cuda", (args.world_size,))
+    )
     dft.register(cp)
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG, attn_implementation="distflash")
-    dft.SFTTrainer(model, args, context_parallel=cp, train_dataset=texts(200), processing_class=tokenizer()).train()
+    data = {"train_dataset": texts(200), "processing_class": tokenizer()}
+    dft.SFTTrainer(model, args, context_parallel=cp, **data).train()
     dist.destroy_process_group()
 
 

@@ -1,10 +1,10 @@
 """Train with Transformers' Trainer, each sequence spread over the ranks of a group.
 
     torchrun --nproc-per-node 2 examples/trainer.py
-    torchrun --nproc-per-node 4 examples/trainer.py --context 2    # 2 data ranks x 2 ranks that share a sequence
+    torchrun --nproc-per-node 4 examples/trainer.py --context 2    # data 2 x context 2
 
-A tiny random model on random tokens, on CPUs where there are no GPUs. For a real one, take
-``AutoModelForCausalLM.from_pretrained(name, attn_implementation="distflash")`` and a data set of your own.
+A tiny random model, on CPUs where there are no GPUs. For a real one, take
+``AutoModelForCausalLM.from_pretrained(name, attn_implementation="distflash")``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 import distflash as df
 from distflash.integrations import transformers as dft
 
-CONFIG = LlamaConfig(
-    vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
-)
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+CONFIG = LlamaConfig(**SIZES, vocab_size=256, num_attention_heads=4, pad_token_id=0)
 
 
 def sequences(count: int, seq_len: int) -> list[dict[str, torch.Tensor]]:
@@ -34,35 +33,37 @@ def sequences(count: int, seq_len: int) -> list[dict[str, torch.Tensor]]:
 
 def main() -> None:
     """Train a few steps and evaluate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--context", type=int, help="ranks that share a sequence; by default all")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--context", type=int, help="ranks of a sequence; default: all")
     parser.add_argument("--seq-len", type=int, default=257)
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    # The arguments start the process group, as torchrun has told them. Batch sizes are those of a data rank.
+    # These start the process group. Batch sizes are those of a data rank.
     args = TrainingArguments(
         tempfile.mkdtemp(),
         use_cpu=device == "cpu",
         max_steps=options.steps,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
-        activation_checkpointing=True,
+        gradient_checkpointing=True,  # newer versions: activation_checkpointing
         learning_rate=1e-2,
         logging_steps=5,
         save_strategy="no",
         report_to="none",
     )
     context = options.context or args.world_size
-    mesh = init_device_mesh(device, (args.world_size // context, context), mesh_dim_names=("data", "context"))
+    shape = (args.world_size // context, context)
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("data", "context"))
     cp = df.ContextParallel(mesh["context"])
     dft.register(cp)
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG, attn_implementation="distflash")
     data = sequences(64, options.seq_len)
-    trainer = dft.Trainer(model, args, context_parallel=cp, train_dataset=data, eval_dataset=data[:8])
+    sets = {"train_dataset": data, "eval_dataset": data[:8]}
+    trainer = dft.Trainer(model, args, context_parallel=cp, **sets)
     trainer.train()
     loss = trainer.evaluate()["eval_loss"]  # all ranks call
     if args.process_index == 0:

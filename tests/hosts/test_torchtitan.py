@@ -28,6 +28,14 @@ def test_a_run_is_as_on_one_process(run, ranks_of, tmp_path):
             assert found[name] == pytest.approx(values, rel=2e-5), name
 
 
+def test_the_example_is_as_on_one_process(ranks_of, tmp_path):
+    (exact,) = ranks_of(1).run(call, PRELOAD, "train_example", 1, str(tmp_path))
+    assert len(set(exact["loss"])) == 4
+    for found in ranks_of(2).run(call, PRELOAD, "train_example", 2, str(tmp_path)):
+        for name in ("loss", "grad_norm"):
+            assert found[name] == pytest.approx(exact[name], rel=2e-5), name
+
+
 def ask(ranks_of, function, *args):
     return ranks_of(1).run(call, "tests.hosts.titan_refusals", function, *args)[0]
 

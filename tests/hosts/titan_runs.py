@@ -14,6 +14,7 @@ from torchtitan.config.configs import ParallelismConfig, TrainingConfig
 from torchtitan.models.llama3.config_registry import llama3_debugmodel
 
 from distflash.integrations.torchtitan import context_parallel
+from examples.torchtitan_llama import counting_llama
 from tests.hosts.runs import TitanRun as Run
 from tests.hosts.titan_parts import Loader, NoTokenizer
 
@@ -52,9 +53,25 @@ def configuration(run: Run, folder: str) -> Any:
 def train(run: Run, folder: str) -> dict[str, list[float]]:
     """Runs as a rank: what the trainer logs of each step, and of validation."""
     config = configuration(run, folder)
-    if run.context > 1:
-        config = context_parallel(config)
-    else:
+    return trained(context_parallel(config) if run.context > 1 else config, run)
+
+
+def train_example(context: int, folder: str) -> dict[str, list[float]]:
+    """Runs as a rank: what the trainer of examples/torchtitan_llama.py logs, with fewer layers and tokens."""
+    config = counting_llama()
+    config.model_spec.model.layers = config.model_spec.model.layers[:2]
+    config.training.seq_len, config.training.steps = 64, 4
+    config.training.mixed_precision_param = "float32"
+    config.parallelism.context_parallel_degree = context
+    config.optimizer.implementation = "for-loop"
+    config.debug.enable_structured_logging = False
+    config.dump_folder = folder
+    return trained(config, Run(context=context, backend=config.parallelism.spmd_backend))
+
+
+def trained(config: Any, run: Run) -> dict[str, list[float]]:
+    """What is logged of each step; on one process with dense attention."""
+    if run.context == 1:
         torch.compiler.set_stance("force_eager")  # compiling torchtitan's own masks takes long on CPUs
         config.override.imports = [f"tests.hosts.titan_parts.{name}" for name in ("dense", "dense_varlen")]
     trainer = config.build()

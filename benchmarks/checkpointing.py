@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 import distflash as df
-from benchmarks import common
+from benchmarks import common, pictures
 from benchmarks.common import Shape
 from benchmarks.contest import kernel_of
 from benchmarks.meter import Meter
-from distflash.kernels.base import Abilities, Kernel, Problem, Saved
-from launch.config import ModelConfig
-from launch.model import VOCABULARY, Decoder, loss_sum
+from distflash.kernels.base import Abilities, BackwardContext, Kernel, Problem
+from distflash.recipes.config import ModelConfig
+from distflash.recipes.model import VOCABULARY, Decoder, loss_sum
 
 NONE, ALL, KEPT = "nothing recomputed", "all recomputed", "attention kept"
 WAYS: dict[str, dict[str, bool]] = {
@@ -54,8 +54,8 @@ class Counted(Kernel):
         self.forwards += 1
         self.kernel.forward(*arguments, **keywords)
 
-    def save(self, *arguments: Any, **keywords: Any) -> Saved:
-        return self.kernel.save(*arguments, **keywords)
+    def preprocess(self, *arguments: Any, **keywords: Any) -> BackwardContext:
+        return self.kernel.preprocess(*arguments, **keywords)
 
     def backward(self, *arguments: Any, **keywords: Any) -> None:
         self.kernel.backward(*arguments, **keywords)
@@ -196,8 +196,9 @@ def report(row: dict[str, Any]) -> None:
     common.say(f"  kept more: {extra['seen'] / 2**20:.1f} MiB, predicted {extra['predicted'] / 2**20:.1f} MiB")
 
 
-def draw(figure: Any, rows: list[dict[str, Any]], ranks: int) -> None:
+def draw(figure: Any, record: dict[str, Any]) -> None:
     """Both in units of the step that recomputes nothing."""
+    rows, ranks = record["rows"], record["ranks"]
     figure.set_size_inches(10, 4.5)
     names = [f"S = {row['seq_len']}" for row in rows]
     panels = {"Seconds of a step": seconds_of, "Bytes kept for backward": bytes_of}
@@ -210,7 +211,7 @@ def draw(figure: Any, rows: list[dict[str, Any]], ranks: int) -> None:
         axes.plot(places, share, "k_", markersize=24, label="predicted from all recomputed")
         axes.set_xticks(range(len(rows)), names)
         axes.set_ylim(0, 1.4 * max(each[way] / each[NONE] for each in seen for way in WAYS))
-        common.plain_axes(axes, f"{title}, {ranks} rank{'s' * (ranks > 1)}, causal zigzag", "nothing recomputed = 1")
+        pictures.plain_axes(axes, f"{title}, {ranks} rank{'s' * (ranks > 1)}, causal zigzag", "nothing recomputed = 1")
 
 
 def seconds_of(row: dict[str, Any]) -> tuple[dict[str, float], float]:
@@ -241,7 +242,7 @@ def main() -> int:
         found += problems(rows[-1], bench.dtype)
         report(rows[-1])
     record = {"ranks": ranks, "layers": options.layers, "rows": rows, "problems": found}
-    common.save(f"checkpointing-{ranks}", options.out, record, lambda figure: draw(figure, rows, ranks))
+    common.save(f"checkpointing-{ranks}", options.out, record, draw)
     for problem in found:
         common.say(f"wrong: {problem}")
     common.finish()

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distflash as df
+from benchmarks import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -275,49 +276,19 @@ def environment() -> dict[str, Any]:
     }
 
 
-def save(name: str, out: Path, record: dict[str, Any], draw: Callable[[Any], None] | None = None) -> None:
-    """Write ``<name>.json``, and ``<name>.png`` if ``draw`` is given, which gets a matplotlib figure.
+def save(name: str, out: Path, record: dict[str, Any], draw: pictures.Draw | None = None) -> None:
+    """Write ``<name>.json``, and ``<name>.png`` if ``draw`` is given, which gets a matplotlib figure and the record.
 
     Only the first rank writes. A long run saves its record after each row, without a picture until the last.
     """
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     out.mkdir(parents=True, exist_ok=True)
-    env = environment()
-    (out / f"{name}.json").write_text(json.dumps({"environment": env, **record}, indent=1) + "\n")
-    if draw is None:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(layout="constrained")
-    draw(figure)
-    hardware = f"{len(env['gpus'])} x {env['gpus'][0]}" if env["gpus"] else env["cpu"]
-    note = f"{hardware}, torch {env['torch']}, triton {env['triton']}, sources {env['sources']}"
-    figure.supxlabel(note, fontsize=7, color="#666666")
-    figure.savefig(out / f"{name}.png", dpi=150)
-    plt.close(figure)
-    say(f"wrote {out / name}.json and .png")
-
-
-def plain_axes(axes: Any, title: str, y: str, x: str = "") -> None:
-    """The look of all plots."""
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_ylabel(y)
-    axes.set_xlabel(x)
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    handles, _ = axes.get_legend_handles_labels()
-    if handles:
-        axes.legend(frameon=False, fontsize=8)
-
-
-def legend_above(axes: Any) -> None:
-    """All names in one line beside the title, where there are no bars."""
-    names = axes.get_legend_handles_labels()[1]
-    axes.legend(frameon=False, fontsize=8, ncols=len(names), loc="lower right", bbox_to_anchor=(1, 1))
+    record = {"environment": environment(), **record}
+    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    if draw is not None:
+        pictures.save(record, draw, out / f"{name}.png")
+        say(f"wrote {out / name}.json and .png")
 
 
 def say(message: str) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import common, truth
+from benchmarks import common, pictures, truth
 from benchmarks.common import Shape
 from benchmarks.contest import FORWARD, Contest, Passes, said
 from benchmarks.peers import local
@@ -234,18 +234,21 @@ def report(row: dict[str, Any]) -> None:
         common.say(f"  {name:20} left out: {reason}")
 
 
-def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
-    figure.set_size_inches(10, 4.5)
+def draw(figure: Any, record: dict[str, Any]) -> None:
+    figure.set_size_inches(10, 0.75 * len(record["rows"]) + 1.8)
+    rows = record["rows"]
     axes = figure.subplots()
     names = list(dict.fromkeys(name for row in rows for name in row["gb_per_s"]))
     for n, name in enumerate(names):
         places = [i + 0.8 * (n + 0.5) / len(names) - 0.4 for i in range(len(rows))]
         rates = [row["gb_per_s"].get(name, 0.0) for row in rows]
-        bars = axes.bar(places, rates, 0.8 / len(names), label=name)
-        axes.bar_label(bars, [f"{rate:.0f}" if rate else "" for rate in rates], fontsize=6)
-    axes.set_xticks(range(len(rows)), [row["shape"] for row in rows], fontsize=7)
-    common.plain_axes(axes, "One new token", "GB/s of all keys and values (median)")
-    common.legend_above(axes)
+        bars = axes.barh(places, rates, 0.8 / len(names), label=pictures.word(name))
+        axes.bar_label(bars, [f" {rate:,.0f}" if rate else "" for rate in rates], fontsize=8)
+    axes.set_yticks(range(len(rows)), [pictures.shape(row["shape"]) for row in rows])
+    axes.invert_yaxis()
+    pictures.plain_axes(axes, "One new token, one GPU", "", "GB/s of all keys and values (median)")
+    axes.grid(False)
+    pictures.legend_above(figure, axes, len(names))
 
 
 # -------------------------------------------------------------------------------------------------------------- knobs
@@ -320,7 +323,7 @@ def main() -> int:
         rows.append(row_of(shape, options, device))
         report(rows[-1])
         common.save("decode", options.out, {"dtype": options.dtype, "rows": rows})
-    common.save("decode", options.out, {"dtype": options.dtype, "rows": rows}, lambda figure: draw(figure, rows))
+    common.save("decode", options.out, {"dtype": options.dtype, "rows": rows}, draw)
     return int(any(OURS in row["left_out"] for row in rows))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import distflash as df
-from benchmarks import common
+from benchmarks import common, pictures
 from benchmarks.decode import Exact, as_graph, sdpa
 
 CHUNK = 131072
@@ -73,16 +73,23 @@ def report(row: dict[str, Any]) -> None:
     common.say(f"S {row['S']}: {words}{compared}")
 
 
-def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
+def draw(figure: Any, record: dict[str, Any]) -> None:
+    figure.set_size_inches(8, 4.5)
+    rows, ranks = record["rows"], record["ranks"]
     axes = figure.subplots()
     for name in (OURS, PEER):
         points = [(row["S"], 1e6 * row["seconds"][name]) for row in rows if name in row["seconds"]]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set_xscale("log", base=2)
+            axes.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                label=f"{name} on {ranks} GPUs" if name == OURS else pictures.word(name),
+            )
     axes.set_yscale("log")
-    common.plain_axes(axes, "One new token", "microseconds a step (median)", "tokens in the cache")
-    common.legend_above(axes)
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:g}")
+    pictures.log_lengths(axes, [row["S"] for row in rows])
+    pictures.plain_axes(axes, "One new token", "microseconds a step (median)", "tokens in the cache")
 
 
 def main() -> int:
@@ -98,7 +105,7 @@ def main() -> int:
         rows.append(row_of(seq_len, cp, options, device))
         report(rows[-1])
     record = {"ranks": cp.world_size, "dtype": options.dtype, "rows": rows}
-    common.save(f"decode-{cp.world_size}", options.out, record, lambda figure: draw(figure, rows))
+    common.save(f"decode-{cp.world_size}", options.out, record, draw)
     common.finish()
     return 0
 

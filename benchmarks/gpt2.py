@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import distflash as df
-from benchmarks import common
+from benchmarks import common, pictures
 from benchmarks.common import Shape
 from benchmarks.contest import BOTH, FORWARD, Candidate, Contest, kernel_of, ours, right_for
 from benchmarks.peers import local
@@ -92,6 +92,7 @@ def report(row: dict[str, Any]) -> None:
 
 
 def draw(figure: Any, row: dict[str, Any]) -> None:
+    """Lines: what was asked for, at least (dashed) and at best (dotted)."""
     figure.set_size_inches(9, 4)
     for axes, which in zip(figure.subplots(1, 2), (FORWARD, BOTH), strict=True):
         keys = [key for key in row["speedup"] if key.endswith(f"|{which}")]
@@ -99,8 +100,10 @@ def draw(figure: Any, row: dict[str, Any]) -> None:
         axes.bar_label(bars, [f"{row['speedup'][key]:.1f}x" for key in keys], fontsize=8)
         for wanted, style in zip(WANTED[which], ("--", ":"), strict=True):
             axes.axhline(wanted, linestyle=style, linewidth=1, color="#888888")
-        axes.set_xticks(range(len(keys)), [key.split("|")[0] for key in keys], fontsize=7)
-        common.plain_axes(axes, f"GPT-2 medium attention, {which}", "times as fast as plain PyTorch")
+        axes.set_xticks(
+            range(len(keys)), [pictures.word(key.split("|")[0]).replace(" (", "\n(") for key in keys], fontsize=8
+        )
+        pictures.plain_axes(axes, f"GPT-2 medium attention, {which}", "times as fast as plain PyTorch")
 
 
 def main() -> int:
@@ -117,7 +120,7 @@ def main() -> int:
     shape = Shape(options.batch, options.seq_len, options.heads, options.heads, options.head_dim, options.head_dim)
     row = measure(shape, dtype, softmax, common.Clock(device, options.seconds))
     report(row)
-    common.save("gpt2", options.out, row, lambda figure: draw(figure, row))
+    common.save("gpt2", options.out, row, draw)
     return int(any(name in row["left_out"] for name in (OURS, PLAIN)))
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import distflash as df
-from benchmarks import common
+from benchmarks import common, pictures
 from benchmarks.common import Shape
 from benchmarks.contest import BACKWARD, FORWARD, Contest, Passes, kernel_of, ours, right_for
 from benchmarks.peers import local
@@ -27,6 +27,11 @@ from distflash.partial import Partial
 OURS, PORTABLE, BARE = "distflash", "distflash, portable", "distflash, bare"
 # Whose figures ours are held against.
 RIVALS = (local.CUDNN, local.FLASH4)
+COLORS = {
+    OURS: "#1f5fa8", PORTABLE: "#7fb2e5", local.CUDNN: "#2ca02c", local.FLASH4: "#d9541e", local.FLASH: "#8c6d4f",
+    local.FLEX: "#b565b5",
+}  # fmt: skip
+MARKERS = {local.CUDNN: "s", local.FLASH4: "D", local.FLASH: "v", local.FLEX: "^"}
 MASKS: dict[str, df.Mask] = {"full": df.Full(), "causal": df.Causal()}
 TABLE = [
     *((Shape(1, 16384, 16, 16, 128, 128), mask) for mask in MASKS),
@@ -54,7 +59,7 @@ def bare(inputs: tuple[Tensor, ...], mask: df.Mask, kernel: Kernel) -> Passes:
         kernel.forward(q, (keys,), only, scores, into)
 
     forward()
-    saved = kernel.save(q, into.final, into.lse, dout, None)
+    saved = kernel.preprocess(q, into.final, into.lse, dout, None)
 
     def backward() -> None:
         kernel.backward(saved, keys, only, scores, dq, dkv)
@@ -136,18 +141,24 @@ def _both(values: dict[str, float], name: str, form: str) -> str:
     return " / ".join("-" if x is None else format(x, form) for x in pair)
 
 
-def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
-    figure.set_size_inches(max(8, 1.6 * len(rows) + 3), 8)
-    names = list(dict.fromkeys(key.split("|")[0] for row in rows for key in row["tflops"]))
-    for axes, direction in zip(figure.subplots(2, 1), (FORWARD, BACKWARD), strict=True):
-        for n, name in enumerate(names):
-            rates = [row["tflops"].get(f"{name}|{direction}", 0.0) for row in rows]
-            places = [i + 0.8 * (n + 0.5) / len(names) - 0.4 for i in range(len(rows))]
-            bars = axes.bar(places, rates, 0.8 / len(names), label=name)
-            axes.bar_label(bars, [f"{rate:.0f}" if rate else "" for rate in rates], fontsize=6)
-        axes.set_xticks(range(len(rows)), [f"{row['shape']}\n{row['mask']}" for row in rows], fontsize=7)
-        common.plain_axes(axes, f"One GPU, {direction}", "TFLOP/s (median)")
-        common.legend_above(axes)
+def draw(figure: Any, record: dict[str, Any]) -> None:
+    """A line for each shape, with a dot for each candidate."""
+    rows = record["rows"]
+    names = dict.fromkeys(key.split("|")[0] for row in rows for key in row["tflops"])
+    names = [name for name in names if name != BARE]  # it would lie on ours
+    figure.set_size_inches(10, 0.42 * len(rows) + 1.7)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, direction in zip(panels, (FORWARD, BACKWARD), strict=True):
+        for name in names:  # ours is large, and below the others
+            rates = [row["tflops"].get(f"{name}|{direction}") for row in rows]
+            look = {"s": 150 if name == OURS else 40, "c": COLORS.get(name), "marker": MARKERS.get(name, "o")}
+            axes.scatter(rates, range(len(rows)), label=pictures.word(name), **look)
+        axes.set_yticks(range(len(rows)), [f"{pictures.shape(row['shape'])}, {row['mask']}" for row in rows])
+        axes.set_xlim(left=0)
+        pictures.plain_axes(axes, f"One GPU, {direction}", "", "TFLOP/s (median)")
+        axes.grid(axis="both", alpha=0.3)
+    panels[0].invert_yaxis()
+    pictures.legend_above(figure, panels[0], 3)
 
 
 def main() -> int:
@@ -169,7 +180,7 @@ def main() -> int:
         rows.append(bench.row(replace(shape, S=256) if options.tiny else shape, mask))
         report(rows[-1])
         common.save("kernels", options.out, {"dtype": options.dtype, "rows": rows})
-    common.save("kernels", options.out, {"dtype": options.dtype, "rows": rows}, lambda f: draw(f, rows))
+    common.save("kernels", options.out, {"dtype": options.dtype, "rows": rows}, draw)
     common.say(f"\n{table(rows)}")
     return int(any(OURS in row["left_out"] for row in rows))
 

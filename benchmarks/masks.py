@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import distflash as df
-from benchmarks import common
+from benchmarks import common, pictures
 from benchmarks.contest import BACKWARD, FORWARD, Contest, kernel_of, ours, right_for
 from benchmarks.peers import local
 from benchmarks.workloads import LAYOUTS, MASKS, balance
@@ -98,18 +98,31 @@ def report(record: dict[str, Any]) -> None:
 
 
 def draw(figure: Any, record: dict[str, Any]) -> None:
-    figure.set_size_inches(10, 0.5 * len(record["cases"]) + 2)
-    names = [case["name"] for case in record["cases"] if case["name"] not in record["left_out"]]
+    """A group of bars for each mask and number of ranks, a colour for each candidate."""
+    cases = [case for case in record["cases"] if case["name"] not in record["left_out"]]
+    groups = list(dict.fromkeys((case["mask"], case["ranks"]) for case in cases))
+    whose = list(dict.fromkeys(case["who"] for case in cases))
+    figure.set_size_inches(10, 0.7 * len(groups) + 1.8)
     for axes, which in zip(figure.subplots(1, 2, sharey=True), (FORWARD, BACKWARD), strict=True):
-        rates = [record["tflops"].get(f"{name}|{which}", 0.0) for name in names]
-        percents = [record["share"].get(f"{name}|{which}") for name in names]
-        bars = axes.barh(range(len(names)), rates)
-        axes.bar_label(bars, ["" if x is None else f"{x:.0%} of dense" for x in percents], fontsize=7)
-        axes.set_yticks(range(len(names)), names, fontsize=7)
-        axes.margins(x=0.25)
-        common.plain_axes(axes, f"{record['shape']}, {which}", "", "TFLOP/s per GPU over allowed pairs (median)")
+        for n, who in enumerate(whose):
+            own = [case for case in cases if case["who"] == who]
+            places = [groups.index((c["mask"], c["ranks"])) + 0.8 * (n + 0.5) / len(whose) - 0.4 for c in own]
+            rates = [record["tflops"].get(f"{case['name']}|{which}", 0.0) for case in own]
+            percents = [record["share"].get(f"{case['name']}|{which}") for case in own]
+            bars = axes.barh(places, rates, 0.75 / len(whose), label=pictures.word(who))
+            axes.bar_label(bars, ["" if x is None else f" {x:.0%} of causal" for x in percents], fontsize=8)
+        axes.set_yticks(range(len(groups)), [f"{pictures.word(mask)}\n{gpus(ranks)}" for mask, ranks in groups])
+        axes.margins(x=0.3)
+        pictures.plain_axes(
+            axes, f"{pictures.shape(record['shape'])}, {which}", "", "TFLOP/s per GPU over allowed pairs"
+        )
         axes.grid(False)
     axes.invert_yaxis()
+    pictures.legend_above(figure, axes, len(whose))
+
+
+def gpus(count: int) -> str:
+    return "one GPU" if count == 1 else f"{count} GPUs"
 
 
 def main() -> int:
@@ -131,7 +144,7 @@ def main() -> int:
         bench.enter(df.ContextParallel(ring, layout=LAYOUTS[options.layout], schedule=df.Ring()), ())
     record = {"dtype": options.dtype, "layout": options.layout, "kernel": kernel, **bench.record()}
     report(record)
-    common.save(options.name or f"masks-{ring.world_size}", options.out, record, lambda figure: draw(figure, record))
+    common.save(options.name or f"masks-{ring.world_size}", options.out, record, draw)
     common.finish()
     return int(any(name.startswith(OURS) for name in record["left_out"]))
 

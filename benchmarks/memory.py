@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import distflash as df
-from benchmarks import common
+from benchmarks import common, pictures
 from benchmarks.common import Shape
 from benchmarks.contest import kernel_of
 from distflash.intervals import Intervals
@@ -229,9 +229,9 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Ext
     forward, (out, lse) = _peak(lambda: df.attention(q, k, v, mask=mask, cp=cp, seq_len=shape.S, return_lse=True))
     backward, _grads = _peak(lambda: torch.autograd.grad(out, (q, k, v), dout))
     kernel = kernel_of(cp, (q, k, v))
-    adds_up = kernel.save(q, out, lse, dout, None).sums is not None
+    adds_up = kernel.preprocess(q, out, lse, dout, None).dq_accum is not None
     abilities = kernel.abilities(device)
-    plan = overlap(cp.plan(mask, shape.S, device), shape.G, shape.B, abilities, cp.transport.near)
+    plan = overlap(cp.plan(mask, shape.S, device), shape.G, shape.B, abilities, cp.transport.intra_node)
     return predict(shape, plan, q.element_size(), adds_up), Extra(forward, backward)
 
 
@@ -256,7 +256,8 @@ def report(row: dict[str, Any]) -> None:
         common.say(f"  {direction:8}  predicted {p / 2**20:9.1f} MiB   measured {m / 2**20:9.1f} MiB   ratio {share}")
 
 
-def draw(figure: Any, rows: list[dict[str, Any]], ranks: int) -> None:
+def draw(figure: Any, record: dict[str, Any]) -> None:
+    rows, ranks = record["rows"], record["ranks"]
     figure.set_size_inches(8, 4.5)
     axes = figure.subplots()
     lengths = [row["seq_len"] for row in rows]
@@ -264,11 +265,11 @@ def draw(figure: Any, rows: list[dict[str, Any]], ranks: int) -> None:
         for kind, style in (("measured", "o"), ("predicted", "-")):
             values = [max(row[direction][kind]) / 2**30 for row in rows]
             axes.plot(lengths, values, style, color=f"C{n}", label=f"{direction}, {kind}")
-    axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    axes.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
+    axes.yaxis.set_major_formatter("{x:g}")
+    pictures.log_lengths(axes, lengths)
     title = f"Peak memory beyond inputs and results, {ranks} ranks, causal zigzag"
-    common.plain_axes(axes, title, "GiB per rank", "global tokens S")
+    pictures.plain_axes(axes, title, "GiB a rank", "tokens of the whole sequence")
 
 
 def main() -> int:
@@ -292,7 +293,7 @@ def main() -> int:
     for seq_len in options.seq_lens:
         rows.append(row_of(shape(seq_len), device, torch.bfloat16))
         report(rows[-1])
-    common.save(f"memory-{ranks}", options.out, {"ranks": ranks, "rows": rows}, lambda f: draw(f, rows, ranks))
+    common.save(f"memory-{ranks}", options.out, {"ranks": ranks, "rows": rows}, draw)
     ratios = [r for row in rows for d in ("forward", "backward") for r in row[d]["ratio"] if r]
     worst = max((abs(r - 1) for r in ratios), default=0.0)
     common.say(f"formula within {worst:.1%} of what was measured")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import distflash as df
-from benchmarks import common
+from benchmarks import common, pictures
 from benchmarks.common import Shape
 from distflash import engine
 from distflash.kernels.base import Kernel, Scores
@@ -51,7 +51,7 @@ def ring(inputs: tuple[Tensor, ...], ranks: int, kernel: Kernel) -> tuple[Tensor
         cp = df.ContextParallel(transport, layout=df.Zigzag(), schedule=df.Ring())
         q, k, v, dout = (cp.shard(x) for x in inputs)
         plan = overlap(
-            cp.plan(MASK, seq_len, q.device), k.shape[2], q.shape[0], kernel.abilities(q.device), transport.near
+            cp.plan(MASK, seq_len, q.device), k.shape[2], q.shape[0], kernel.abilities(q.device), transport.intra_node
         )
         call = engine.Call(plan, transport, kernel, Scores(q.shape[-1] ** -0.5))
         out, lse = engine.forward(q, k, v, call)
@@ -99,7 +99,8 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def draw(figure: Any, results: dict[str, dict[str, dict[str, float]]]) -> None:
+def draw(figure: Any, record: dict[str, Any]) -> None:
+    results = record["errors"]
     figure.set_size_inches(10, 4.5)
     for axes, (dtype, rows) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
         ranks = [int(n) for n in rows if n != DENSE]
@@ -109,7 +110,7 @@ def draw(figure: Any, results: dict[str, dict[str, dict[str, float]]]) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ranks, map(str, ranks))
         axes.set_ylim(bottom=0)
-        common.plain_axes(axes, f"{dtype} (dotted: dense, plain torch)", "relative error against float64", "ranks")
+        pictures.plain_axes(axes, f"{dtype} (dotted: dense in plain torch)", "relative error against float64", "ranks")
 
 
 def main() -> int:
@@ -127,7 +128,7 @@ def main() -> int:
     results = {d: measure(getattr(torch, d), shape, options.ranks, kernel, device) for d in options.dtypes}
     print(f"\n{shape}, causal, zigzag, kernel {kernel!r} on {device.type}\n\n{table(results)}\n")
     record = {"shape": str(shape), "kernel": repr(kernel), "errors": results}
-    common.save(f"numerics-{device.type}", options.out, record, lambda f: draw(f, results))
+    common.save(f"numerics-{device.type}", options.out, record, draw)
     grown = growths(results, str(options.ranks[0]))
     print("\n".join(grown) or f"no error above 1.1 times that of {options.ranks[0]} rank(s)")
     return int(bool(grown))

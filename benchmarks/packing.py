@@ -25,14 +25,14 @@ from typing import Any
 import torch
 
 import distflash as df
-from benchmarks import common
+from benchmarks import common, pictures
 from benchmarks.contest import BACKWARD, FORWARD, Contest, kernel_of, ours, right_for
 from benchmarks.ring_steps import Alone
 from benchmarks.workloads import LAYOUTS, MASKS, balance, corpus
 from distflash.geometry import Geometry
 from distflash.overlap import overlap
-from launch.config import ModelConfig
-from launch.model import VOCABULARY, Decoder, loss_sum
+from distflash.recipes.config import ModelConfig
+from distflash.recipes.model import VOCABULARY, Decoder, loss_sum
 
 NAMES = ("zigzag", "balanced")
 SINGLE = "single"
@@ -145,12 +145,15 @@ def draw_counts(figure: Any, record: dict[str, Any]) -> None:
     rows, width = record["rows"], 0.35
     for n, name in enumerate(NAMES):
         at = [x + (n - 0.5) * width for x in range(len(rows))]
-        left.bar(at, [row[name]["balance"] for row in rows], width, label=name)
-        right.bar(at, [row[name]["moved"] for row in rows], width, label=name)
+        left.bar(at, [row[name]["balance"] for row in rows], width, label=name.capitalize())
+        right.bar(at, [row[name]["moved"] for row in rows], width, label=name.capitalize())
     right.plot(range(len(rows)), [row["least"] for row in rows], "k_", ms=30, label="least of any balanced layout")
-    for axes, title in ((left, "slowest rank's pairs over the mean"), (right, "keys received, in sequences")):
+    for axes, title in (
+        (left, "pairs of the slowest rank over the mean"),
+        (right, "keys received by all ranks, in sequences"),
+    ):
         axes.set_xticks(range(len(rows)), [f"{row['ranks']} ranks" for row in rows])
-        common.plain_axes(axes, f"{title}, mean of {record['batches']} batches", "")
+        pictures.plain_axes(axes, title, "", f"mean of {record['batches']} batches")
 
 
 # ------------------------------------------------------------------------------------------------------------- rates
@@ -182,9 +185,9 @@ def draw_rates(figure: Any, record: dict[str, Any]) -> None:
     for axes, which in zip(figure.subplots(1, 2, sharey=True), (FORWARD, BACKWARD), strict=True):
         for n, name in enumerate((SINGLE, *NAMES)):
             values = [row["tflops"][f"{name}|{which}"] for row in record["rows"]]
-            axes.bar([x + (n - 1) * 0.27 for x in range(len(values))], values, 0.27, label=name)
+            axes.bar([x + (n - 1) * 0.27 for x in range(len(values))], values, 0.27, label=pictures.word(name))
         axes.set_xticks(range(len(record["rows"])), [row["mask"] for row in record["rows"]])
-        common.plain_axes(axes, which, "TFLOP/s per GPU (median)")
+        pictures.plain_axes(axes, which, "TFLOP/s per GPU (median)")
 
 
 # ------------------------------------------------------------------------------------------------------------- steps
@@ -203,7 +206,7 @@ def steps(options: Any, device: torch.device) -> dict[str, Any]:
             taken: dict[str, list[float]] = {FORWARD: [], BACKWARD: []}
             for rank in range(ranks):
                 plan = df.Ring().plan(geometry, rank).to(device)
-                plan = overlap(plan, shape.G, 1, kernel.abilities(device), near=True)
+                plan = overlap(plan, shape.G, 1, kernel.abilities(device), intra_node=True)
                 timings = clock.medians(Alone(plan, shape, kernel, dtype, device).calls(each))
                 for which, seconds in taken.items():
                     seconds.append(timings[f"{each}|{which}"].seconds)
@@ -222,7 +225,7 @@ def draw_steps(figure: Any, record: dict[str, Any]) -> None:
             values = [row["tflops"][f"{name}|{which}"] for row in record["rows"]]
             axes.bar([x + (n - 0.5) * 0.4 for x in range(len(values))], values, 0.4, label=name)
         axes.set_xticks(range(len(record["rows"])), [row["mask"] for row in record["rows"]])
-        common.plain_axes(axes, f"{which}, slowest of {record['ranks']} ranks", "TFLOP/s per GPU")
+        pictures.plain_axes(axes, f"{which}, slowest of {record['ranks']} ranks", "TFLOP/s per GPU")
 
 
 # ------------------------------------------------------------------------------------------------------------- train
@@ -284,7 +287,7 @@ def train(options: Any, device: torch.device) -> dict[str, Any]:
 def draw_train(figure: Any, record: dict[str, Any]) -> None:
     axes = figure.subplots()
     axes.bar(list(record["tokens a second"]), list(record["tokens a second"].values()))
-    common.plain_axes(
+    pictures.plain_axes(
         axes, f"{record['parameters'] / 1e9:.2f}B parameters, {record['seq_len']} tokens a step", "tokens/s"
     )
 
@@ -317,7 +320,7 @@ def main() -> int:
     record = measure(options, device)
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     name = f"packing-{options.part}" + (f"-{ranks}" if options.part in ("rates", "train") else "")
-    common.save(name, options.out, record, lambda figure: draw(figure, record))
+    common.save(name, options.out, record, draw)
     common.finish()
     return 0
 

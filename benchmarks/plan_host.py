@@ -59,7 +59,7 @@ def plan_time(
         before = Ledger(whole.held, whole.total)
         chunk = Chunk(of_mask, before, before.with_chunk(layout, tokens), layout, problem)
         assert chunk.refusal() is None
-        chunk.plan(df.Ring(), kernel, world_size - 1, near=True)
+        chunk.plan(df.Ring(), kernel, world_size - 1, intra_node=True)
 
     return milliseconds(work, repetitions)
 

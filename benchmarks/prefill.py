@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import distflash as df
-from benchmarks import common
+from benchmarks import common, pictures
 
 WHOLE = "one call"
 
@@ -97,14 +97,22 @@ def report(record: dict[str, Any]) -> None:
 
 
 def draw(figure: Any, record: dict[str, Any]) -> None:
+    figure.set_size_inches(8, 4)
     axes, names = figure.subplots(), list(record["cases"])
     for n, name in enumerate(names):
         case = {each: found for each, found in record["cases"][name].items() if each != WHOLE}
-        places = [at + 0.8 * n / len(names) for at in range(len(case))]
-        axes.bar(places, [found["share"] for found in case.values()], 0.8 / len(names), label=name)
-        axes.set_xticks(range(len(case)), list(case))
-    common.plain_axes(axes, f"{record['shape']}, {record['ranks']} ranks", "share of the rate of one call")
-    common.legend_above(axes)
+        places = [at + 0.8 * (n + 0.5) / len(names) - 0.4 for at in range(len(case))]
+        bars = axes.barh(places, [found["share"] for found in case.values()], 0.75 / len(names), label=name)
+        axes.bar_label(bars, fmt=" {:.0%}", fontsize=9)
+        axes.set_yticks(range(len(case)), list(case))
+    axes.set_xlim(0, 1.1)
+    axes.invert_yaxis()
+    title = f"{pictures.shape(record['shape'])}, {record['ranks']} rank" + "s" * (record["ranks"] > 1)
+    pictures.plain_axes(axes, title, "", "share of the rate of one call")
+    axes.grid(False)
+    axes.get_legend().remove()
+    if len(names) > 1:
+        pictures.legend_above(figure, axes, len(names))
 
 
 def main() -> int:
@@ -118,7 +126,7 @@ def main() -> int:
     record = measure(options, common.start(options.device))
     report(record)
     kind = "-alone" if options.alone else ""
-    common.save(f"prefill-{record['ranks']}{kind}", options.out, record, lambda figure: draw(figure, record))
+    common.save(f"prefill-{record['ranks']}{kind}", options.out, record, draw)
     common.finish()
     return 0
 

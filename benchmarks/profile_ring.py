@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, schedule
 
 import distflash as df
-from benchmarks import common, trace
+from benchmarks import common, pictures, trace
 from benchmarks.contest import BACKWARD, FORWARD, kernel_of, ours, right_for
 from benchmarks.trace import Span
 from benchmarks.truth import wrong
@@ -102,10 +102,11 @@ def report(record: dict[str, Any], least: float) -> None:
         common.say("    none")
 
 
-def draw(figure: Any, spans: list[Span], gaps: list[dict[str, Any]], title: str) -> None:
+def draw(figure: Any, record: dict[str, Any]) -> None:
     """One row a stream of each rank. White is a gap; the longest of those listed are marked, often too short to see."""
+    spans = [Span(**kernel) for kernel in record["kernels"]]
     rows = sorted({(span.rank, span.stream) for span in spans})
-    figure.set_size_inches(14, 0.6 * len(rows) + 1.8)
+    figure.set_size_inches(10, 0.6 * len(rows) + 1.8)
     axes = figure.subplots()
     for kind in trace.KINDS:
         for n, row in enumerate(rows):
@@ -113,15 +114,17 @@ def draw(figure: Any, spans: list[Span], gaps: list[dict[str, Any]], title: str)
             if bars:
                 axes.broken_barh(bars, (n - 0.4, 0.8), facecolors=COLORS[kind], edgecolor="none")
         axes.broken_barh([], (0, 0), facecolors=COLORS[kind], label=kind)
-    for gap in sorted(gaps, key=lambda gap: -gap["duration"])[:MARKED_GAPS]:
+    for gap in sorted(record["gaps"], key=lambda gap: -gap["duration"])[:MARKED_GAPS]:
         stream = trace.compute_stream([span for span in spans if span.rank == gap["rank"]])
         place = gap["start"] / 1e3, rows.index((gap["rank"], stream)) - 0.42
-        axes.annotate(f"{gap['duration']:.0f} us", place, fontsize=6, ha="center", va="bottom")
+        axes.annotate(f"{gap['duration']:.0f} us", place, fontsize=8, ha="center", va="bottom")
     axes.set_yticks(range(len(rows)), [f"rank {rank}, stream {stream}" for rank, stream in rows], fontsize=8)
     axes.invert_yaxis()
-    common.plain_axes(axes, title, "", "ms")
+    ranks = record["environment"]["ranks"]
+    title = f"{pictures.shape(record['shape'])}, {record['mask']}, {record['layout']}, {ranks} rank{'s' * (ranks > 1)}"
+    pictures.plain_axes(axes, f"{title}: forward, then backward", "", "ms")
     axes.grid(False)
-    common.legend_above(axes)
+    pictures.legend_above(figure, axes, len(trace.KINDS))
 
 
 def main() -> int:
@@ -148,10 +151,9 @@ def main() -> int:
         "kernels": [asdict(span) for span in spans],
     }
     report(record, options.least_gap)
-    title = f"{facts['shape']} {options.mask}, {options.layout}, {ranks} rank(s): forward, then backward"
     if facts["right"]:
         name = options.name or f"profile-{options.mask}-{ranks}"
-        common.save(name, options.out, record, lambda figure: draw(figure, spans, record["gaps"], title))
+        common.save(name, options.out, record, draw)
     else:
         common.say(f"wrong result, nothing written: {facts['errors']}")
     common.finish()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import distflash as df
-from benchmarks import common, truth
+from benchmarks import common, pictures, truth
 from benchmarks.common import Shape
 from benchmarks.contest import BACKWARD, FORWARD, Contest, kernel_of, ours, right_for, said
 from benchmarks.peers import rings
@@ -149,20 +149,22 @@ def report(row: dict[str, Any]) -> None:
         common.say(f"  {name} left out: {reason}")
 
 
-def draw(figure: Any, rows: list[dict[str, Any]], title: str) -> None:
-    figure.set_size_inches(10, 4.5)
+def draw(figure: Any, record: dict[str, Any]) -> None:
+    figure.set_size_inches(10, 5)
+    rows, ranks = record["rows"], record["environment"]["ranks"]
     names = list(dict.fromkeys(key.split("|")[0] for row in rows for key in row["tflops"]))
     for axes, direction in zip(figure.subplots(1, 2, sharey=True), (FORWARD, BACKWARD), strict=True):
         for name in names:
             points = [(r["seq_len"], r["tflops"].get(f"{name}|{direction}")) for r in rows]
             points = [p for p in points if p[1]]
             style = "--" if name == SINGLE else "-"
-            axes.plot([x for x, _ in points], [y for _, y in points], style, marker="o", label=name)
-        axes.set_xscale("log", base=2)
+            label = f"{pictures.word(name)}, as much work" if name == SINGLE else pictures.word(name)
+            axes.plot([x for x, _ in points], [y for _, y in points], style, marker="o", label=label)
         axes.set_ylim(bottom=0)
-        lengths = [r["seq_len"] for r in rows]
-        axes.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
-        common.plain_axes(axes, f"{title}, {direction}", "TFLOP/s per GPU (median)", "global tokens S")
+        pictures.log_lengths(axes, [r["seq_len"] for r in rows])
+        title = f"{record['mask']}, {record['layout']}, {ranks} ranks, {direction}"
+        pictures.plain_axes(axes, title, "TFLOP/s per GPU (median)", "tokens of the whole sequence")
+    pictures.legend_above(figure, axes, 3)
 
 
 def main() -> int:
@@ -186,8 +188,7 @@ def main() -> int:
         rows.append(bench.row(seq_len))
         report(rows[-1])
         common.save(name, options.out, record)
-    title = f"{options.mask}, {options.layout}, {ranks} ranks"
-    common.save(name, options.out, record, lambda figure: draw(figure, rows, title))
+    common.save(name, options.out, record, draw)
     common.finish()
     return int(any(own in row["left_out"] for row in rows for own in (RING, SINGLE)))
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 import distflash as df
-from benchmarks import common
+from benchmarks import common, pictures
 from benchmarks.contest import BACKWARD, FORWARD, kernel_of
 from benchmarks.workloads import LAYOUTS, MASKS
 from distflash.engine import keys_of
 from distflash.exchange import Exchange
 from distflash.geometry import Geometry
-from distflash.gradients import Gradients
+from distflash.gradients import GradientBuffers
 from distflash.kernels import Kernel
 from distflash.kernels.base import Scores
 from distflash.overlap import overlap
@@ -35,6 +35,7 @@ from distflash.partial import Partial
 from distflash.plan import Plan, What
 
 DENSE = "dense"
+ALL_ROWS = ", all rows"  # behind the names of cases in which each pass works on all rows
 Calls = dict[str, Callable[[], object]]
 
 
@@ -61,7 +62,7 @@ class Alone:
 
     def backward(self) -> object:
         exchange = self._exchange((self.q, *self.saved, self.dout))
-        gradients = Gradients(exchange, self.kernel, self.scores, rounds_keys=True)
+        gradients = GradientBuffers(exchange, self.kernel, self.scores, rounds_keys=True)
         for each in self.plan.backward_passes:
             gradients.compute(each, *keys_of(each, exchange))
         return gradients.finish()
@@ -83,7 +84,7 @@ def plans_of(options: Any, mask: df.Mask, ranks: int, kernel: Kernel, device: to
     geometry = Geometry.of_sequence(mask, LAYOUTS[options.layout].under(mask), options.seq_len, ranks)
     able = kernel.abilities(device)
     plans = [df.Ring().plan(geometry, rank).to(device) for rank in range(ranks)]
-    return [overlap(plan, options.kv_heads, 1, able, near=True) for plan in plans]
+    return [overlap(plan, options.kv_heads, 1, able, intra_node=True) for plan in plans]
 
 
 def with_all_rows(plan: Plan) -> Plan:
@@ -100,7 +101,7 @@ def measure(options: Any, device: torch.device) -> dict[str, Any]:
     for plan in plans_of(options, MASKS[options.mask](options.seq_len), options.ranks, kernel, device):
         work[f"rank {plan.rank}"] = plan
         if options.compare:
-            work[f"rank {plan.rank}, all rows"] = with_all_rows(plan)
+            work[f"rank {plan.rank}{ALL_ROWS}"] = with_all_rows(plan)
     calls = Alone(dense, shape, kernel, dtype, device).calls(DENSE)
     cases = {}
     for name, plan in work.items():
@@ -131,18 +132,31 @@ def report(record: dict[str, Any], title: str) -> None:
             line += f" = {found['share']:6.1%} of dense  "
         common.say(f"{line} forward rows {case['rows']}")
     for which in (FORWARD, BACKWARD):
-        for name in ("", ", all rows"):
+        for name in ("", ALL_ROWS):
             shares = [c[which]["share"] for n, c in record["cases"].items() if n.endswith("rows") == bool(name)]
             if shares:
                 common.say(f"  {which}{name}: slowest {min(shares):.1%}, mean {sum(shares) / len(shares):.1%} of dense")
 
 
-def draw(figure: Any, record: dict[str, Any], title: str) -> None:
-    names = list(record["cases"])
+def draw(figure: Any, record: dict[str, Any]) -> None:
+    """A line for each rank, and for each way of choosing rows a bar."""
+    cases = record["cases"]
+    ranks = [name for name in cases if not name.endswith(ALL_ROWS)]
+    ways = {"": "rows that see a key in the pass", ALL_ROWS: "all rows in all passes"}
+    figure.set_size_inches(10, 0.45 * len(ranks) + 1.8)
     for axes, which in zip(figure.subplots(1, 2, sharey=True), (FORWARD, BACKWARD), strict=True):
-        axes.bar(range(len(names)), [record["cases"][name][which]["share"] for name in names])
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        common.plain_axes(axes, f"{title}, {which}", "share of the dense rate")
+        for n, (way, label) in enumerate(ways.items()):
+            found = [cases.get(f"{name}{way}") for name in ranks]
+            shares = [case[which]["share"] if case else 0.0 for case in found]
+            if any(shares):
+                bars = axes.barh([at + 0.4 * (n - 0.5) for at in range(len(ranks))], shares, 0.38, label=label)
+                axes.bar_label(bars, fmt=" {:.0%}", fontsize=8)
+        axes.set_yticks(range(len(ranks)), ranks)
+        axes.set_xlim(0, 1.1)
+        pictures.plain_axes(axes, f"{pictures.shape(record['shape'])}, {which}", "", "share of the dense rate")
+        axes.grid(False)
+    axes.invert_yaxis()
+    pictures.legend_above(figure, axes, 2)
 
 
 def main() -> int:
@@ -158,7 +172,7 @@ def main() -> int:
     title = f"{record['shape']}, {options.mask}, {options.layout}, {options.ranks} ranks"
     report(record, f"{title}, {record['kernel']}")
     name = f"ring-steps-{options.mask}-{options.layout}-{options.ranks}"
-    common.save(name, options.out, record, lambda figure: draw(figure, record, title))
+    common.save(name, options.out, record, draw)
     common.finish()
     return 0
 

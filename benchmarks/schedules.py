@@ -21,7 +21,7 @@ import distflash as df
 from benchmarks.meter import Meter
 from distflash import attend
 from distflash.given import Given, Numbers
-from distflash.kernels.base import Kernel, KeyGradient, Keys, Problem, QueryGradient, Saved, Scores
+from distflash.kernels.base import BackwardContext, Kernel, KeyGradient, Keys, Problem, QueryGradient, Scores
 from distflash.partial import Partial
 from distflash.plan import Pass
 from distflash.transport import Message
@@ -40,12 +40,12 @@ class Hollow(Kernel):
     def forward(self, q: Tensor, keys: tuple[Keys, ...], each: Pass, scores: Scores, into: Partial) -> None:
         pass
 
-    def save(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Saved:
+    def preprocess(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> BackwardContext:
         statistics = lse.new_empty(2, *lse.shape)
-        return Saved(q, dout, lse, statistics[1], statistics)
+        return BackwardContext(q, dout, lse, statistics[1], statistics)
 
     def backward(
-        self, saved: Saved, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
+        self, saved: BackwardContext, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
     ) -> None:
         pass
 
@@ -64,15 +64,15 @@ class Counting:
     rank: int
     shape: tuple[int, ...]
     device: torch.device = META
-    checks_every_call: bool = False
-    near: bool = False
+    verifies_every_call: bool = False
+    intra_node: bool = False
     received: dict[int, int] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
         return prod(self.shape)
 
-    def carries(self, device: torch.device) -> bool:
+    def supports_device(self, device: torch.device) -> bool:
         return True
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Arrived:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import distflash as df
-from benchmarks import common
+from benchmarks import common, pictures
 from benchmarks.contest import BOTH, FORWARD, Candidate, Contest, ours, right_for, said
 from benchmarks.layers import AttentionLayers, Blocks, DecoderBlock, Loop, Replayed, Sizes, calls_of
 from benchmarks.peers import all_to_all, local, rings
@@ -195,9 +195,11 @@ def report(what: str, row: dict[str, Any]) -> None:
         common.say(f"  {name} left out: {reason}")
 
 
-def draw(figure: Any, rows: list[dict[str, Any]], title: str) -> None:
+def draw(figure: Any, record: dict[str, Any]) -> None:
     """Wall and host time of both passes against the length."""
     figure.set_size_inches(10, 8)
+    rows, ranks = record["rows"], record["environment"]["ranks"]
+    title = f"{record['what']}, {ranks} rank{'s' * (ranks > 1)}"
     names = list(dict.fromkeys(key.split("|")[0] for row in rows for key in row["times"]))
     lengths = [r["seq_len"] for r in rows]
     axes = figure.subplots(2, 2)
@@ -206,11 +208,12 @@ def draw(figure: Any, rows: list[dict[str, Any]], title: str) -> None:
             for name in names:
                 points = [(r["seq_len"], r["times"].get(f"{name}|{which}")) for r in rows]
                 found = [(x, factor * t[time]) for x, t in points if t]
-                each.plot(*zip(*found, strict=True) if found else ((), ()), marker="o", label=name)
-            each.set_xscale("log", base=2)
+                each.plot(*zip(*found, strict=True) if found else ((), ()), marker="o", label=pictures.word(name))
             each.set_yscale("log")
-            each.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
-            common.plain_axes(each, f"{title}, {which}", f"{time} {unit} a layer (median)", "global tokens S")
+            pictures.log_lengths(each, lengths)
+            pictures.plain_axes(
+                each, f"{title}, {which}", f"{time} {unit} a layer (median)", "tokens of the whole sequence"
+            )
 
 
 def options_of(arguments: list[str] | None = None) -> Any:
@@ -244,8 +247,7 @@ def main() -> int:
             rows.append(bench.row(what, seq_len))
             report(what, rows[-1])
             common.save(name, options.out, record)
-        title = f"{what}, {ranks} rank{'s' * (ranks > 1)}"
-        common.save(name, options.out, record, lambda figure, rows=rows, title=title: draw(figure, rows, title))
+        common.save(name, options.out, record, draw)
         failed |= any(OURS in row["left_out"] for row in rows)
     common.finish()
     return int(failed)

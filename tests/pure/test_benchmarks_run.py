@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import common, gpt2, kernels, masks, profile_ring, ring, ring_steps
+from benchmarks import common, gpt2, kernels, masks, profile_ring, reproducible, ring, ring_steps
 from benchmarks.common import Shape
 from benchmarks.peers import local
 
@@ -52,6 +52,17 @@ def test_some_masks_beside_flex_attention(run, monkeypatch):
     names = {f"distflash, {mask}, 1 rank" for mask in (masks.DENSE, "blocks", "window4096")}
     assert names <= timed and len(made) == 1
     assert timed | record["left_out"].keys() == names | {name.replace("distflash", local.FLEX) for name in names}
+
+
+def test_reproducible(tmp_path, monkeypatch):
+    sizes = "--seq-len 64 --heads 2 --kv-heads 1 --head-dim 16 --ranks 1 2 --chunks 16"
+    monkeypatch.setattr(sys, "argv", [reproducible.__file__, *sizes.split(), "--out", str(tmp_path)])
+    assert reproducible.main() == 0
+    rows = json.loads((tmp_path / "reproducible-cpu.json").read_text())["rows"]
+    assert {name: row["calls"] for name, row in rows.items()} == {
+        "ring | 1": 1, "ring | 2": 2, "reproducible, chunk 16 | 1": 4, "reproducible, chunk 16 | 2": 2
+    }  # fmt: skip
+    assert all(row["forward"] > 0 and row["backward"] > 0 for row in rows.values())
 
 
 def test_ring_of_one(run):

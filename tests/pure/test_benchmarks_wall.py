@@ -100,5 +100,5 @@ def test_a_row_names_who_is_missing(what, tmp_path):
     assert {"SDPA cuDNN", "flash-attn-4"} <= set(row["left_out"])
     assert row["left_out"]["distflash, graph|forward"] == "CUDA graphs need a GPU"
     wall.report(what, row)
-    common.save("wall", tmp_path, {"rows": [row]}, lambda figure: wall.draw(figure, [row], "one rank"))
+    common.save("wall", tmp_path, {"what": what, "rows": [row]}, wall.draw)
     assert {path.name for path in tmp_path.iterdir()} == {"wall.json", "wall.png"}

@@ -28,15 +28,19 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile(
     "distflash-full", hypothesis.settings.get_profile("distflash"), derandomize=False, max_examples=400
 )
+# What `--few` asks for: the first tenth of them.
+hypothesis.settings.register_profile("distflash-few", hypothesis.settings.get_profile("distflash"), max_examples=4)
 hypothesis.settings.load_profile("distflash")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--full"):
-        hypothesis.settings.load_profile("distflash-full")
+    for name in ("full", "few"):
+        if config.getoption(f"--{name}"):
+            hypothesis.settings.load_profile(f"distflash-{name}")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--few", action="store_true", help="a tenth of the random examples, for the inner loop")
     parser.addoption(
         "--full",
         action="store_true",

@@ -16,6 +16,7 @@ import io
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -115,7 +116,13 @@ def _commands(words: list[str]) -> Iterator[list[str]]:
 
 
 def help_of(*program: str) -> str:
-    """What a program of this repository prints for `--help`, run in this process."""
+    """What a program of this repository prints for `--help`.
+
+    The package's own programs end their process, and load no torch for it; the others are run in this process.
+    """
+    if program[0].startswith("launch/") or program[:2] == ("-m", "distflash"):
+        command = [sys.executable, *program, "--help"]
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     said, before = io.StringIO(), (sys.argv, sys.path[:])
     sys.argv = [*program, "--help"]
     try:

@@ -232,16 +232,16 @@ def run(kernel: Kernel, case: Case, x: Inputs, held_back: int = 0, live: bool = 
         for each in stage.passes:
             kernel.forward(x.q, tuple(keys[s] for s in each.sources), each, x.scores, into)
 
-    saved = kernel.save(x.q, into.final, into.lse, x.dout, x.dlse)
+    saved = kernel.preprocess(x.q, into.final, into.lse, x.dout, x.dlse)
     wide = accumulator_dtype(case.dtype)
-    if saved.sums is not None:
-        saved.sums.fill_(torch.nan)
-    dq = QueryGradient(_poison(x.q), _poison(x.q, wide) if W > 1 and saved.sums is None else None)
+    if saved.dq_accum is not None:
+        saved.dq_accum.fill_(torch.nan)
+    dq = QueryGradient(_poison(x.q), _poison(x.q, wide) if W > 1 and saved.dq_accum is None else None)
     # A pass's share is handed over in float32 where shares are still to be added, else rounded by the kernel.
     dtype = wide if W > 1 else case.dtype
     shares = {s: KeyGradient(_poison(keys[s].k, dtype), _poison(keys[s].v, dtype)) for s in sources}
     back = [*stages, Stage()]
-    if held_back and saved.sums is not None:
+    if held_back and saved.dq_accum is not None:
         back = list(hold_back_to_the_end(back, case.rank, held_back, x.k.shape[2]))
         assert len(back[-1].passes) == 1
     elif kernel.abilities(device).separate_gradients:

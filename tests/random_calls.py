@@ -67,7 +67,7 @@ class HeldBack(df.kernels.Hopper):
     """The Hopper kernel where any number of keys is enough to hold heads back for."""
 
     def abilities(self, device: torch.device) -> Abilities:
-        return replace(super().abilities(device), enough_keys=0)
+        return replace(super().abilities(device), smallest_work=0)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -56,11 +57,10 @@ class Ranks:
     Args:
         backend: "gloo", or "nccl", where rank n takes GPU n; ranks beyond the last GPU begin anew with the first.
         timeout: seconds that a call of `run` may take.
-        preload: further modules that ranks begin with. The first `Ranks` of a process decide.
     """
 
-    def __init__(self, count: int, backend: str, timeout: float = 60.0, preload: Sequence[str] = ()) -> None:
-        self.count, self.backend, self.timeout, self.preload = count, backend, timeout, preload
+    def __init__(self, count: int, backend: str, timeout: float = 60.0) -> None:
+        self.count, self.backend, self.timeout = count, backend, timeout
         self._workers: list[_Worker] = []
 
     def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -102,9 +102,8 @@ class Ranks:
         self._workers = []
 
     def _start(self) -> None:
-        # A fork server that has loaded torch, but no CUDA, starts a rank in a tenth of a second.
+        preload()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["distflash", "tests.dense", *self.preload])
         store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.count):
             ours, theirs = context.Pipe()
@@ -139,10 +138,19 @@ class Ranks:
         return [worker.process.is_alive() for worker in self._workers]
 
 
+def preload(*modules: str) -> None:
+    """Start the process that all ranks are forked from, with these modules loaded. The first call decides.
+
+    It has loaded torch too, but no CUDA, and forks a rank in a tenth of a second.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["distflash", "tests.dense", *modules])
+    forkserver.ensure_running()
+
+
 def as_near() -> df.transport.Distributed:
     """All ranks, as a rank sees them where each has a GPU of one host: on CPUs, or sharing a GPU, they seem far."""
     transport = df.transport.Distributed(dist.group.WORLD)
-    transport.near = True
+    transport.intra_node = True
     return transport
 
 

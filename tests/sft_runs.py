@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tests.trainer_runs import (
+    CHECKPOINTING,
     VOCABULARY,
     Outcome,
     Run,
@@ -81,7 +82,8 @@ def fine_tune_on_rank(run: Run, folder: Path) -> Outcome:
 def make_sft(kind: Any, run: Run, attention: str, folder: Path, nudged: bool = False, **others: Any) -> Any:
     from trl import SFTConfig
 
-    given = arguments(run, folder, bf16=False)
+    # TRL's default, by the name that this version of Transformers has for it.
+    given = arguments(run, folder, bf16=False, **{CHECKPOINTING: True})
     trainer = kind(
         make_model(run, attention),
         SFTConfig(**given),

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from launch import trainer
-from launch.checkpoint import find_trained, model_of
-from launch.config import ModelConfig, OptimizerConfig, TrainConfig
-from launch.model import Decoder
-from launch.together import end
-from launch.weights import WRITER, load_weights
+from distflash.recipes import trainer
+from distflash.recipes.checkpoint import find_trained, model_of
+from distflash.recipes.config import ModelConfig, OptimizerConfig, TrainConfig
+from distflash.recipes.model import Decoder
+from distflash.recipes.together import end
+from distflash.recipes.weights import WRITER, load_weights
 
 TEXT = "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich – naïve café?\n" * 40
 SEQ_LEN = 193

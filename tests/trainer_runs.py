@@ -38,7 +38,7 @@ class Run:
     options: tuple[tuple[str, Any], ...] = ()
     optimizer: str = "sgd"
     clip: float = 0.0
-    steps: int = 20
+    steps: int = 10
     batch: int = 2
     accumulation: int = 3
     family: str = "llama"

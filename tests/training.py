@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distflash as df
-from launch.config import ModelConfig
-from launch.model import Decoder
+from distflash.recipes.config import ModelConfig
+from distflash.recipes.model import Decoder
 
 IGNORED = -100
 MAX_DOCUMENTS = 4
@@ -34,7 +34,7 @@ class Run:
     documents: bool = False
     clip: float = 0.0
     tied: bool = False
-    steps: int = 20
+    steps: int = 10
     seq_len: int = 45
     micro_batches: int = 2
     data: int = 1

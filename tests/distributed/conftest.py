@@ -1,4 +1,7 @@
-"""Ranks as processes on gloo, kept from test to test."""
+"""Ranks as processes on gloo, kept from test to test.
+
+A file's ``PRELOAD`` is a module whose import takes seconds. It is loaded once, before the ranks are forked.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests import trained_run
-from tests.ranks import Ranks
+from tests.ranks import Ranks, preload
+
+
+@pytest.fixture(autouse=True, scope="session")
+def preloaded(request: pytest.FixtureRequest) -> None:
+    """What the files of all chosen tests ask for."""
+    modules = {item.module for item in request.session.items if isinstance(item, pytest.Function)}
+    preload(*sorted({module.PRELOAD for module in modules if hasattr(module, "PRELOAD")}))
 
 
 @pytest.fixture(scope="session")

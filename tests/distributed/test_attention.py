@@ -1,5 +1,7 @@
 """Exactness over real processes: forward, lse and all gradients against dense float64."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -57,9 +59,17 @@ def alone(p):
     return on_rank(p, make_inputs(p), df.ContextParallel(df.transport.Alone(), kernel=Reference()))
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+ALL = list(product((1, 2, 3, 4), LAYOUTS, PROBLEMS))
+# Each problem on each number of ranks, in one layout after the other; simulated ranks have all of them.
+SOME = [(W, LAYOUTS[(W + n) % len(LAYOUTS)], name) for W in (1, 2, 3, 4) for n, name in enumerate(PROBLEMS)]
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.function is test_exact:
+        chosen = ALL if metafunc.config.getoption("--full") else SOME
+        metafunc.parametrize(("world_size", "layout", "name"), chosen, ids=str)
+
+
 def test_exact(world_size, layout, name, ranks_of):
     """In float64 to its rounding; in float32 and bfloat16 no less exact than one rank."""
     ranks, p = ranks_of(world_size), PROBLEMS[name]
@@ -74,7 +84,9 @@ def part_that_holds_heads_back(p, layout):
     poison_memory()
     kernel = df.kernels.Reference()
     cp = df.ContextParallel(as_near(), layout, kernel=kernel)
-    plan = overlap(cp.plan(p.mask, p.seq_len), p.kv_heads, p.batch, kernel.abilities(torch.device("cpu")), near=True)
+    plan = overlap(
+        cp.plan(p.mask, p.seq_len), p.kv_heads, p.batch, kernel.abilities(torch.device("cpu")), intra_node=True
+    )
     stages = plan.forward, plan.backward
     held_back = [any(each.heads for stage in s for each in stage.passes) for s in stages]
     return on_rank(p, make_inputs(p), cp), held_back

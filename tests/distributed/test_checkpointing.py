@@ -7,9 +7,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import distflash as df
-from launch.config import ModelConfig
-from launch.fsdp import whole
-from launch.model import Decoder, loss_sum
+from distflash.recipes.config import ModelConfig
+from distflash.recipes.fsdp import whole
+from distflash.recipes.model import Decoder, loss_sum
 from tests.counting import Counting
 
 LAYERS, S = 2, 37

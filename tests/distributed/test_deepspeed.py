@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distflash as df
-from launch.config import ModelConfig, OptimizerConfig, TrainConfig
-from launch.reporting import read_metrics
+from distflash.recipes.config import ModelConfig, OptimizerConfig, TrainConfig
+from distflash.recipes.reporting import read_metrics
+from tests import forked
 from tests.counting import Counting
 from tests.damage import Attack, flip
-from tests.jobs import finish, start, torchrun
+from tests.jobs import ROOT
 from tests.ranks import Ranks
 from tests.training import (
     MAX_DOCUMENTS,
@@ -45,6 +46,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is importe
 
 import distflash.integrations.deepspeed as dfd
 
+PRELOAD = "deepspeed.pipe"
 SECONDS, FULL_SECONDS = 240, 1500
 CLIP = 1.02  # of gradients whose norms are between 0.6 and 2.8
 
@@ -72,9 +74,9 @@ def combinations(pipe: int, data: int, stages: Sequence[int], full: bool) -> lis
             stages, ("SGD", "AdamW"), (True, False), (df.Zigzag(), df.Contiguous())
         )
     ]
-    # Of the eight of a stage two that differ in everything, others from stage to stage; one where ranks are many.
-    chosen = ((0, 7), (6, 1)) if data == 1 else ((0,), (6,))
-    return every if full else [run for n, run in enumerate(every) if n % 8 in chosen[n // 8 % 2]]
+    # One of the eight of each stage: two stages differ in everything, over four all pairs of settings occur.
+    chosen = (0, 7) if len(stages) == 2 else (0, 3, 5, 6)
+    return every if full else [every[8 * n + chosen[n]] for n in range(len(stages))]
 
 
 @pytest.mark.timeout(FULL_SECONDS)
@@ -155,7 +157,7 @@ class Pipeline:
     def __init__(self, run: Run, kernel: df.kernels.Kernel | None = None) -> None:
         from deepspeed.pipe import TiedLayerSpec
 
-        from launch.pipeline import pipeline_layers
+        from distflash.recipes.pipeline import pipeline_layers
 
         self.topology = make_topology(run, kernel)
         self.decoder = make_decoder(self.topology.cp)
@@ -357,7 +359,7 @@ def decoder_of(topology: dfd.Topology) -> nn.Module:
 
 
 def as_pipeline(topology: dfd.Topology, **options: object) -> nn.Module:
-    from launch.pipeline import pipeline_layers
+    from distflash.recipes.pipeline import pipeline_layers
 
     return dfd.pipeline_module(topology, pipeline_layers(make_decoder(topology.cp), topology.cp, 8), **options)
 
@@ -366,7 +368,7 @@ def with_an_axis_for_context(topology: dfd.Topology) -> nn.Module:
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import ProcessTopology
 
-    from launch.pipeline import pipeline_layers
+    from distflash.recipes.pipeline import pipeline_layers
 
     axes = ProcessTopology(axes=["pipe", "data", "context"], dims=[1, 1, 2])
     return PipelineModule(pipeline_layers(make_decoder(topology.cp), topology.cp, 8), topology=axes)
@@ -382,6 +384,7 @@ def initialize(model: nn.Module, topology: dfd.Topology, config: object = None, 
 
 JOB_STEPS = 6
 TINY = {"layers": 2, "dim": 32, "heads": 4, "kv_heads": 2}
+CONFIGS = ROOT / "launch" / "configs"
 
 
 @pytest.mark.parametrize(
@@ -408,8 +411,8 @@ def test_job_resumes_and_makes_the_losses_of_the_main_job(
 
 def run_both_jobs(out: Path, name: str, options: dict[str, object], model: dict[str, object]) -> None:
     """As a rank: the main job, and the DeepSpeed job, which is stopped after step 3 and resumed."""
-    from launch import deepspeed_trainer, trainer
-    from launch.deepspeed_config import DeepSpeedConfig
+    from distflash.recipes import deepspeed_trainer, trainer
+    from distflash.recipes.deepspeed_config import DeepSpeedConfig
 
     join_deepspeed()
     common = {
@@ -425,7 +428,7 @@ def run_both_jobs(out: Path, name: str, options: dict[str, object], model: dict[
     main, device = TrainConfig(out=out / "main", **shared), torch.device("cpu")
     corpus = trainer.agree(main)
     assert corpus is not None and trainer.train(main, corpus, device) == 0
-    path = Path(deepspeed_trainer.__file__).parent / "configs" / f"{name}.json"
+    path = CONFIGS / f"{name}.json"
     config = DeepSpeedConfig(out=out / "deepspeed", deepspeed=path, **common)
     assert deepspeed_trainer.train(config, corpus, device) == 0
     if dist.get_rank() == 0:
@@ -446,14 +449,14 @@ def test_a_checkpoint_that_is_damaged_or_forged_is_refused_on_all_ranks(
 
 def resume_what_is_not_sound(out: Path, damage: str) -> tuple[int, list[str]]:
     """As a rank: write a checkpoint, spoil it on the first rank, and resume from it."""
-    from launch import deepspeed_trainer, manifest, trainer
-    from launch.deepspeed_config import DeepSpeedConfig
-    from launch.together import end, on_lead
+    from distflash.recipes import deepspeed_trainer, manifest, trainer
+    from distflash.recipes.deepspeed_config import DeepSpeedConfig
+    from distflash.recipes.together import end, on_lead
 
     join_deepspeed()
-    configs, device = Path(deepspeed_trainer.__file__).parent / "configs", torch.device("cpu")
+    device = torch.device("cpu")
     config = DeepSpeedConfig(
-        out=out, deepspeed=configs / "zero1.json", seq_len=65, steps=1, device="cpu", model=ModelConfig(**TINY)
+        out=out, deepspeed=CONFIGS / "zero1.json", seq_len=65, steps=1, device="cpu", model=ModelConfig(**TINY)
     )
     corpus = trainer.agree(config)
     assert deepspeed_trainer.train(config, corpus, device) == 0
@@ -465,7 +468,7 @@ def resume_what_is_not_sound(out: Path, damage: str) -> tuple[int, list[str]]:
         on_lead(lambda: torch.save({"attack": Attack(out / "executed")}, file))
         manifest.seal(folder, manifest.read(folder).writer, 1)
     else:
-        config = replace(config, deepspeed=configs / "zero3.json")
+        config = replace(config, deepspeed=CONFIGS / "zero3.json")
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         code = end(lambda: deepspeed_trainer.train(replace(config, steps=2, resume=True), corpus, device))
@@ -474,7 +477,7 @@ def resume_what_is_not_sound(out: Path, damage: str) -> tuple[int, list[str]]:
 
 
 def test_weights_only_holds_for_callers_who_ask_for_all(tmp_path: Path) -> None:
-    from launch.deepspeed_checkpoint import weights_only
+    from distflash.recipes.deepspeed_checkpoint import weights_only
 
     mark, file = tmp_path / "executed", tmp_path / "x.pt"
     torch.save({"attack": Attack(mark)}, file)
@@ -488,7 +491,7 @@ def test_weights_only_holds_for_callers_who_ask_for_all(tmp_path: Path) -> None:
 def test_job_starts_as_users_start_it(tmp_path: Path) -> None:
     options = "--device cpu --layers 2 --dim 32 --seq-len 193 --batch-size 2 --steps 2 --log-every 1"
     options += f" --verify --deepspeed launch/configs/zero3.json --out {tmp_path}"
-    output = finish(start(*torchrun(2), "launch/train_deepspeed.py", *options.split()), timeout=120)
+    output = forked.finish(2, "launch/train_deepspeed.py", *options.split(), timeout=120)
     assert "DeepSpeed: zero3.json, ZeRO-3, 2 micro-batches of 1" in output
     assert "verified: sharded and unsharded agree" in output
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2

@@ -9,14 +9,18 @@ import torch.distributed as dist
 from distflash.doctor import Examination
 from distflash.doctor.findings import Finding
 from distflash.transport import Distributed
-from tests.jobs import finish, start, torchrun
+from tests import forked
+from tests.jobs import finish, start
 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_on_cpus_nothing_is_wrong(ranks):
-    command = [sys.executable] if ranks == 1 else torchrun(ranks)
-    text = finish(start(*command, "-m", "distflash", "doctor", "--device", "cpu"), timeout=150)
+    command = ("-m", "distflash", "doctor", "--device", "cpu")
+    if ranks == 1:  # without a launcher
+        text = finish(start(sys.executable, *command), timeout=150)
+    else:
+        text = forked.finish(ranks, *command, timeout=150)
     assert text.count("Versions") == 1 and "FAULT" not in text  # one rank prints
     assert "Reference" in text
     assert ("nothing is wrong on 2 ranks" in text) == ("Messages" in text) == (ranks == 2)

@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch import evaluator, manifest
-from launch.data import open_held_out
-from launch.inference_config import EvaluateConfig
-from launch.weights import WRITER
-from tests import jobs
-from tests.jobs import finish, torchrun
+from distflash.recipes import evaluator, manifest
+from distflash.recipes.data import open_held_out
+from distflash.recipes.inference_config import EvaluateConfig
+from distflash.recipes.weights import WRITER
+from tests import forked
 from tests.trained_run import SEQ_LEN, TEXT, Ended, as_rank, load_alone
 
 pytestmark = pytest.mark.timeout(120)
@@ -152,6 +151,6 @@ def test_another_length_of_training_than_the_checkpoints_is_refused(trained: Pat
 
 def test_as_a_command(trained: Path, tmp_path: Path) -> None:
     options = ("--checkpoint", trained, "--sequences", 2, "--device", "cpu", "--out", tmp_path)
-    output = finish(jobs.start(*torchrun(2), "launch/evaluate.py", *options))
+    output = forked.finish(2, "launch/evaluate.py", *options)
     assert f"trained with {SEQ_LEN} bytes a sequence" in output and "bits per byte: " in output
     assert json.loads((tmp_path / "evaluation.json").read_text())["seq_len"] == 2 * SEQ_LEN

@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import distflash as df
-from launch.config import ModelConfig
-from launch.fsdp import whole
-from launch.model import VOCABULARY, Decoder
+from distflash.recipes.config import ModelConfig
+from distflash.recipes.fsdp import whole
+from distflash.recipes.model import VOCABULARY, Decoder
 from tests.training import nudge
 
 SHAPE = ModelConfig(layers=2, dim=16, heads=2, kv_heads=1, ffn=32)

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch import generator
-from launch.data import SEPARATOR
-from launch.inference_config import GenerateConfig
+from distflash.recipes import generator
+from distflash.recipes.data import SEPARATOR
+from distflash.recipes.inference_config import GenerateConfig
 from tests import jobs
 from tests.damage import flip
 from tests.jobs import finish, torchrun

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tests.jobs import ROOT, finish, start, torchrun
+from tests import forked
+from tests.jobs import ROOT
 
 TEXT = (ROOT / "docs" / "inference.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -76,7 +77,7 @@ def _job() -> str:
 def test_the_examples_run_on_two_ranks(tmp_path):
     script = tmp_path / "examples.py"
     script.write_text(_job())
-    assert finish(start(*torchrun(2), script), timeout=110).count("equal") == 2
+    assert forked.finish(2, script, timeout=110).count("equal") == 2
 
 
 def test_every_example_is_run_but_that_of_cuda_graphs():

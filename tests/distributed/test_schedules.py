@@ -34,6 +34,23 @@ def test_exact(world_size, schedule, layout, name, ranks_of):
     assert_exact(p, make_inputs(p), join(ranks_of(world_size).run(part, p, layout, schedule), layout, p.seq_len))
 
 
+def alone(p, schedule):
+    """Runs as a rank: the whole problem, with the same memory and threads as the ranks have."""
+    poison_memory()
+    return on_rank(p, make_inputs(p), df.ContextParallel(df.transport.Alone(), schedule=schedule, kernel=Reference()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_reproducible_bits_are_those_of_one_rank(world_size, name, dtype, ranks_of):
+    p, layout, schedule = in_dtype(PROBLEMS[name], dtype), df.WholeChunks(df.Zigzag(), 4), df.Reproducible(4)
+    ranks = ranks_of(world_size)
+    got = join(ranks.run(part, p, layout, schedule), layout, p.seq_len)
+    for expected in ranks.run(alone, p, schedule):
+        assert all(torch.equal(got[result], expected[result]) for result in got)
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("schedule", ON_TWO, ids=repr)
 def test_exact_on_a_mesh_of_two_by_two(schedule, name, ranks_of):

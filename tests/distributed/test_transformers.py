@@ -15,10 +15,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distflash as df
-from launch.reporting import read_metrics
-from tests.jobs import finish, start, torchrun
-from tests.tiny_models import CONFIGS, CONFIGS_OF_MASKS, Case, eager, relative, results
+from distflash.recipes.reporting import read_metrics
+from tests import forked
+from tests.tiny_models import CONFIGS, CONFIGS_OF_MASKS, Case, eager, enable_checkpointing, relative, results
 
+PRELOAD = "tests.tiny_models"
 # No number of ranks divides these lengths, and documents end within the ranks' parts.
 LENGTHS = [(37,), (1, 11, 25)]
 
@@ -241,8 +242,7 @@ def wrapped_on_rank(case, wrap):
     tf.register(cp)
     try:
         model = case.model("distflash").train()
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "context_fn": df.keep_attention})
+        enable_checkpointing(model, {"use_reentrant": False, "context_fn": df.keep_attention})
         wrapped = wrap(model, mesh)
         out = wrapped(**tf.shard_batch(case.inputs(), cp))
         out.loss.backward()
@@ -355,7 +355,7 @@ SCRIPT += ["--warmup", "2", "--lr", "1e-2", "--vocab-size", "300"]
 
 def train(ranks: int, *options: str, out: Path) -> list[float]:
     """The losses of all steps."""
-    output = finish(start(*torchrun(ranks), *SCRIPT, *options, "--out", out), timeout=150)
+    output = forked.finish(ranks, *SCRIPT, *options, "--out", out, timeout=150)
     assert re.search(r"median [\d,]+ tokens/s \| peak \d+\.\d+ GiB", output), output
     assert ("verified: sharded and unsharded agree" in output) is ("--verify" in options)
     assert (out / "loss.png").exists()

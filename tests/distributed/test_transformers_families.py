@@ -11,6 +11,7 @@ import torch.distributed as dist
 import distflash as df
 from tests.jobs import finish, start
 
+PRELOAD = "tools.families"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "transformers.md"
 SOME = [
     ("llama", "LlamaForCausalLM", "causal"),

@@ -11,6 +11,7 @@ import distflash as df
 from tests.generation import MODES, Generation, on_one_process, over_ranks
 from tests.tiny_models import CONFIGS, relative
 
+PRELOAD = "tests.tiny_models"
 # The window of the tiny models is 6 tokens: shorter than prompts and chunks, and passed again and again.
 SOME = (
     *((2, Generation(family, lengths=(100,), chunk=33)) for family in (*CONFIGS, "llama4")),

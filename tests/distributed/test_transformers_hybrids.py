@@ -6,7 +6,9 @@ import torch.distributed as dist
 
 import distflash as df
 from tests.distributed.test_transformers import joined
-from tests.tiny_models import CONFIGS_OF_HYBRIDS, Case, eager, relative, results
+from tests.tiny_models import CONFIGS_OF_HYBRIDS, Case, eager, enable_checkpointing, relative, results
+
+PRELOAD = "tests.tiny_models"
 
 
 def on_rank(cases, layout, split_heads=False):
@@ -115,7 +117,7 @@ def two_batches_on_rank(family, checkpointing, split_heads=False):
         model = cases[0].model("distflash")
         tf.gather_layers(model, cp, split_heads=split_heads)
         if checkpointing:
-            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model.train(), {"use_reentrant": False})
         losses = [model(**tf.shard_batch(case.inputs(), cp)).loss for case in cases]
         for loss in losses:
             loss.backward()

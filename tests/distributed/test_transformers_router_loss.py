@@ -7,6 +7,8 @@ import torch.distributed as dist
 import distflash as df
 from tests.tiny_models import CONFIGS_OF_EXPERTS, Case, relative, results
 
+PRELOAD = "tests.tiny_models"
+
 
 def model_and_kwargs(case, attention, by_config):
     model = case.model(attention)

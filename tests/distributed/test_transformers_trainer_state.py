@@ -24,6 +24,7 @@ from tests.trainer_runs import (
     worst,
 )
 
+PRELOAD = "distflash.integrations.transformers.sft"
 # What is compared of each step.
 NAMES = ("loss", "grad_norm", "epoch", "num_input_tokens_seen", "learning_rate")
 RUN = Run(steps=9, optimizer="adamw_torch", options=(("lr_scheduler_type", "constant"),))

@@ -12,12 +12,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 
-from launch import manifest, trainer, uptraining
-from launch.config import ModelConfig, OptimizerConfig, TrainConfig
-from launch.together import end
-from launch.uptrain_config import UptrainConfig
-from tests import jobs
-from tests.jobs import finish, torchrun
+from distflash.recipes import manifest, trainer, uptraining
+from distflash.recipes.config import ModelConfig, OptimizerConfig, TrainConfig
+from distflash.recipes.together import end
+from distflash.recipes.uptrain_config import UptrainConfig
+from tests import forked
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -233,7 +232,7 @@ def test_the_command_compares_all_methods(source: Path, tmp_path: Path) -> None:
     """As users start it, on two ranks."""
     options = ("--device", "cpu", "--seq-len", 65, "--warmup", 1, "--share", SHARE, "--held-out-batches", 1)
     command = ("launch/uptrain.py", "--source", source, "--kv-heads", 1, "--compare", "--out", tmp_path, *options)
-    output = finish(jobs.start(*torchrun(2), *command), timeout=150)
+    output = forked.finish(2, *command, timeout=150)
     assert "random heads: held-out loss" in output and "comparison: " in output
     kept = json.loads((tmp_path / "compare.json").read_text())
     assert len(kept["held_out_loss_by_step"]) == 4 and kept["kv_heads"] == {"source": 4, "uptrained": 1}

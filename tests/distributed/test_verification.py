@@ -12,9 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distflash as df
-from launch.config import ModelConfig
-from launch.model import Decoder
-from tests.jobs import ROOT, finish, start, torchrun
+from distflash.recipes.config import ModelConfig
+from distflash.recipes.model import Decoder
+from tests import forked
+from tests.jobs import ROOT
 
 SHAPE = ModelConfig(layers=3, dim=32, heads=4, kv_heads=2, ffn=48)
 SEQ_LEN = 67  # that nothing divides
@@ -64,7 +65,7 @@ class WrongBackward(nn.Module):
 
     def forward(self, x):
         weight = self.weight
-        if self.cp is not None and self.cp.rank == 0:
+        if self.cp.world_size > 1 and self.cp.rank == 0:
             weight = 1.001 * weight - 0.001 * weight.detach()
         return F.linear(x, weight)
 
@@ -343,6 +344,37 @@ def test_the_example_of_the_documentation(reduction, tmp_path):
     example = (ROOT / "docs/verify.md").read_text().split("```python\n")[1].split("```")[0]
     file = tmp_path / "example.py"
     file.write_text(example.replace('reduction="mean"', f'reduction="{reduction}"'))
-    text = finish(start(*torchrun(2), file, PYTHONPATH=str(ROOT)), expected=int(reduction == "sum"), timeout=150)
+    text = forked.finish(2, file, expected=int(reduction == "sum"), timeout=150)
     assert ("verified: sharded and unsharded agree in" in text) == (reduction == "mean")
     assert ("all gradients are 0.5 times what they should be" in text) == (reduction == "sum")
+
+
+class AsksForPositions(nn.Module):
+    """As the README's model: what it asks of its group it can also ask of a group of one."""
+
+    def __init__(self, cp):
+        super().__init__()
+        self.cp, self.qkv = cp, nn.Linear(8, 24, dtype=torch.float64)
+        self.rope = df.nn.RotaryEmbedding(8)
+
+    def forward(self, x, seq_len):
+        q, k, v = self.qkv(x)[:, :, None].chunk(3, dim=-1)
+        q, k = self.rope(q, k, self.cp.positions(seq_len))
+        return df.attention(q, k, v, mask=df.Causal(), cp=self.cp, seq_len=seq_len)
+
+
+def verified_positions():
+    cp = df.ContextParallel(dist.group.WORLD)
+    torch.manual_seed(0)
+    model, x = DistributedDataParallel(AsksForPositions(cp)), torch.randn(1, SEQ_LEN, 8, dtype=torch.float64)
+
+    def step(batch, cp):
+        out = model(batch if cp is None else cp.shard(batch), SEQ_LEN)
+        total = out.square().sum()
+        return total / batch.numel() if cp is None else cp.mean(total, out.numel(), reduction="mean")
+
+    return df.verify(step, x, cp, quiet=True).ok, model.module.cp is cp
+
+
+def test_a_model_may_ask_its_group_for_positions_in_the_replay(ranks_of):
+    assert ranks_of(2).run(verified_positions) == [(True, True)] * 2

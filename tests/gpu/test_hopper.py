@@ -195,7 +195,7 @@ def test_work_is_shared_out_anew_in_every_launch():
         scores, only, keys = Scores(64**-0.5), Pass(0, (0,), (rows,)), Keys(q, q, rows)
         Hopper().forward(q, (keys,), only, scores, into)
         assert into.counter.tolist() == [0, 0]
-        saved = Hopper().save(q, into.final, into.lse, q, None)
+        saved = Hopper().preprocess(q, into.final, into.lse, q, None)
         dq = QueryGradient(torch.empty_like(q), None)
         dkv = KeyGradient(torch.empty_like(q), torch.empty_like(q))
         Hopper().backward(saved, keys, only, scores, dq, dkv)

@@ -76,10 +76,35 @@ def test_other_schedules(near: bool, name: str, schedule: Schedule, ranks: Ranks
     assert_no_less_exact(p, dense.join(parts, df.Zigzag(), p.seq_len), single)
 
 
+REPRODUCIBLE = df.Reproducible(96)
+WHOLE_CHUNKS = df.WholeChunks(df.Zigzag(), 96)
+
+
+def reproducible_part(p: Problem) -> Results:
+    """Runs as a rank: its part in fixed chunks."""
+    cp = df.ContextParallel(dist.group.WORLD, WHOLE_CHUNKS, REPRODUCIBLE)
+    return problems.to_cpu(dense.on_rank(p, problems.on(dense.make_inputs(p), device()), cp))
+
+
+def reproducible_alone(p: Problem) -> Results:
+    """Runs as a rank: the whole problem in fixed chunks."""
+    cp = df.ContextParallel(df.transport.Alone(device=device()), schedule=REPRODUCIBLE)
+    return problems.to_cpu(dense.on_rank(p, problems.on(dense.make_inputs(p), device()), cp))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=problems.name_of)
+@pytest.mark.parametrize("name", ["causal", "window and first keys", "everything"])
+def test_reproducible_bits_are_those_of_one_rank(name: str, dtype: torch.dtype, ranks: Ranks) -> None:
+    p = dense.in_dtype(problems.PROBLEMS[name], dtype)
+    got = dense.join(ranks.run(reproducible_part, p), WHOLE_CHUNKS, p.seq_len)
+    for single in ranks.run(reproducible_alone, p):
+        assert all(torch.equal(got[of], single[of]) for of in single)
+
+
 def of_one_program(p: Problem, ranks: int, where: torch.device) -> df.kernels.Hopper:
     """A kernel for which a rank's few keys are enough to hold some heads back."""
     kernel = df.kernels.Hopper(margin=torch.cuda.get_device_properties(where).multi_processor_count - 1)
-    assert p.seq_len // ranks * p.kv_heads // 4 > kernel.abilities(where).enough_keys
+    assert p.seq_len // ranks * p.kv_heads // 4 > kernel.abilities(where).smallest_work
     return kernel
 
 

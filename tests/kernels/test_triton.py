@@ -51,6 +51,19 @@ def test_other_tiles(block_m, block_n):
     oracle.check(Triton(tiles=Tiles(tile, tile, tile)), replace(SMALL, mask=masks.Window(40, 3)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_over_ranks(dtype):
+    """Fixed chunks, of which the last is short, under a mask of two parts and of one."""
+    mask = df.Causal() & (masks.Window(5) | df.FirstTokens(3)) if dtype == torch.float32 else df.Causal()
+    p = dense.Problem(mask, 22, 1, 2, 1, d_qk=24, d_v=16, softcap=3.0, alibi=True, sinks=True, dtype=dtype)
+    x, layout, schedule = dense.make_inputs(p), df.WholeChunks(Zigzag(), 8), df.Reproducible(8)
+    one_rank, *others = (dense.on_ranks(p, x, W, layout, Triton(interpret=True), schedule) for W in (1, 2))
+    for got in others:
+        assert all(torch.equal(got[name], one_rank[name]) for name in one_rank)
+    if dtype == torch.float32:
+        dense.assert_no_less_exact(p, x, one_rank, dense.on_ranks(p, x, 1, Zigzag()))
+
+
 @pytest.mark.parametrize("schedule", [df.Ring(), df.PassQuery()], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_union_over_ranks(dtype, schedule):

@@ -68,6 +68,7 @@ DISAGREEMENTS = {
 def test_a_disagreement_is_named_on_every_rank(changes, words):
     for rank, text in enumerate(messages(lambda t: call(t, **changes if t.rank == 2 else {}))):
         assert words in text
+        assert ("pass seq_len=" in text) == words.startswith("seq_len")
         assert f"This is rank {rank}." in text
 
 
@@ -134,7 +135,7 @@ def test_values_per_head_are_compared(common, other, check_every_call):
 class Counted:
     """A transport of two on which both ranks say the same, and which counts how often they are asked."""
 
-    rank, world_size, checks_every_call = 0, 2, False
+    rank, world_size, verifies_every_call = 0, 2, False
 
     def __init__(self):
         self.asked = 0
@@ -166,7 +167,7 @@ def test_signatures_with_equal_hashes_or_values_are_different():
     options += [dict(mask=Sloped(slope)) for slope in (1, 1.0, True, 0.0, -0.0, float("nan"))]
 
     def work(transport):
-        cp = df.ContextParallel(Spy(transport, checks_every_call=False))
+        cp = df.ContextParallel(Spy(transport, verifies_every_call=False))
         q = torch.zeros(1, S // W, 2, 8)
         for chosen in options * 2:
             df.attention(q, q, q, cp=cp, **chosen)
@@ -179,7 +180,7 @@ def test_sinks_may_change_from_step_to_step():
     """They are parameters: their values are compared with a new signature only."""
 
     def work(transport):
-        cp = df.ContextParallel(Spy(transport, checks_every_call=False))
+        cp = df.ContextParallel(Spy(transport, verifies_every_call=False))
         q = torch.zeros(1, S // W, 2, 8)
         for step in range(5):
             df.attention(q, q, q, cp=cp, sinks=torch.full((2,), float(step)))
@@ -212,8 +213,8 @@ def test_what_is_remembered_is_bounded():
 class Spy(SimulatedTransport):
     """Counts how often ranks are asked."""
 
-    def __init__(self, transport, checks_every_call=True):
-        super().__init__(transport.simulator, transport.rank, checks_every_call=checks_every_call)
+    def __init__(self, transport, verifies_every_call=True):
+        super().__init__(transport.simulator, transport.rank, verifies_every_call=verifies_every_call)
         object.__setattr__(self, "asked", [])
 
     def gather_ints(self, values):
@@ -347,7 +348,7 @@ def test_fields_of_different_names():
 
 def test_agree_compares_every_time():
     def work(transport):
-        cp = df.ContextParallel(Spy(transport, checks_every_call=False))
+        cp = df.ContextParallel(Spy(transport, verifies_every_call=False))
         for _ in range(3):
             cp.agree("batch", n=1)
         return len(cp.transport.asked)

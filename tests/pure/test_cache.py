@@ -168,7 +168,7 @@ def scripts(draw):
     )
 
 
-@examples(150)
+@examples(80)
 @given(scripts(), LAYOUTS, st.integers(1, 8), WAYS)
 def test_exact_in_float64(script, layout, world_size, schedule):
     x = told(script)

@@ -7,9 +7,9 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import distflash as df
+from distflash.recipes.config import ModelConfig
+from distflash.recipes.model import Decoder, loss_sum
 from distflash.transport import Alone, Simulator
-from launch.config import ModelConfig
-from launch.model import Decoder, loss_sum
 from tests.counting import Counting
 
 LAYERS, S = 3, 21

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import distflash as df
+from distflash.recipes.config import ModelConfig
+from distflash.recipes.model import Block, Decoder, loss_sum
 from distflash.transport import Alone
-from launch.config import ModelConfig
-from launch.model import Block, Decoder, loss_sum
 from tests.counting import Counting
 from tests.oracle import assert_as_exact
 

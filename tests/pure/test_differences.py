@@ -34,6 +34,14 @@ def test_a_report_shows_the_largest_errors_first_and_counts_the_rest():
         report.require()
 
 
+def test_a_verified_report_is_a_table_of_few_lines():
+    report = Report(tuple(row(f"w{n}", n / 30) for n in range(25)), notes=("a note",))
+    lines = str(report).splitlines()
+    assert report.ok and len(lines) == 8
+    assert lines[0].startswith("verified: sharded and unsharded agree in 25 values; the largest error is 0.80 of its")
+    assert [line.split()[1] for line in lines[2:5]] == ["w24", "w23", "w22"] and "and 22 more" in lines[5]
+
+
 def test_a_value_that_is_not_finite_is_never_verified():
     assert Report((row("w", 0.0),)).ok
     assert not Report((row("w", 0.0),), not_finite="blocks.0").ok

@@ -44,19 +44,22 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("schedule", [df.Ring(), df.AllGather(), df.DoubleRing(4), df.PassQuery()], ids=repr)
+SCHEDULES = [df.Ring(), df.AllGather(), df.DoubleRing(4), df.PassQuery()]
+ON_16 = [(df.Zigzag(), "causal"), (df.Striped(), "union"), (df.Contiguous(), "window of packed documents")]
+ON_MORE = [(df.Zigzag(), "window of packed documents"), (df.Contiguous(), "causal")]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("world_size", "layout", "mask"),
+    ("schedule", "world_size", "layout", "mask"),
     [
-        (16, df.Zigzag(), "causal"),
-        (16, df.Striped(), "union"),
-        (16, df.Contiguous(), "window of packed documents"),
-        (64, df.Zigzag(), "window of packed documents"),
-        (64, df.Contiguous(), "causal"),
+        *((schedule, 16, *each) for schedule in SCHEDULES for each in ON_16),
+        # 64 ranks have 4096 steps to simulate, 32 a quarter of them: each schedule once.
+        *((schedule, 32 if n else 64, *ON_MORE[n % 2]) for n, schedule in enumerate(SCHEDULES)),
     ],
     ids=str,
 )
-def test_exact_on_many_ranks(world_size, layout, mask, schedule):
+def test_exact_on_many_ranks(schedule, world_size, layout, mask):
     """Fewer tokens than would give every rank of 64 three."""
     p = Problem(MASKS[mask], 131, heads=2, d_v=5, softcap=3.0, alibi=True, sinks=True)
     x = make_inputs(p)
@@ -113,8 +116,9 @@ def long_problem():
     return {dtype: solve(dtype) for dtype in (torch.float32, torch.bfloat16)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("world_size", [2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("world_size", [2, 8, 64])
 def test_error_stays_flat_however_many_ranks(world_size, dtype, long_problem):
     p, x, one_rank = long_problem[dtype]
     got = on_ranks(p, x, world_size, df.Zigzag())

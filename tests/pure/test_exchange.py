@@ -54,14 +54,14 @@ def test_buffers_are_given_up_when_no_later_stage_needs_them(schedule, most):
         plan = schedule.plan(geometry, transport.rank)
         exchange = exchange_of(transport, plan, by_position(geometry.keys.positions(plan.rank)))
         buffers, alive = weakref.WeakSet(), []
-        room = exchange._room
+        receive_buffers = exchange._receive_buffers
 
         def watched(transfer):
-            tensors = room(transfer)
+            tensors = receive_buffers(transfer)
             buffers.add(tensors[0])
             return tensors
 
-        exchange._room = watched
+        exchange._receive_buffers = watched
         for _ in exchange.walk(plan.forward, plan.done_with[0]):
             alive.append(len(buffers))
         return max(alive), len(buffers)

@@ -7,7 +7,7 @@ import torch
 
 import distflash as df
 from distflash.kernels import Kernel
-from distflash.kernels.base import Saved
+from distflash.kernels.base import BackwardContext
 from distflash.partial import Softmax
 from distflash.schedules.travel import KeysTravel
 from tests.dense import Problem, assert_exact, join, make_inputs, on_rank
@@ -73,9 +73,9 @@ class Dense(Kernel):
         if each.last:
             into.finish(self.base)
 
-    def save(self, q, out, lse, dout, dlse):
+    def preprocess(self, q, out, lse, dout, dlse):
         delta = (out * dout).sum(-1).transpose(1, 2)
-        return Saved(q, dout, lse, delta if dlse is None else delta - dlse)
+        return BackwardContext(q, dout, lse, delta if dlse is None else delta - dlse)
 
     def backward(self, saved, keys, each, scores, dq, dkv):
         s, k, v = self.scores(saved.q, keys, scores)

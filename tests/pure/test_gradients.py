@@ -9,11 +9,10 @@ import distflash as df
 from distflash.engine import keys_of
 from distflash.exchange import Exchange
 from distflash.geometry import Geometry
-from distflash.gradients import Gradients, Sum
-from distflash.kernels.base import Abilities, Kernel, Saved, Scores
+from distflash.gradients import GradientBuffers, Sum
+from distflash.kernels.base import Abilities, BackwardContext, Kernel, Scores
 from distflash.overlap import overlap
-from distflash.plan import Gradients as Wanted
-from distflash.plan import Transfer, What
+from distflash.plan import Gradients, Transfer, What
 from distflash.transport import Alone, Simulator
 
 
@@ -30,15 +29,15 @@ class Writes(Kernel):
     def forward(self, q, keys, each, scores, into):
         raise NotImplementedError
 
-    def save(self, q, out, lse, dout, dlse):
-        return Saved(q, dout, lse, lse)
+    def preprocess(self, q, out, lse, dout, dlse):
+        return BackwardContext(q, dout, lse, lse)
 
     def backward(self, saved, keys, each, scores, dq, dkv):
         self.calls.append((each, dkv.dk.numel()))
-        if each.gradients is not Wanted.OF_QUERIES:
+        if each.gradients is not Gradients.OF_QUERIES:
             dkv.dk.fill_(self.value(each))
             dkv.dv.fill_(-self.value(each))
-        if each.gradients is not Wanted.OF_KEYS:
+        if each.gradients is not Gradients.OF_KEYS:
             assert dq.sum is not None or (each.first and each.last), "there is a sum wherever there are two passes"
             total = torch.zeros_like(dq.final, dtype=torch.float32) if each.first else dq.sum
             total += 1
@@ -48,14 +47,14 @@ class Writes(Kernel):
 def gradients(transport, geometry, kernel, abilities=None, dtype=torch.float32):
     """dq, dk and dv of one rank, of one head of 2 and 3 dims."""
     plan = df.Ring().plan(geometry, transport.rank)
-    plan = plan if abilities is None else overlap(plan, 1, 1, abilities, near=True)
+    plan = plan if abilities is None else overlap(plan, 1, 1, abilities, intra_node=True)
     T, K = geometry.queries.length(plan.rank), geometry.keys.length(plan.rank)
     q, out = torch.zeros(1, T, 1, 2, dtype=dtype), torch.zeros(1, T, 1, 3, dtype=dtype)
     keys = torch.zeros(1, K, 1, 2, dtype=dtype), torch.zeros(1, K, 1, 3, dtype=dtype)
     queries = q, out, torch.zeros(1, 1, T), out
     exchange = Exchange(plan, transport, {What.KEYS: keys, What.QUERIES: queries})
     exchange.at_hand |= {(What.KEYS, plan.rank): keys, (What.QUERIES, plan.rank): queries}
-    parts = Gradients(exchange, kernel, Scores(1.0), rounds_keys=True)
+    parts = GradientBuffers(exchange, kernel, Scores(1.0), rounds_keys=True)
     for stage in exchange.walk(plan.backward, plan.done_with[1]):
         for each in stage.passes:
             parts.compute(each, *keys_of(each, exchange))
@@ -127,9 +126,9 @@ def test_dq_is_computed_while_dk_and_dv_travel():
 
     for (dq, dk, dv), calls in Simulator(2).run(work):
         assert [(each.gradients, room) for each, room in calls] == [
-            (Wanted.ALL, 8),
-            (Wanted.OF_KEYS, 8),
-            (Wanted.OF_QUERIES, 0),
+            (Gradients.ALL, 8),
+            (Gradients.OF_KEYS, 8),
+            (Gradients.OF_QUERIES, 0),
         ]
         assert (dq == 2).all() and (dk == 11).all() and (dv == -11).all()
 

@@ -25,13 +25,13 @@ class Device:
     timeout: timedelta | None = None
     world_size: int = 2
     device: torch.device = torch.device("cuda")
-    checks_every_call: bool = False
-    near: bool = True
+    verifies_every_call: bool = False
+    intra_node: bool = True
     members: tuple[int, ...] = (4, 5)
     done: threading.Event = field(default_factory=threading.Event)
     closed: threading.Event = field(default_factory=threading.Event)
 
-    def carries(self, device):
+    def supports_device(self, device):
         return True
 
     def exchange(self, sends, receives):

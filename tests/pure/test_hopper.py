@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from distflash.kernels import Hopper, Problem
-from distflash.kernels.hopper.kernel import triton_reasons
 from distflash.kernels.hopper.tiles import backward_tile, forward_tile, padded
 
 pytestmark = pytest.mark.pure
@@ -31,18 +30,6 @@ def test_outputs_must_fit_where_the_queries_were():
 def test_a_margin_is_a_number_of_multiprocessors(margin):
     with pytest.raises(ValueError, match="margin"):
         Hopper(margin=margin)
-
-
-@pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.9.2", "3.8.0+git1234"])
-def test_tested_versions_of_triton_are_no_reason(version):
-    assert triton_reasons(version) == []
-
-
-@pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0"])
-def test_other_versions_of_triton_are_refused_in_words(version):
-    (reason,) = triton_reasons(version)
-    assert f"written for triton 3.6 to 3.9, and triton {version} is installed" in reason
-    assert "df.kernels.Triton()" in reason
 
 
 def test_short_dtypes_are_no_reason():

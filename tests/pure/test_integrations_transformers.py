@@ -25,7 +25,7 @@ import distflash as df
 from distflash.integrations import transformers as tf
 from distflash.transport import Alone, Simulator
 from tests.counting import Counting
-from tests.tiny_models import CONFIGS, SMALL, Case, eager, relative, results
+from tests.tiny_models import CONFIGS, SMALL, Case, eager, enable_checkpointing, relative, results
 
 S = 11
 
@@ -415,8 +415,7 @@ def test_checkpointing_that_keeps_attention_does_not_run_it_twice():
     tf.register(cp)
     try:
         model = case.model("distflash")
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "context_fn": df.keep_attention})
+        enable_checkpointing(model, {"use_reentrant": False, "context_fn": df.keep_attention})
         out = model(**tf.shard_batch(case.inputs(), cp))
         out.loss.backward()
     finally:

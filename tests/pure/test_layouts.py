@@ -8,9 +8,10 @@ from tests.strategies import layouts
 
 lengths = st.integers(0, 200)
 worlds = st.integers(1, 64)
+whole_chunks = st.builds(df.WholeChunks, layouts, st.integers(1, 40))
 
 
-@given(layouts, lengths, worlds)
+@given(layouts | whole_chunks, lengths, worlds)
 def test_every_position_is_held_once_in_ascending_order(layout, seq_len, world_size):
     held = [layout.positions(seq_len, world_size, rank) for rank in range(world_size)]
     assert all(p.dtype == torch.int64 and (p.diff() > 0).all() for p in held)
@@ -25,7 +26,7 @@ def test_lengths_agree_and_differ_by_at_most_a_token_per_range(layout, seq_len, 
     assert max(sizes) - min(sizes) <= ranges or getattr(layout, "tokens", "equal") != "equal"
 
 
-@given(layouts, lengths, worlds, st.data())
+@given(layouts | whole_chunks, lengths, worlds, st.data())
 def test_count_below_counts(layout, seq_len, world_size, data):
     rank = data.draw(st.integers(0, world_size - 1))
     held = layout.positions(seq_len, world_size, rank)
@@ -47,6 +48,28 @@ def test_count_below_counts(layout, seq_len, world_size, data):
 )
 def test_pictures(layout, expected):
     assert [layout.positions(11, 2, rank).tolist() for rank in range(2)] == expected
+
+
+@given(whole_chunks, lengths, worlds)
+def test_whole_chunks_are_on_one_rank(layout, seq_len, world_size):
+    for rank in range(world_size):
+        chunks, counts = (layout.positions(seq_len, world_size, rank) // layout.chunk).unique(return_counts=True)
+        for chunk, count in zip(chunks.tolist(), counts.tolist(), strict=True):
+            assert count == min(layout.chunk, seq_len - chunk * layout.chunk)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("zigzag", 4), r"WholeChunks\(layout\): expected another layout"),
+        ((df.WholeChunks(df.Zigzag(), 2), 4), r"WholeChunks\(layout\): expected another layout"),
+        ((df.Zigzag(), 0), r"WholeChunks\(chunk\): expected an int of at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_wrong_chunks_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        df.WholeChunks(*arguments)
 
 
 def causal_work(layout, seq_len, world_size):

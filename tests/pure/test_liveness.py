@@ -31,9 +31,9 @@ def small_groups():
 
 @examples(200)
 @given(geometries(), schedules, st.integers(1, 8), st.sampled_from([ABLE, PLAIN]), st.booleans())
-def test_rows_are_live_where_they_see_a_key(geometry, schedule, kv_heads, able, near):
+def test_rows_are_live_where_they_see_a_key(geometry, schedule, kv_heads, able, intra_node):
     plans = [schedule.plan(geometry, rank) for rank in range(geometry.world_size)]
-    check([overlap(plan, kv_heads, 1, able, near) for plan in plans], geometry, kv_heads)
+    check([overlap(plan, kv_heads, 1, able, intra_node) for plan in plans], geometry, kv_heads)
 
 
 @examples(100)

@@ -11,7 +11,7 @@ from benchmarks.common import Shape
 from benchmarks.memory import predict
 from benchmarks.meter import Meter
 from distflash import engine
-from distflash.kernels.base import Abilities, Kernel, Saved, Scores
+from distflash.kernels.base import Abilities, BackwardContext, Kernel, Scores
 from distflash.overlap import overlap
 from distflash.transport import Simulator
 
@@ -31,13 +31,13 @@ class Hollow(Kernel):
     def forward(self, q, keys, each, scores, into):
         pass
 
-    def save(self, q, out, lse, dout, dlse):
+    def preprocess(self, q, out, lse, dout, dlse):
         stats = torch.empty(2, *lse.shape)
         if not self.adds_up:
-            return Saved(q, dout, lse, stats[1], stats)
+            return BackwardContext(q, dout, lse, stats[1], stats)
         tiles = -(-q.shape[1] // 64)
         sums = torch.empty(q.shape[0] * q.shape[2] * tiles, 64, max(64, q.shape[3]))
-        return Saved(q, dout, lse, stats[1], stats, q.new_zeros(2, dtype=torch.int32), sums)
+        return BackwardContext(q, dout, lse, stats[1], stats, q.new_zeros(2, dtype=torch.int32), sums)
 
     def backward(self, saved, keys, each, scores, dq, dkv):
         pass
@@ -73,7 +73,7 @@ ZIGZAG, RING = df.Zigzag(), df.Ring()
 def measure(transport, shape, mask, adds_up, layout=ZIGZAG, schedule=RING):
     cp, kernel = df.ContextParallel(transport, layout=layout, schedule=schedule), Hollow(adds_up)
     T = cp.seq_local(shape.S)
-    plan = overlap(cp.plan(mask, shape.S), shape.G, shape.B, kernel.abilities(torch.device("cpu")), near=True)
+    plan = overlap(cp.plan(mask, shape.S), shape.G, shape.B, kernel.abilities(torch.device("cpu")), intra_node=True)
     q, dout = (torch.zeros(shape.B, T, shape.H, d, dtype=torch.bfloat16) for d in (shape.D, shape.V))
     k, v = (torch.zeros(shape.B, T, shape.G, d, dtype=torch.bfloat16) for d in (shape.D, shape.V))
     call = engine.Call(plan, Uncounted(transport), kernel, Scores(1.0))

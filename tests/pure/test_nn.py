@@ -65,12 +65,15 @@ def test_rope_makes_scores_depend_on_distance_only():
     assert torch.equal(rotate(q, 0), q)
 
 
-def test_rope_is_the_rotation_of_pairs():
-    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rope_is_the_rotation_of_pairs(dtype):
+    """To a few units in the last place of the queries' own dtype."""
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=dtype).view(1, 1, 1, 4) / 3
     pairs = torch.complex(x[..., :2].double(), x[..., 2:].double())
     turned = pairs * torch.exp(1j * 5 * torch.tensor([1.0, 0.1], dtype=torch.float64))
-    expected = torch.cat([turned.real, turned.imag], -1).float()
-    torch.testing.assert_close(rotate(x, 5, theta=100.0), expected)
+    expected = torch.cat([turned.real, turned.imag], -1).to(dtype)
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(rotate(x, 5, theta=100.0), expected, rtol=4 * unit, atol=4 * unit)
 
 
 def test_rope_takes_positions_of_each_sequence():
@@ -190,3 +193,14 @@ def test_a_cache_that_does_not_fit_is_refused_on_every_rank(cache, words, decodi
 def test_a_gradient_through_a_cache_is_refused():
     with pytest.raises(ValueError, match="require a gradient, which does not go through a cache"):
         module()(torch.randn(2, 3, DIM, dtype=torch.float64), cache=make_cache(None))
+
+
+@torch.no_grad()
+def test_groups_of_one_share_caches():
+    """As in the replay of `verify`, where a module has a group of one, and a cache of the step has none."""
+    x, expected = torch.randn(2, S, DIM, dtype=torch.float64), module()
+    attention = module(df.ContextParallel(df.transport.Alone()))
+    attention.load_state_dict(expected.state_dict())
+    got = attention(x[:, :5], cache=(cache := make_cache(None)))
+    torch.testing.assert_close(got, expected(x[:, :5]), **CLOSE)
+    torch.testing.assert_close(attention.decode(x[:, 5:6], cache=cache), expected(x[:, :6])[:, 5:], **CLOSE)

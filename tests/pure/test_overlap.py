@@ -19,17 +19,17 @@ abilities = st.builds(Abilities, st.booleans(), st.booleans(), st.integers(0, 40
 
 @examples(200)
 @given(geometries(), schedules, st.integers(1, 8), abilities, st.booleans())
-def test_what_is_computed_stays_the_same(geometry, schedule, kv_heads, able, near):
+def test_what_is_computed_stays_the_same(geometry, schedule, kv_heads, able, intra_node):
     plans = [schedule.plan(geometry, rank) for rank in range(geometry.world_size)]
-    check([overlap(plan, kv_heads, 1, able, near) for plan in plans], geometry, kv_heads)
+    check([overlap(plan, kv_heads, 1, able, intra_node) for plan in plans], geometry, kv_heads)
 
 
 HEADS_APART = Abilities(two_sources=True, some_heads=True)
 
 
-def causal(world_size, able=HEADS_APART, kv_heads=8, batch=1, near=True):
+def causal(world_size, able=HEADS_APART, kv_heads=8, batch=1, intra_node=True):
     geometry = Geometry.of_sequence(df.Causal(), df.Zigzag(), 20 * world_size, world_size)
-    return overlap(df.Ring().plan(geometry, 0), kv_heads, batch, able, near)
+    return overlap(df.Ring().plan(geometry, 0), kv_heads, batch, able, intra_node)
 
 
 def heads_of(stages):
@@ -51,7 +51,12 @@ def test_gradients_that_come_home_early_are_not_overwritten(world_size):
 
 @pytest.mark.parametrize(
     "changed",
-    [dict(near=False), dict(kv_heads=1), dict(able=Abilities(two_sources=True)), dict(able=Abilities(some_heads=True))],
+    [
+        dict(intra_node=False),
+        dict(kv_heads=1),
+        dict(able=Abilities(two_sources=True)),
+        dict(able=Abilities(some_heads=True)),
+    ],
     ids=["far", "one head", "no heads apart", "one source at a time"],
 )
 def test_no_head_is_held_back(changed):
@@ -61,7 +66,7 @@ def test_no_head_is_held_back(changed):
 
 def test_no_head_is_held_back_in_backward_where_there_is_little_work():
     """Two heads of 20 keys each."""
-    able = Abilities(two_sources=True, some_heads=True, enough_keys=41)
+    able = Abilities(two_sources=True, some_heads=True, smallest_work=41)
     plan = causal(2, able)
     assert heads_of(plan.forward)[0] == ((0,), range(2), 0)
     assert all(heads is None for _, heads, _ in heads_of(plan.backward))

@@ -125,7 +125,7 @@ def test_a_plan_is_a_table():
         [
             "Plan of rank 0 of 2: 10 allowed pairs",
             "percent of all pairs, by rank: 27.8, 72.2",
-            "keys of others, by rank: 0, 4; times the bytes of a token's k and v",
+            "remote keys, by rank: 0, 4 (each: k and v of one token)",
             "forward    computes                                                   meanwhile",
             "  stage 0  keys of 0[0:4]: 10 pairs, first, last                      receive queries of 1 (4) from 1",
             "  stage 1  queries of 1, keys of 0[0:4]: 16 pairs, first, adds        -",

@@ -122,7 +122,7 @@ def test_a_plan_is_a_table():
         [
             "Plan of rank 1 of 2: 26 allowed pairs",
             "percent of all pairs, by rank: 27.8, 72.2",
-            "keys of others, by rank: 0, 4; times the bytes of a token's k and v",
+            "remote keys, by rank: 0, 4 (each: k and v of one token)",
             "forward    computes                         meanwhile",
             "  stage 0  keys of 1[0:4]: 10 pairs, first  receive keys of 0 (4) from 0",
             "  stage 1  keys of 0[0:4]: 16 pairs, last   -",

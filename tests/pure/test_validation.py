@@ -89,7 +89,7 @@ def test_a_gpu_that_the_group_does_not_send_from_is_named():
     """Ranks that forget to choose their GPU all send from the first one."""
     q = type("OnGpu", (), {"device": torch.device("cuda", 1), "is_meta": False, "is_cuda": True})()
     group = type(
-        "Group", (), {"world_size": 2, "device": torch.device("cuda", 0), "carries": lambda self, device: True}
+        "Group", (), {"world_size": 2, "device": torch.device("cuda", 0), "supports_device": lambda self, device: True}
     )()
     words = validation.device_problem(q, group)
     assert "q: is on cuda:1, but this process group sends from cuda:0; call torch.cuda.set_device" in words

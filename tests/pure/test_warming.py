@@ -19,7 +19,7 @@ from distflash.exact import Exact
 from distflash.kernels import Kernel, Problem, Reference
 from distflash.kernels.base import KeyGradient
 from distflash.kernels.machine import MACHINES
-from distflash.specification import Specification, Tokens
+from distflash.specification import CallTokens, Specification
 from distflash.transport import Alone, Silent
 
 META = torch.device("meta")
@@ -40,9 +40,9 @@ class Passing(Kernel):
         assert q.device == META and all(x.k.device == META for x in keys)
         self.passes.append(("forward", each.sources))
 
-    def save(self, q, out, lse, dout, dlse):
+    def preprocess(self, q, out, lse, dout, dlse):
         self.passes.append(("save", dlse is not None))
-        return Reference().save(q, out, lse, dout, dlse)
+        return Reference().preprocess(q, out, lse, dout, dlse)
 
     def backward(self, saved, keys, each, scores, dq, dkv: KeyGradient):
         assert dkv.dk.shape == keys.k.shape
@@ -56,7 +56,7 @@ def calls_of(world_size=2, rank=0, layout=ZIGZAG, schedule=RING, kernel=None):
 
 def asked(S=64, mask=CAUSAL, batch=1, dtype=torch.float32, needs_grad=True, **special):
     problem = Problem(META, dtype, 4, 2, 16, 16, **special)
-    return Specification(problem, batch, Tokens(S, 0, S), Exact(mask), None, needs_grad)
+    return Specification(problem, batch, CallTokens(S, 0, S), Exact(mask), None, needs_grad)
 
 
 MASKS = [
@@ -74,7 +74,7 @@ def test_a_rehearsal_makes_the_passes_of_the_call(world_size, schedule, mask):
     for rank in range(world_size):
         calls, kernel = calls_of(world_size, rank, schedule=schedule), Passing()
         warming.Rehearsal(calls, kernel, asked(mask=mask, sinks=True))()
-        plan = calls.plan_on_host(Exact(mask), Tokens(64, 0, 64))
+        plan = calls.plan_on_host(Exact(mask), CallTokens(64, 0, 64))
         expected = {
             direction: [each.sources for stage in stages for each in stage.passes]
             for direction, stages in (("forward", plan.forward), ("backward", plan.backward))
@@ -94,7 +94,7 @@ def test_a_rehearsal_of_a_forward_alone_has_no_backward():
 def test_a_rehearsal_of_rows_and_chunks():
     kernel, mask = Passing(), df.Rows([df.Causal(), df.Window(3)])
     warming.Rehearsal(calls_of(), kernel, asked(mask=mask, batch=2))()
-    chunk = replace(asked(needs_grad=False), tokens=Tokens(64, 32, 32))
+    chunk = replace(asked(needs_grad=False), tokens=CallTokens(64, 32, 32))
     warming.Rehearsal(calls_of(), kernel, chunk)()
     assert kernel.passes
 
@@ -185,7 +185,7 @@ def test_a_specification_is_warmed_before_ranks_compare_it():
     recipe = calls.recipe(df.Causal(), warming.Numbers())
     q, k, v = (torch.zeros(1, 32, heads, 16) for heads in (4, 2, 2))
     for _ in range(2):
-        recipe.forward(q, k, v, warming.Given((64, 0, -1)), True)
+        recipe.forward_call(q, k, v, warming.Given((64, 0, -1)), True)
     assert seen == ["warmed", "compared"]
 
 

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import nn
 
 import distflash as df
-from launch.config import ModelConfig, TrainConfig
-from launch.data import open_corpus
-from launch.model import Decoder
-from launch.reporting import Reporter
-from launch.step import Step
-from launch.together import end
-from launch.verify import show, verify_step
+from distflash.recipes.config import ModelConfig, TrainConfig
+from distflash.recipes.data import open_corpus
+from distflash.recipes.model import Decoder
+from distflash.recipes.reporting import Reporter
+from distflash.recipes.step import Step
+from distflash.recipes.together import end
+from distflash.recipes.verify import show, verify_step
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -68,7 +68,7 @@ def test_a_right_step_is_verified(ranks_of) -> None:
     first, second = ranks_of(2).run(verified, "")
     assert first.code == second.code == 0 and not first.error
     assert "verified: sharded and unsharded agree" in first.shown and "bound: 4 x" in first.shown
-    assert "gradient embedding.weight" in first.shown and not second.shown
+    assert len(first.shown.splitlines()) <= 8 and not second.shown
 
 
 @pytest.mark.parametrize(

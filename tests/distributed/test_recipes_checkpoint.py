@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch import manifest, trainer
-from launch.config import ModelConfig, OptimizerConfig, TrainConfig
-from launch.together import end
+from distflash.recipes import manifest, trainer
+from distflash.recipes.config import ModelConfig, OptimizerConfig, TrainConfig
+from distflash.recipes.together import end
 from tests import jobs
 from tests.damage import Attack, flip
 from tests.jobs import finish

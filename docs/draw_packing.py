@@ -31,14 +31,17 @@ def main() -> None:
         colors = [f"C{rank}" for rank in range(W)]
         shares.bar(range(W), found["shares"], color=colors)
         shares.axhline(1, color="#666666", lw=0.8)
-        shares.set_title(f"{name}: pairs of each rank over the mean", fontsize=10, loc="left")
-        shares.set_xticks(range(W), [f"rank {rank}" for rank in range(W)], fontsize=7)
+        shares.set_title(f"{name}: pairs of each rank, 1 is the mean", fontsize=10, loc="left")
+        shares.set_xticks(range(W), range(W), fontsize=9)
+        shares.set_xlabel("rank")
         for rank in range(W):
             runs = layout.under(mask).ranges(S, W, rank)
             places.broken_barh([(run.start, len(run)) for run in runs], (rank - 0.4, 0.8), color=colors[rank])
         for end in mask.second.cu_seqlens:  # type: ignore[attr-defined]
             places.axvline(end, color="#999999", lw=0.4)
         places.set_title(f"tokens of each rank; {found['moved']:.2f} S keys move", fontsize=10, loc="left")
+        places.set_ylabel("rank")
+        places.set_yticks(range(W))
         places.set_xlim(0, S), places.set_ylim(W - 0.5, -0.5)
         places.set_xticks(range(0, S + 1, 2 * TOKENS), [f"{n // 1024}K" for n in range(0, S + 1, 2 * TOKENS)])
         for axes in (shares, places):

@@ -43,7 +43,7 @@ COUNTS = ("registers", "shared", "local", "loop", "border", "serialised")  # les
 
 
 @dataclass(frozen=True)
-class Shape:
+class Configuration:
     """One configuration.
 
     Attributes:
@@ -157,27 +157,27 @@ EXPLAINED = (
 )
 
 
-def shapes() -> Iterator[Shape]:
+def shapes() -> Iterator[Configuration]:
     for dtype in (torch.bfloat16, torch.float16):
         for d in (64, 128):
             for long in (False, True):
                 if long and forward_tile(d, d, MANY) == forward_tile(d, d, 0.0):
                     continue
                 for special in ({}, {"group": 4}, {"softcap": True}, {"sinks": True}, {"two": True}):
-                    yield Shape("forward", d, d, dtype, long=long, **special)
+                    yield Configuration("forward", d, d, dtype, long=long, **special)
             for wide in (False, True):
                 for special in ({}, {"group": 4}, {"softcap": True}):
-                    yield Shape("backward", d, d, dtype, wide=wide, **special)
-            yield Shape("round", d, d, dtype)
+                    yield Configuration("backward", d, d, dtype, wide=wide, **special)
+            yield Configuration("round", d, d, dtype)
         for dims in ((192, 128), (256, 256)):
             for two in (False, True):
-                yield Shape("forward", *dims, dtype, two=two)
+                yield Configuration("forward", *dims, dtype, two=two)
             for special in ({}, {"group": 4}, {"softcap": True}, {"wide": True}):
-                yield Shape("backward", *dims, dtype, **special)
-            yield Shape("round", *dims, dtype)
+                yield Configuration("backward", *dims, dtype, **special)
+            yield Configuration("round", *dims, dtype)
 
 
-def make_launch(shape: Shape) -> Launch:
+def make_launch(shape: Configuration) -> Launch:
     """The launch that a call of this shape makes, on tensors without data."""
     t = Tensors.of(shape.d_qk, shape.d_v, shape.dtype, shape.group)
     scores = Scores(0.1, 30.0 if shape.softcap else 0.0, sinks=t.per_head if shape.sinks else None)
@@ -191,11 +191,11 @@ def make_launch(shape: Shape) -> Launch:
         return launches.round_queries(sums, scores.scale, t.q)
     dtype = torch.float32 if shape.wide else shape.dtype
     share = KeyGradient(torch.empty_like(t.k, dtype=dtype), torch.empty_like(t.v, dtype=dtype))
-    saved, heads = replace(t.saved, sums=sums), range(t.k.shape[2])
+    saved, heads = replace(t.saved, dq_accum=sums), range(t.k.shape[2])
     return launches.backward(shape.tile, PROGRAMS, saved, keys, scores, share, heads)
 
 
-def compile_shape(shape: Shape) -> Row:
+def compile_shape(shape: Configuration) -> Row:
     made = make_launch(shape).compile()
     if unordered := unordered_arrivals(made.asm["ptx"]):
         raise ValueError(
@@ -231,7 +231,7 @@ def start() -> None:
     driver.set_active(TargetOnly(GPUTarget("cuda", 90, 32)))
 
 
-def attempt(shape: Shape) -> Row | str:
+def attempt(shape: Configuration) -> Row | str:
     """The row, or why there is none."""
     try:
         return compile_shape(shape)
@@ -241,7 +241,7 @@ def attempt(shape: Shape) -> Row | str:
         return f"{shape.name}: {type(error).__name__}: {error}"
 
 
-def compile_all(shapes: list[Shape], processes: int) -> tuple[list[Row], list[str]]:
+def compile_all(shapes: list[Configuration], processes: int) -> tuple[list[Row], list[str]]:
     """The rows of those that compile, and why others do not."""
     # Forked: what a process imports to compile, this one has imported.
     context = multiprocessing.get_context("fork")

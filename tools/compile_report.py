@@ -56,7 +56,7 @@ DECODING = ("decode", "message", "merge")
 
 
 @dataclass(frozen=True)
-class Shape:
+class CompiledPass:
     """One row of the report: a pass and what is special about the call."""
 
     kernel: str
@@ -96,28 +96,28 @@ class Compiled:
     instructions: int
 
 
-def shapes(quick: bool) -> Iterator[Shape]:
+def shapes(quick: bool) -> Iterator[CompiledPass]:
     half = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16)
     for kernel in ("forward", "dkdv", "dq"):
         for dtype in half:
             for d in (64, 128):
-                yield Shape(kernel, d, d, dtype)
-                yield Shape(kernel, d, d, dtype, group=4)
+                yield CompiledPass(kernel, d, d, dtype)
+                yield CompiledPass(kernel, d, d, dtype, group=4)
         if quick:
             continue
         for d_qk, d_v in ((32, 32), (80, 80), (192, 128), (256, 256)):
-            yield Shape(kernel, d_qk, d_v, torch.bfloat16)
-        yield Shape(kernel, 128, 128, torch.bfloat16, group=4, features=True)
+            yield CompiledPass(kernel, d_qk, d_v, torch.bfloat16)
+        yield CompiledPass(kernel, 128, 128, torch.bfloat16, group=4, features=True)
         for d in (64, 128, 256):
-            yield Shape(kernel, d, d, torch.float32)
+            yield CompiledPass(kernel, d, d, torch.float32)
     for kernel in DECODING:
         for d_qk, d_v, dtype in ((128, 128, torch.bfloat16), (192, 128, torch.bfloat16), (128, 128, torch.float32)):
-            yield Shape(kernel, d_qk, d_v, dtype, group=4)
+            yield CompiledPass(kernel, d_qk, d_v, dtype, group=4)
         if not quick:
-            yield Shape(kernel, 128, 128, torch.bfloat16, group=8, features=True)
+            yield CompiledPass(kernel, 128, 128, torch.bfloat16, group=8, features=True)
 
 
-def make_launch(shape: Shape, family: str) -> Launch:
+def make_launch(shape: CompiledPass, family: str) -> Launch:
     """The launch that a call of this shape makes, on tensors without data."""
     if shape.kernel in DECODING:
         return decoding_launch(shape, family)
@@ -135,7 +135,7 @@ def make_launch(shape: Shape, family: str) -> Launch:
     return launches.backward_queries(device, t.saved, keys, each, scores, gradient)
 
 
-def decoding_launch(shape: Shape, family: str) -> Launch:
+def decoding_launch(shape: CompiledPass, family: str) -> Launch:
     """A step of one new token: by a rank alone, a rank's message, or the merge of two."""
     t = Tensors.of(shape.d_qk, shape.d_v, shape.dtype, shape.group)
 
@@ -160,7 +160,7 @@ def decoding_launch(shape: Shape, family: str) -> Launch:
     return launch
 
 
-def compile_shape(shape: Shape, target: Target) -> Compiled:
+def compile_shape(shape: CompiledPass, target: Target) -> Compiled:
     launch = make_launch(shape, target.family)
     made = launch.compile()
     read = _read_amd if target.gpu.backend == "hip" else _read_nvidia

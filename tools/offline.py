@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
 from distflash.intervals import Intervals
-from distflash.kernels.base import Saved
+from distflash.kernels.base import BackwardContext
 from distflash.partial import Partial, Softmax
 from tools import sass
 
@@ -53,7 +53,7 @@ class Tensors:
     v: Tensor
     intervals: Intervals
     per_head: Tensor
-    saved: Saved
+    saved: BackwardContext
     partial: Partial
 
     @staticmethod
@@ -73,7 +73,7 @@ class Tensors:
             v=empty(B, K, G, d_v),
             intervals=Intervals(range(K), rows, rows, keys, keys, rows, keys, pairs=0),
             per_head=empty(H, dtype=wide),
-            saved=Saved(q, dout, lse, lse, empty(2, B * H, T, dtype=wide), counter=counter),
+            saved=BackwardContext(q, dout, lse, lse, empty(2, B * H, T, dtype=wide), counter=counter),
             partial=Partial(empty(B, T, H, d_v), lse, running, counter),
         )
 

@@ -18,6 +18,7 @@ from tools.links import redirected
 ROOT = Path(__file__).resolve().parents[1]
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+CELL = re.compile(r"<td.*?</td>", re.DOTALL)
 LONG = 80  # characters of an inline formula that does not fit on a narrow screen
 
 log = logging.getLogger("mkdocs.hooks.site")
@@ -82,7 +83,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Formulas as MathML, which browsers draw themselves."""
+    """Formulas as MathML, which browsers draw themselves; and in tables a pipe in code without its backslash."""
     from latex2mathml.converter import convert
 
     def drawn(found: re.Match[str]) -> str:
@@ -91,4 +92,4 @@ def on_page_content(content: str, **_: Any) -> str:
         wide = not block and len(tex) > LONG
         return f'<span class="long-formula">{formula}</span>' if wide else formula
 
-    return FORMULA.sub(drawn, content)
+    return CELL.sub(lambda cell: cell[0].replace("\\|", "|"), FORMULA.sub(drawn, content))

@@ -39,7 +39,7 @@ PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3}
 
 
 @dataclass(frozen=True)
-class Shape:
+class TimedProblem:
     """One problem to time, and its name on the command line."""
 
     name: str
@@ -53,13 +53,13 @@ class Shape:
     dtype: torch.dtype
 
     @staticmethod
-    def parse(text: str) -> Shape:
+    def parse(text: str) -> TimedProblem:
         match = re.fullmatch(r"(\d+)x(\d+)x(\d+)/(\d+)x(\d+)(?:/(\d+))?:(full|causal)(?::(\w+))?", text)
         if match is None:
             raise argparse.ArgumentTypeError(f"not BATCHxSEQxHEADS/KV_HEADSxDIM[/DIM_V]:MASK[:DTYPE]: {text}")
         *sizes, d_v, mask, dtype = match.groups()
         b, s, h, g, d = map(int, sizes)
-        return Shape(text, b, s, h, g, d, int(d_v or d), mask, getattr(torch, dtype or "bfloat16"))
+        return TimedProblem(text, b, s, h, g, d, int(d_v or d), mask, getattr(torch, dtype or "bfloat16"))
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Result:
 class Bench:
     """The tensors of a shape on the GPU, and the launches of its passes with any tile."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: TimedProblem) -> None:
         def normal(heads: int, dim: int) -> Tensor:
             return torch.randn(shape.batch, shape.seq_len, heads, dim, device="cuda", dtype=shape.dtype)
 
@@ -119,7 +119,7 @@ class Bench:
         return PRODUCTS[kernel] * 2.0 * s.batch * s.heads * self.only.pairs * (s.d_qk + s.d_v) / 2
 
 
-def candidates(kernel: str, shape: Shape) -> list[Tile]:
+def candidates(kernel: str, shape: TimedProblem) -> list[Tile]:
     """Tiles worth trying: from small with few warps to the largest whose accumulators fit in the registers."""
     blocks = (32, 64, 128) if max(shape.d_qk, shape.d_v) > 128 or shape.dtype == torch.float32 else (64, 128)
     rows = (*blocks, 256) if kernel == "forward" else blocks
@@ -136,7 +136,7 @@ def with_tile(tiles: Tiles, kernel: str, tile: Tile) -> Tiles:
     return replace(tiles, **{kernel: tile})
 
 
-def precompile(job: tuple[Shape, str, Tile]) -> str | None:
+def precompile(job: tuple[TimedProblem, str, Tile]) -> str | None:
     """In a process of its own: compile into the cache on disk. Returns why it failed, if it did."""
     shape, kernel, tile = job
     try:
@@ -148,7 +148,7 @@ def precompile(job: tuple[Shape, str, Tile]) -> str | None:
     return None
 
 
-def compile_all(jobs: list[tuple[Shape, str, Tile]], workers: int) -> None:
+def compile_all(jobs: list[tuple[TimedProblem, str, Tile]], workers: int) -> None:
     """Fill the disk cache. A job that fails here fails again, with its reason, when it is timed."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -178,7 +178,7 @@ def measure(bench: Bench, kernel: str, tile: Tile, reference: tuple[Tensor, ...]
     return result
 
 
-def tune(shape: Shape, options: argparse.Namespace, late: Callable[[], bool]) -> list[Result]:
+def tune(shape: TimedProblem, options: argparse.Namespace, late: Callable[[], bool]) -> list[Result]:
     bench = Bench(shape)
     results = []
     for kernel in options.passes:
@@ -194,7 +194,7 @@ def tune(shape: Shape, options: argparse.Namespace, late: Callable[[], bool]) ->
     return results
 
 
-def show(shape: Shape, kernel: str, results: list[Result], top: int) -> None:
+def show(shape: TimedProblem, kernel: str, results: list[Result], top: int) -> None:
     timed = sorted((r for r in results if r.ms is not None), key=lambda r: r.ms)
     print(f"{shape.name} {kernel}: {len(timed)} timed, {len(results) - len(timed)} failed", flush=True)
     for r in [*timed[:top], *(r for r in timed[top:] if r.shipped)]:
@@ -209,7 +209,7 @@ def show(shape: Shape, kernel: str, results: list[Result], top: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", type=Shape.parse, required=True)
+    parser.add_argument("--shapes", nargs="+", type=TimedProblem.parse, required=True)
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--budget", type=float, default=500.0, help="seconds; what is left over is not timed")
     parser.add_argument("--rep", type=int, default=60, help="milliseconds of timing for each candidate")

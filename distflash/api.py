@@ -81,9 +81,8 @@ def attention(
             knows it.
         q_start, q_len: q holds the queries at global positions ``[q_start, q_start + q_len)``. cp's layout shards them
             as if they were a whole sequence of ``q_len`` tokens. Default: self-attention over all tokens. Under `Full`,
-            q may come from another sequence
-            (cross-attention). ``q_len`` may be left out if ``q_start`` is given and all ranks
-            hold the same number of queries.
+            q may come from another sequence (cross-attention). ``q_len`` may be left out if ``q_start`` is given and
+            all ranks hold the same number of queries.
         kv_layout: the layout of keys and values, if it is not cp's layout.
         cache: keys and values of earlier tokens, see `Cache`. The call appends its k and v. Its queries see the keys in
             the cache that the mask allows; the mask is over positions of the whole sequence. ``seq_len`` is then the

@@ -48,8 +48,8 @@ class ContextParallel(Sharding):
             all reasons why it cannot be.
         timeout: how long this rank waits for another rank before all ranks raise `RankFailure`: seconds or a timedelta,
             at most the process group's own timeout, which is the default. It must exceed the largest delay between
-            ranks (compilation, loading data, writing checkpoints). On GPUs messages are asynchronous, so a
-            watchdog thread enforces it; if None, only NCCL's watchdog does.
+            ranks (compilation, loading data, writing checkpoints). On GPUs messages are asynchronous, so a watchdog
+            thread enforces it; if None, only NCCL's watchdog does.
         check_every_call: whether the ranks compare every attention call, forward and backward, before it sends
             anything. Then a rank that skips a call, or runs two backward passes in another order than the other ranks,
             gets an error; otherwise keys or gradients of different calls would be mixed. The same on all ranks. None
@@ -131,8 +131,7 @@ class ContextParallel(Sharding):
 
         It takes no time and communicates nothing. Use what it returns to shard the batch, for positions and for
         attention. Layers with other masks use the same object: all attention calls on a batch must use the layout by
-        which the batch was sharded. Layouts
-        other than `Balanced` are the same for all masks.
+        which the batch was sharded. Layouts other than `Balanced` are the same for all masks.
 
         Raises:
             ValueError: mask is not a Mask.

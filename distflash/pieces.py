@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -80,9 +81,17 @@ class Chunks:
     def __len__(self) -> int:
         return len(self.ranges)
 
+    @cached_property
+    def by_rank(self) -> dict[int, list[int]]:
+        """The numbers of each rank's chunks, ascending."""
+        found: dict[int, list[int]] = {}
+        for number, owner in enumerate(self.owners.tolist()):
+            found.setdefault(owner, []).append(number)
+        return found
+
     def held_by(self, rank: int) -> list[int]:
         """The numbers of a rank's chunks, ascending."""
-        return (self.owners == rank).nonzero().flatten().tolist()
+        return self.by_rank.get(rank, [])
 
     def local(self, number: int) -> range:
         """A chunk's tokens among its owner's."""

@@ -150,8 +150,7 @@ class Abilities:
             supports `Pass.begun`.
         some_heads: passes over a subset of the key heads, forward and backward (with `BackwardContext.dq_accum`).
         smallest_work: the least ``batch * keys * KV heads`` of a backward pass over a subset of the heads; below it,
-            such a
-            pass would leave multiprocessors idle.
+            such a pass would leave multiprocessors idle.
         separate_gradients: dK and dV come from one launch, dQ from another.
     """
 

@@ -151,8 +151,8 @@ def _pieces(chunks: Chunks, numbers: list[int], beside: list[list[int]], at_hand
 
 def _local(chunks: Chunks, numbers: list[int], rank: int) -> Ranges:
     """The tokens of those chunks that ``rank`` holds, among its own."""
-    owners = chunks.owners.tolist()
-    return joined(chunks.local(n) for n in numbers if owners[n] == rank)
+    asked = set(numbers)
+    return joined(chunks.local(n) for n in chunks.held_by(rank) if n in asked)
 
 
 def _moves(what: What, chunks: Chunks, wanted_by: list[list[int]]) -> Iterator[Move]:

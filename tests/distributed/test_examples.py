@@ -127,7 +127,9 @@ def test_rollouts_that_share_a_prompt_are_as_each_behind_a_prompt_of_its_own():
     for first in (5, 8, 11):
         own = torch.cat([tokens[:, :5], tokens[:, first : first + 3]], 1)
         expected = model(own, torch.arange(8), df.Causal(), 8)[:, 5:]
-        torch.testing.assert_close(out[:, first : first + 3], expected, rtol=1e-12, atol=1e-12)
+        # The same sums in another order, in float64.
+        error = (out[:, first : first + 3] - expected).norm()
+        assert error <= 16 * torch.finfo(torch.float64).eps * expected.norm()
 
 
 def test_every_example_is_tested_short_and_in_the_table():

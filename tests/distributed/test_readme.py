@@ -16,6 +16,8 @@ from tests.documents import ROOT
 
 DIFF = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
 VOCABULARY, DIM, HEADS, KV_HEADS, HEAD_DIM = 31, 24, 6, 2, 8
+# Sums in another order, in float64: a few rounding units of the whole (at most 4 were seen).
+UNITS = 16 * torch.finfo(torch.float64).eps
 TOKENS, SEQUENCES = 45, 4  # 44 after the shift: 11 for each of four ranks, and unequal ones for three
 
 
@@ -105,9 +107,9 @@ def test_each_side_is_python():
 def test_the_diff_trains_as_one_process_does(data, context, wrap, ranks_of):
     loss, gradients = ranks_of(1).run(train, "-", "ddp", 1, 1)[0]
     for got_loss, got in ranks_of(data * context).run(train, "+", wrap, data, context):
-        torch.testing.assert_close(got_loss, loss, rtol=1e-12, atol=0)
+        assert abs(got_loss - loss) <= UNITS * loss.abs()
         for name, expected in gradients.items():
-            torch.testing.assert_close(got[name], expected, rtol=1e-9, atol=1e-14)
+            assert (got[name] - expected).norm() <= UNITS * expected.norm(), name
 
 
 def test_lines_of_code_fit_a_narrow_page():

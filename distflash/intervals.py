@@ -22,6 +22,7 @@ from distflash.geometry import Geometry
 from distflash.masks import Ends
 from distflash.upload import upload
 
+POSITION_TILE = 128
 _NOTHING = torch.empty(0, dtype=torch.int64)
 
 
@@ -39,6 +40,9 @@ class Intervals:
             (ALiBi); otherwise the keys' may be empty.
         pairs: the exact number of allowed (query, key) pairs, on the host.
         unseen: at most two ranges, on the host, that contain every key that no query sees.
+        in_tiles: whether every POSITION_TILE queries, and keys, from a multiple of it on have consecutive positions
+            from a multiple of 16 on. Then kernels need the position of a tile's first row only (dropout). False if no
+            backward follows.
     """
 
     keys: range
@@ -50,6 +54,7 @@ class Intervals:
     k_positions: Tensor
     pairs: int
     unseen: tuple[range, ...] = ()
+    in_tiles: bool = False
 
     def to(self, device: torch.device) -> Intervals:
         """The same intervals with every tensor on ``device``."""
@@ -121,7 +126,16 @@ def _intervals(positions: tuple[Tensor, Tensor], ends: Ends, keys: range, for_ba
         k_positions=positions[1][keys.start : keys.stop].int(),
         pairs=int((row_hi - row_lo).sum()),
         unseen=_ranges_of(col_lo == col_hi) if for_backward else (),
+        in_tiles=for_backward and all(_in_tiles(x) for x in (positions[0], positions[1][keys.start : keys.stop])),
     )
+
+
+def _in_tiles(positions: Tensor) -> bool:
+    """See `Intervals.in_tiles`."""
+    firsts = positions[::POSITION_TILE]
+    expected = firsts.repeat_interleave(POSITION_TILE)[: len(positions)]
+    inside = torch.arange(len(positions)) % POSITION_TILE
+    return bool((firsts % 16 == 0).all() and (positions == expected + inside).all())
 
 
 def _columns(row_lo: Tensor, row_hi: Tensor, keys: int) -> Ends:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from distflash.dropout import Dropout
 from distflash.intervals import Intervals
 from distflash.kernels.machine import Machine
 from distflash.partial import Partial
@@ -53,22 +54,28 @@ class Scores:
         alibi_slopes: float32 ``[H]``, contiguous, or None; ``i`` and ``j`` are global positions.
         sinks: ``[H]``, contiguous, or None; one extra logit per head in the softmax's denominator, without a value
             vector. The first pass of a forward adds it; no other pass and no backward reads it.
+        dropout: of the probabilities, after the softmax's denominator is known; None for none. Its keep scale
+            multiplies what a pass adds to the weighted values, so the running state has it.
     """
 
     scale: float
     softcap: float = 0.0
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
+    dropout: Dropout | None = None
 
     @property
-    def facts(self) -> tuple[float, float]:
+    def facts(self) -> tuple[float, ...]:
         """The scalars' part of the cache key of a kernel launch; see `Pass.facts`."""
-        return self.scale, self.softcap
+        if self.dropout is None:
+            return self.scale, self.softcap
+        return self.scale, self.softcap, self.dropout.threshold, self.dropout.first_head
 
     def of_heads(self, heads: slice) -> Scores:
         """Those of some query heads."""
         slopes, sinks = (None if x is None else x[heads] for x in (self.alibi_slopes, self.sinks))
-        return replace(self, alibi_slopes=slopes, sinks=sinks)
+        dropout = None if self.dropout is None else self.dropout.of_heads(heads)
+        return replace(self, alibi_slopes=slopes, sinks=sinks, dropout=dropout)
 
 
 @dataclass(frozen=True)

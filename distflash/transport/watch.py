@@ -37,15 +37,20 @@ class Watch:
         self._stuck, self._interval = stuck, interval
         self._lock = threading.Lock()
         self._queue: list[_Queued] = []
+        # Destroying a CUDA event waits for a copy to the host in another thread, which may wait for a rank that failed.
+        # So the watching thread only moves what is done here, and `add` lets go of it.
+        self._finished: list[_Queued] = []
         self._thread: threading.Thread | None = None
 
     def add(self, done: Done, what: str) -> None:
         """Watch until ``done()``; starts the thread if there is none."""
         with self._lock:
+            finished, self._finished = self._finished, []
             self._queue.append(_Queued(done, what))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="distflash watch", daemon=True)
                 self._thread.start()
+        finished.clear()  # without the lock, for which the thread would wait
 
     def _run(self) -> None:
         progress = time.monotonic()
@@ -54,14 +59,15 @@ class Watch:
             with self._lock:
                 # Work completes in the order in which it was queued, so a bisection finds the first that is not done.
                 done = bisect_left(self._queue, True, key=lambda queued: not queued.done())
+                self._finished += self._queue[:done]
                 del self._queue[:done]
                 if not self._queue and not done:
                     self._thread = None
                     return
-                oldest = self._queue[0] if self._queue else None
+                oldest = self._queue[0].what if self._queue else None  # not the work: see `_finished`
             if done or oldest is None:
                 progress = time.monotonic()
-            elif self._stuck(oldest.what, time.monotonic() - progress):
+            elif self._stuck(oldest, time.monotonic() - progress):
                 with self._lock:
                     self._queue.clear()
                     self._thread = None

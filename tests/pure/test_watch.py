@@ -65,3 +65,28 @@ def test_time_counts_from_the_last_thing_that_got_done():
     (*_, longest), (second, *_) = ([s for what, s in asked.words if what == name] for name in ("first", "second"))
     assert second < longest and longest > before / 2
     assert no_thread_soon()
+
+
+class Event:
+    """One that is done, and notes which thread lets go of it."""
+
+    def __init__(self, threads: list[str]) -> None:
+        self.threads = threads
+
+    def query(self) -> bool:
+        return True
+
+    def __del__(self) -> None:
+        self.threads.append(threading.current_thread().name)
+
+
+def test_the_thread_destroys_no_event():
+    """Where that waits for a copy to the host, and the copy for a rank that failed, nobody would end the wait."""
+    destroyed: list[str] = []
+    watch = Watch(Asked(give_up=False), interval=0.01)
+    for n in range(20):
+        watch.add(Event(destroyed).query, f"exchange {n}")
+        time.sleep(0.005)
+    assert no_thread_soon()
+    watch.add(lambda: True, "one more")
+    assert destroyed == 20 * [threading.current_thread().name] and no_thread_soon()

@@ -31,8 +31,6 @@ from benchmarks.ring_steps import Alone
 from benchmarks.workloads import LAYOUTS, MASKS, balance, corpus
 from distflash.geometry import Geometry
 from distflash.overlap import overlap
-from distflash.recipes.config import ModelConfig
-from distflash.recipes.model import VOCABULARY, Decoder, loss_sum
 
 NAMES = ("zigzag", "balanced")
 SINGLE = "single"
@@ -230,9 +228,15 @@ def draw_steps(figure: Any, record: dict[str, Any]) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- train
 class Training:
-    """A decoder, and its steps on new documents each, in the layout that is asked for."""
+    """A decoder, and its steps on new documents each, in the layout that is asked for.
+
+    The model needs the extra "train", which the other parts do without.
+    """
 
     def __init__(self, options: Any, device: torch.device) -> None:
+        from distflash.recipes.config import ModelConfig
+        from distflash.recipes.model import Decoder
+
         self.options, self.device, self.seed = options, device, 0
         self.groups = {name: df.ContextParallel(common.ring(), LAYOUTS[name]) for name in NAMES}
         o = options
@@ -243,6 +247,8 @@ class Training:
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def step(self, name: str) -> None:
+        from distflash.recipes.model import VOCABULARY, loss_sum
+
         seq_len, self.seed = self.options.seq_len, self.seed + 1
         mask = corpus(seq_len, self.seed)
         cp = self.groups[name].with_mask(mask)

@@ -4,8 +4,9 @@ Every pair has a random number of 16 bits, which depends on its batch, head, glo
 else. So all ranks, layouts, schedules and kernels drop the same pairs, backward finds those of forward without a mask
 in memory, and a call that is computed again drops the same ones.
 
-The numbers are those of the generator Philox-2x32-10 of Salmon et al. 2011 (https://doi.org/10.1145/2063384.2063405).
-It maps a counter of two words and a key of one word to two random words:
+The numbers are those of the generator Philox-2x32-7 of Salmon et al. 2011 (https://doi.org/10.1145/2063384.2063405),
+with the fewest rounds that pass their statistical tests; FlashAttention's dropout has as many. It maps a counter of two
+words and a key of one word to two random words:
 
 - the key and the offset of a head are ``philox(philox((batch, head), seed_low), seed_high)``;
 - four pairs share one counter, ``(strip(query) + offset, strip(key))``: positions that differ in bit 3 only are in one
@@ -27,7 +28,7 @@ from torch import Tensor
 # Of Philox-2x32: the multiplier, the step of the key, and the number of rounds.
 MULTIPLIER = 0xD256D193
 KEY_STEP = 0x9E3779B9
-ROUNDS = 10
+ROUNDS = 7
 LEVELS = 1 << 16  # of the random number of a pair
 
 _WORD = 0xFFFFFFFF
@@ -81,12 +82,12 @@ def numbers(seed: Tensor, batch: int, heads: range, q_positions: Tensor, k_posit
 
 
 def strip(position: Tensor) -> Tensor:
-    """The number of a position's strip: the position without its bit 3."""
-    return (position >> 4 << 3) | (position & 7)
+    """The first position of a strip: a position with its bit 3 cleared."""
+    return position & ~8
 
 
 def philox(first: Tensor, second: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Philox-2x32-10 of a counter ``(first, second)`` under a key: words, in int64, of which 32 bits are read."""
+    """Philox-2x32-7 of a counter ``(first, second)`` under a key: words, in int64, of which 32 bits are read."""
     first, second, key = first & _WORD, second & _WORD, key & _WORD
     for _ in range(ROUNDS):
         product = first * MULTIPLIER  # its 64 bits, though the sign may be wrong

@@ -27,6 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from distflash.dropout import Dropout
 from distflash.kernels.base import KeyGradient, Keys, Scores
 from distflash.kernels.hopper import launches
 from distflash.kernels.hopper.tiles import BackwardTile, ForwardTile, backward_tile, forward_tile
@@ -51,6 +52,7 @@ class Configuration:
         long: queries see many keys, for which there may be tiles of their own.
         two: keys of two sources in one pass.
         wide: dK and dV in float32, as the passes of a ring write them.
+        dropout: of tokens whose positions are consecutive within tiles, or ``anywhere``.
     """
 
     kernel: str
@@ -63,6 +65,8 @@ class Configuration:
     long: bool = False
     two: bool = False
     wide: bool = False
+    dropout: bool = False
+    anywhere: bool = False
 
     @property
     def in_quick(self) -> bool:
@@ -71,6 +75,7 @@ class Configuration:
     @property
     def special(self) -> str:
         names = dict(softcap=self.softcap, sinks=self.sinks, long=self.long, two=self.two, wide=self.wide)
+        names |= dict(dropout=self.dropout, anywhere=self.anywhere)
         return " ".join([f"group {self.group}"] * (self.group > 1) + [name for name, has in names.items() if has])
 
     @property
@@ -180,8 +185,14 @@ def shapes() -> Iterator[Configuration]:
 def make_launch(shape: Configuration) -> Launch:
     """The launch that a call of this shape makes, on tensors without data."""
     t = Tensors.of(shape.d_qk, shape.d_v, shape.dtype, shape.group)
-    scores = Scores(0.1, 30.0 if shape.softcap else 0.0, sinks=t.per_head if shape.sinks else None)
-    keys = Keys(t.k, t.v, t.intervals)
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    scores = Scores(
+        0.1,
+        30.0 if shape.softcap else 0.0,
+        sinks=t.per_head if shape.sinks else None,
+        dropout=Dropout(6554, seed) if shape.dropout else None,
+    )
+    keys = Keys(t.k, t.v, replace(t.intervals, in_tiles=not shape.anywhere))
     if shape.kernel == "forward":
         sources = 2 if shape.two else 1
         each = Pass(0, (0,) * sources, (t.intervals,) * sources, begun=int(shape.two))

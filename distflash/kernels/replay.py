@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distflash.dropout import Dropout
 from distflash.kernels.base import Keys
 from distflash.kernels.launch import Launch
 from distflash.kernels.packed import Packed
@@ -138,6 +139,11 @@ def facts_of(*tensors: Tensor | None) -> tuple[Hashable, ...]:
 def of_keys(keys: Sequence[Keys]) -> list[Tensor]:
     """The tensors of its sources that a forward pass reads."""
     return [x for each in keys for x in (each.k, each.v, each.rows.row_lo, each.rows.row_hi)]
+
+
+def of_dropout(dropout: Dropout, keys: Sequence[Keys]) -> list[Tensor | None]:
+    """The tensors that a pass over the keys of these sources reads to drop pairs."""
+    return [dropout.seed, keys[0].rows.q_positions, *(each.rows.k_positions for each in keys)]
 
 
 def of_state(into: Partial) -> list[Tensor | None]:

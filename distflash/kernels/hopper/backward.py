@@ -38,6 +38,7 @@ from distflash.kernels.hopper.backward_parts import (
 )
 from distflash.kernels.hopper.common import ROWS, advance, arrive, nth, product, read, sync
 from distflash.kernels.hopper.compat import async_add, async_store, barrier, store_wait
+from distflash.kernels.hopper.dropout import keys_found, rounded, score_gradient, thinned
 from distflash.kernels.hopper.fragments import add, fragments
 
 # Named barriers, besides those of `backward_parts`; one per warpgroup.
@@ -107,9 +108,9 @@ def hand_over(w: gl.constexpr, dq, dq_smem, sums, place, DIRECT: gl.constexpr):
 @gluon.jit
 def attend(
     w: gl.constexpr, dk, dv, key, value, stage, phase, turn,
-    smem, exchange, gates, sums, place, start, masked, lo, length, scale, softcap,
+    smem, exchange, gates, sums, place, start, masked, lo, length, scale, softcap, k_found, plane, dropping,
     BLOCK_M: gl.constexpr, SOFTCAP: gl.constexpr, IN_REGISTERS: gl.constexpr, DIRECT: gl.constexpr,
-    FIRST: gl.constexpr,
+    FIRST: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Add the tile of queries at ``start`` to dK and dV, and leave its dS for dQ.
 
@@ -145,7 +146,8 @@ def attend(
         dq = warpgroup_mma_wait(0, [dq])
         hand_over(w, dq, dq_smem, sums, place, DIRECT)
     p, sloped = probabilities(s, lse2, start, lo, length, scale, softcap, mma_s, SOFTCAP, masked)
-    p16 = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv.type.layout, k_width=2))
+    p, sloped = thinned(p, sloped, start, k_found, plane, dropping, DROPOUT)
+    p16 = gl.convert_layout(rounded(p, q_smem, DROPOUT), gl.DotOperandLayout(0, dv.type.layout, k_width=2))
     if not FIRST and not DQ_FIRST:
         dq = warpgroup_mma_wait(0, [dq])
         hand_over(w, dq, dq_smem, sums, place, DIRECT)
@@ -154,7 +156,7 @@ def attend(
     dv = warpgroup_mma(p16, gradient, dv, is_async=True)
     delta = stats_smem.index(2 * stage + 1).reshape([BLOCK_M]).load(gl.SliceLayout(0, mma_s))
     dp = warpgroup_mma_wait(1, [dp])
-    ds = sloped * (dp - delta[None, :])
+    ds = score_gradient(sloped, dp, delta, dropping, DROPOUT)
     ds16 = ds.to(dtype)
     # Free since the other warpgroup's dS of the last tile was there: by then it had done with that of the one before.
     ds_smem.index(2 * turn + w).store(ds16)
@@ -196,8 +198,9 @@ def leave_block(
 @gluon.jit
 def consume(
     w: gl.constexpr, smem, exchange, gates, jobs, block_ends, sums, dk_out, dv_out, scale, softcap, queries,
-    GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    k_positions, dropping, GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
     SOFTCAP: gl.constexpr, IN_REGISTERS: gl.constexpr, WIDE: gl.constexpr, DIRECT: gl.constexpr,
+    DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``w``: dK and dV of 64 keys of every block."""
     kv_ready, kv_free, job_ready, job_free = gates[0], gates[1], gates[2], gates[3]
@@ -215,6 +218,7 @@ def consume(
         lo, length = seen_by(first, block_ends, mma_s)
         dk = gl.zeros([ROWS, DP], gl.float32, layout=mma_k)
         dv = gl.zeros([ROWS, VP], gl.float32, layout=mma_v)
+        k_found = keys_found(k_positions, first, keys, mma_s, DROPOUT)
         mbarrier.wait(kv_ready, kv_phase)
         kv_phase ^= 1
         key = smem[1].index(w).reshape([ROWS, DP])
@@ -227,7 +231,7 @@ def consume(
         dk, dv = attend(
             w, dk, dv, key, value, stage, phase, turn, smem, exchange, gates, sums, place,
             begin + nth(0, before, full, tiles - full) * BLOCK_M, tiles > full, lo, length, scale, softcap,
-            BLOCK_M, SOFTCAP, IN_REGISTERS, DIRECT, True,
+            k_found, plane, dropping, BLOCK_M, SOFTCAP, IN_REGISTERS, DIRECT, True, DROPOUT,
         )  # fmt: skip
         i = 0
         for _n in range(1, GROUP * tiles):
@@ -238,12 +242,14 @@ def consume(
             dk, dv = attend(
                 w, dk, dv, key, value, stage, phase, turn, smem, exchange, gates, sums, place,
                 begin + nth(i, before, full, tiles - full) * BLOCK_M, i < tiles - full, lo, length, scale, softcap,
-                BLOCK_M, SOFTCAP, IN_REGISTERS, DIRECT, False,
+                k_found, plane, dropping, BLOCK_M, SOFTCAP, IN_REGISTERS, DIRECT, False, DROPOUT,
             )  # fmt: skip
         dq = warpgroup_mma_wait(0, [query_part(w, exchange[0], smem[1], turn, 0, DP // 2)])
         hand_over(w, dq, exchange[1], sums, place_of(i, plane, job, queries, BLOCK_M), DIRECT)
         turn ^= 1
         stage, phase = advance(stage, phase, STAGES)
+        if DROPOUT != 0:
+            dk, dv = dk * dropping[3], dv * dropping[3]
         leave_block(w, dk * scale, dv, dk_out, dv_out, smem, kv_free, batch, kv_head, first, keys, kv_heads, D, V, WIDE)
         mbarrier.arrive(job_free.index(slot))
         slot, slot_phase = advance(slot, slot_phase, 2)
@@ -262,6 +268,8 @@ def consume(
         "batches",
         "heads_at_once",
         "programs",
+        "heads_before",
+        "threshold",
     ]
 )
 def backward_kernel(
@@ -274,9 +282,11 @@ def backward_kernel(
     scale, softcap, queries, keys, kv_heads,
     first_head, head_count,  # the key heads of this launch
     batches, heads_at_once, programs,
+    seed, heads_before, threshold, keep_scale,  # of `dropout.Dropout`, read if DROPOUT, as the positions are
+    q_positions, k_positions,  # int32 [T], [K]
     GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, IN_REGISTERS: gl.constexpr, WIDE: gl.constexpr, DIRECT: gl.constexpr,
-    SOFTCAP: gl.constexpr,
+    SOFTCAP: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES <= MAX_STAGES)
     gl.static_assert(BLOCK_M == ROWS)  # a part of dQ is a product of 64 rows
@@ -297,14 +307,15 @@ def backward_kernel(
     smem = (q_smem, k_smem, v_smem, dout_smem, stats_smem)
     exchange = (ds_smem, dq_smem)
     block_ends, heads = (col_lo, col_hi, keys, kv_heads), (first_head, head_count)
+    dropping = (seed, heads_before, threshold, keep_scale, q_positions, queries, kv_heads * GROUP)
     gl.warp_specialize([
         (consume, (
             0, smem, exchange, gates, jobs, block_ends, dq, dk, dv, scale, softcap, queries,
-            GROUP, D, V, BLOCK_M, STAGES, SOFTCAP, IN_REGISTERS, WIDE, DIRECT,
+            k_positions, dropping, GROUP, D, V, BLOCK_M, STAGES, SOFTCAP, IN_REGISTERS, WIDE, DIRECT, DROPOUT,
         )),
         (consume, (
             1, smem, exchange, gates, jobs, block_ends, dq, dk, dv, scale, softcap, queries,
-            GROUP, D, V, BLOCK_M, STAGES, SOFTCAP, IN_REGISTERS, WIDE, DIRECT,
+            k_positions, dropping, GROUP, D, V, BLOCK_M, STAGES, SOFTCAP, IN_REGISTERS, WIDE, DIRECT, DROPOUT,
         )),
         (load_tiles, (
             q, k, v, dout, stats, smem, gates, jobs, counter, block_ends, heads, batches, heads_at_once, programs,

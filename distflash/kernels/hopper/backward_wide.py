@@ -44,6 +44,7 @@ from distflash.kernels.hopper.common import (
     strips,
     sync,
 )
+from distflash.kernels.hopper.dropout import keys_found, rounded, score_gradient, thinned
 from distflash.kernels.hopper.fragments import add
 
 P_READY = gl.constexpr(9)  # a hardware barrier beside those of `backward_parts`: of two tiles in turn
@@ -112,9 +113,9 @@ def wait_for(gradient):
 @gluon.jit
 def attend(
     w: gl.constexpr, gradient, value, stage, phase, turn,
-    smem, exchange, gates, sums, place, start, masked, lo, length, scale, softcap,
+    smem, exchange, gates, sums, place, start, masked, lo, length, scale, softcap, k_found, plane, dropping,
     D: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, SOFTCAP: gl.constexpr, IN_REGISTERS: gl.constexpr,
-    FIRST: gl.constexpr,
+    FIRST: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Add the tile of queries at ``start`` to a gradient, and leave its dS for dQ.
 
@@ -148,7 +149,8 @@ def attend(
     delta = stats_smem.index(2 * stage + 1).reshape([BLOCK_M]).slice(w * HALF, HALF).load(gl.SliceLayout(0, mma_s))
     s = warpgroup_mma_wait(len(value) if FIRST else len(value) + 1, [s])
     p, sloped = probabilities(s, lse2, start + w * HALF, lo, length, scale, softcap, mma_s, SOFTCAP, masked)
-    p_smem.index(turn).slice(w * HALF, HALF).store(p.to(q_smem.dtype).permute((1, 0)))
+    p, sloped = thinned(p, sloped, start + w * HALF, k_found, plane, dropping, DROPOUT)
+    p_smem.index(turn).slice(w * HALF, HALF).store(rounded(p, q_smem, DROPOUT).permute((1, 0)))
     if w == 0:
         fence_async_shared()
         arrive(P_READY + turn, BOTH)
@@ -159,7 +161,7 @@ def attend(
         if REST > 0:
             rest = query_product(PART + EARLY, REST, ds_smem.index(turn ^ 1), key)
         add_product(PART, dq, sums, place, D)
-    ds = sloped * (dp - delta[None, :])
+    ds = score_gradient(sloped, dp, delta, dropping, DROPOUT)
     ds_smem.index(turn).slice(w * HALF, HALF).store(ds.to(q_smem.dtype).permute((1, 0)))
     if not FIRST and REST > 0:  # before the other warpgroup can be a tile ahead, and write where this reads
         rest = warpgroup_mma_wait(0, [rest])
@@ -181,7 +183,8 @@ def attend(
 @gluon.jit
 def leave_block(
     w: gl.constexpr, gradient, stage, turn, smem, exchange, gates, sums, place, scale, dk_out, dv_out,
-    batch, kv_head, first, keys, kv_heads, D: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr,
+    batch, kv_head, first, keys, kv_heads, keep_scale, D: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr,
+    DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """A block's last tile gets its dQ, too; then write dK or dV."""
     PART: gl.constexpr = query_parts(w, D, V)[0]
@@ -193,18 +196,20 @@ def leave_block(
         dq = query_product(PART + n, 1, exchange[1].index(turn), key)
         add_product(PART + n, warpgroup_mma_wait(0, [dq]), sums, place, D)
     mbarrier.arrive(gates[1])
+    if DROPOUT == 0:
+        keep_scale = 1.0
     for n in gl.static_range(len(gradient)):
         if w == 0:
-            store(dk_out, gradient[n] * scale, batch, kv_head, first, n * 128, keys, kv_heads, D)
+            store(dk_out, gradient[n] * (scale * keep_scale), batch, kv_head, first, n * 128, keys, kv_heads, D)
         else:
-            store(dv_out, gradient[n], batch, kv_head, first, n * 128, keys, kv_heads, V)
+            store(dv_out, gradient[n] * keep_scale, batch, kv_head, first, n * 128, keys, kv_heads, V)
 
 
 @gluon.jit
 def consume(
     w: gl.constexpr, smem, exchange, gates, jobs, block_ends, sums, dk_out, dv_out, scale, softcap, queries,
-    GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-    SOFTCAP: gl.constexpr, IN_REGISTERS: gl.constexpr,
+    k_positions, dropping, GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    SOFTCAP: gl.constexpr, IN_REGISTERS: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``w``: dK or dV of every block, and its part of dQ."""
     kv_ready, job_ready, job_free = gates[0], gates[2], gates[3]
@@ -215,6 +220,7 @@ def consume(
     first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB, JOB)
     while tiles > 0:
         lo, length = seen_by(first, block_ends, mma_s)
+        k_found = keys_found(k_positions, first, keys, mma_s, DROPOUT)
         mbarrier.wait(kv_ready, kv_phase)
         kv_phase ^= 1
         value = (smem[2].index(0).reshape([ROWS, smem[2].shape[4]]),)
@@ -225,7 +231,7 @@ def consume(
         gradient = attend(
             w, no_gradient(D if w == 0 else V), value, stage, phase, turn, smem, exchange, gates, sums, place,
             begin + nth(0, before, full, tiles - full) * BLOCK_M, tiles > full, lo, length, scale, softcap,
-            D, V, BLOCK_M, SOFTCAP, IN_REGISTERS, True,
+            k_found, plane, dropping, D, V, BLOCK_M, SOFTCAP, IN_REGISTERS, True, DROPOUT,
         )  # fmt: skip
         i = 0
         for _n in range(1, GROUP * tiles):
@@ -236,11 +242,11 @@ def consume(
             gradient = attend(
                 w, gradient, value, stage, phase, turn, smem, exchange, gates, sums, place,
                 begin + nth(i, before, full, tiles - full) * BLOCK_M, i < tiles - full, lo, length, scale, softcap,
-                D, V, BLOCK_M, SOFTCAP, IN_REGISTERS, False,
+                k_found, plane, dropping, D, V, BLOCK_M, SOFTCAP, IN_REGISTERS, False, DROPOUT,
             )  # fmt: skip
         leave_block(
             w, gradient, stage, turn, smem, exchange, gates, sums, place_of(i, plane, job, queries, BLOCK_M), scale,
-            dk_out, dv_out, batch, kv_head, first, keys, kv_heads, D, V, BLOCK_M,
+            dk_out, dv_out, batch, kv_head, first, keys, kv_heads, dropping[3], D, V, BLOCK_M, DROPOUT,
         )  # fmt: skip
         turn ^= 1
         stage, phase = advance(stage, phase, STAGES)
@@ -251,7 +257,10 @@ def consume(
 
 
 @gluon.jit(
-    do_not_specialize=["queries", "keys", "first_head", "head_count", "batches", "heads_at_once", "programs"]
+    do_not_specialize=[
+        "queries", "keys", "first_head", "head_count", "batches", "heads_at_once", "programs",
+        "heads_before", "threshold",
+    ]
 )  # fmt: skip
 def backward_wide_kernel(
     q, k, v, dout,  # descriptors of [B, H, T, D], [B, G, K, D], [B, G, K, V], [B, H, T, V]
@@ -263,8 +272,10 @@ def backward_wide_kernel(
     scale, softcap, queries, keys, kv_heads,
     first_head, head_count,  # the key heads of this launch
     batches, heads_at_once, programs,
+    seed, heads_before, threshold, keep_scale,  # of `dropout.Dropout`, read if DROPOUT, as the positions are
+    q_positions, k_positions,  # int32 [T], [K]
     GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, IN_REGISTERS: gl.constexpr, SOFTCAP: gl.constexpr,
+    REGISTERS: gl.constexpr, IN_REGISTERS: gl.constexpr, SOFTCAP: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES <= MAX_STAGES)
     gl.static_assert(BLOCK_M == 2 * HALF)
@@ -282,14 +293,15 @@ def backward_wide_kernel(
     smem = (q_smem, k_smem, v_smem, dout_smem, stats_smem)
     exchange = (p_smem, ds_smem)
     block_ends, heads = (col_lo, col_hi, keys, kv_heads), (first_head, head_count)
+    dropping = (seed, heads_before, threshold, keep_scale, q_positions, queries, kv_heads * GROUP)
     gl.warp_specialize([
         (consume, (
             0, smem, exchange, gates, jobs, block_ends, dq, dk, dv, scale, softcap, queries,
-            GROUP, D, V, BLOCK_M, STAGES, SOFTCAP, IN_REGISTERS,
+            k_positions, dropping, GROUP, D, V, BLOCK_M, STAGES, SOFTCAP, IN_REGISTERS, DROPOUT,
         )),
         (consume, (
             1, smem, exchange, gates, jobs, block_ends, dq, dk, dv, scale, softcap, queries,
-            GROUP, D, V, BLOCK_M, STAGES, SOFTCAP, IN_REGISTERS,
+            k_positions, dropping, GROUP, D, V, BLOCK_M, STAGES, SOFTCAP, IN_REGISTERS, DROPOUT,
         )),
         (load_tiles, (
             q, k, v, dout, stats, smem, gates, jobs, counter, block_ends, heads, batches, heads_at_once, programs,

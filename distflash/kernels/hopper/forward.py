@@ -60,6 +60,8 @@ from distflash.kernels.hopper.common import (
     whole,
 )
 from distflash.kernels.hopper.compat import async_load, async_store, barrier, reinterpret, store_wait
+from distflash.kernels.hopper.dropout import IN_TILES, kept, positions, stream_of
+from distflash.kernels.hopper.dropout import strips as strips_of_positions
 
 # Named barriers, besides those that the compiler uses; of the last two there is one per stage.
 TURN = gl.constexpr(5)
@@ -109,7 +111,7 @@ def at_least_one(begin, tiles, others, BLOCK_N: gl.constexpr):
 def load_block(
     q, owner, other, smem, gates, jobs, where, begun, ring,
     SLOTS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    TWO: gl.constexpr,
+    TWO: gl.constexpr, ALIGN: gl.constexpr,
 ):  # fmt: skip
     """Publish a work tile and load Q, then its K and V. Heads that have ``begun`` read the second source only."""
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
@@ -120,12 +122,12 @@ def load_block(
     first, flags, batch, head, heads, queries = where
     slot, slot_phase, stage, loaded = ring
     last = gl.minimum(first + BLOCK_M, queries) - 1
-    begin, before, full, tiles = span(ends[0], ends[1], first, last, BLOCK_N, 1)
+    begin, before, full, tiles = span(ends[0], ends[1], first, last, BLOCK_N, ALIGN)
     place = (first, batch * heads + head, flags & ENDS, flags & STARTS)
     if TWO:
         tiles = gl.where(begun, 0, tiles)
         full = gl.where(begun, 0, full)
-        begin_2, before_2, full_2, tiles_2 = span(other_ends[0], other_ends[1], first, last, BLOCK_N, 1)
+        begin_2, before_2, full_2, tiles_2 = span(other_ends[0], other_ends[1], first, last, BLOCK_N, ALIGN)
         begin_2, tiles_2 = at_least_one(begin_2, tiles_2, tiles, BLOCK_N)
         mbarrier.wait(q_free.index(slot), slot_phase)
         post(jobs, slot, place + (begin, before, full, tiles, begin_2, before_2, full_2, tiles_2))
@@ -153,7 +155,7 @@ def load_block(
 def load_tiles(
     q, owner, other, smem, gates, jobs, counter, grid,
     SLOTS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    TWO: gl.constexpr,
+    TWO: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: one work tile after the other."""
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
@@ -173,6 +175,7 @@ def load_tiles(
             slot, slot_phase, stage, loaded = load_block(
                 q, owner, other, smem, gates, jobs, (first, flags, batch, head, heads, queries), begun,
                 (slot, slot_phase, stage, loaded), SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO,
+                BLOCK_N if DROPOUT == IN_TILES else 1,
             )  # fmt: skip
         program = next_job(counter, programs)
     mbarrier.wait(q_free.index(slot), slot_phase)
@@ -247,6 +250,42 @@ def exponentials(s, factor, m, l, change):
 
 
 @gluon.jit
+def positions_at(tile, drop, COUNT: gl.constexpr, layout: gl.constexpr, TWO: gl.constexpr, DROPOUT: gl.constexpr):
+    """The positions of a tile's keys, see `dropout.positions`; loaded before its scores are needed."""
+    if DROPOUT == 0:
+        return 0
+    else:
+        start, _, theirs = tile
+        _, _, _, _, source, other, keys, other_keys = drop
+        columns: gl.constexpr = gl.SliceLayout(0, layout)
+        if not TWO:
+            return positions(source, start, keys, COUNT, columns, DROPOUT)
+        else:
+            ours = positions(source, start, gl.where(theirs, 0, keys), COUNT, columns, DROPOUT)
+            return ours + positions(other, start, gl.where(theirs, other_keys, 0), COUNT, columns, DROPOUT)
+
+
+@gluon.jit
+def thinned(p, at, drop, DROPOUT: gl.constexpr):
+    """P with 0 where it is dropped. The row sums have been taken of all of it."""
+    if DROPOUT != 0:
+        q_found, q_strip, key, threshold, _, _, _, _ = drop
+        k_strip = strips_of_positions(at, 0, p.shape[1], p.shape[1], DROPOUT)
+        keep = kept(q_found, q_strip, at, k_strip, key, threshold, p, False, DROPOUT)
+        p = gl.where(keep, p, 0.0)
+    return p
+
+
+@gluon.jit
+def rounded(p, at, drop, like, DROPOUT: gl.constexpr):
+    """`thinned`, in the dtype of ``like``. In pairs: the compiler by itself would select after rounding, one by one."""
+    if DROPOUT != 0:
+        return pack(thinned(p, at, drop, DROPOUT), like)
+    else:
+        return p.to(like.dtype)
+
+
+@gluon.jit
 def multiply(
     w: gl.constexpr, q, p, acc, smem, gates, stage, phase,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr,
@@ -268,12 +307,13 @@ def multiply(
 
 @gluon.jit
 def attend(
-    w: gl.constexpr, state, q, smem, gates, tile, ends, scale, softcap, zero,
+    w: gl.constexpr, state, q, smem, gates, tile, ends, scale, softcap, zero, drop,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
-    HALVES: gl.constexpr, TWO: gl.constexpr,
+    HALVES: gl.constexpr, TWO: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """P V of a tile, overlapping the next tile's softmax up to its maximum, or up to half of its exponentials."""
     m, l, acc, p, stage, phase = state
+    at = positions_at(tile, drop, smem[1].shape[3], mma_s, TWO, DROPOUT)
     EVERYBODY: gl.constexpr = 32 + CONSUMERS * 128
     if TWO and acc.shape[1] > 128:
         zero = stage // MAX_STAGES  # computed, since no register is free to keep it
@@ -301,24 +341,25 @@ def attend(
         p32 = whole(left, right, s)
     else:
         p32, l = exponentials(s, factor, m, l, change)
-    p = gl.convert_layout(p32.to(p.dtype), p.type.layout)
+    p = gl.convert_layout(rounded(p32, at, drop, p, DROPOUT), p.type.layout)
     return m, l, acc, p, following, following_phase
 
 
 @gluon.jit
 def attend_in_turn(
-    w: gl.constexpr, state, q, smem, gates, tile, ends, scale, softcap,
+    w: gl.constexpr, state, q, smem, gates, tile, ends, scale, softcap, drop,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
-    TWO: gl.constexpr,
+    TWO: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """A tile's softmax, then its P V and the next tile's Q K^T, and the wait for both products."""
     m, l, acc, s, stage, phase = state
+    at = positions_at(tile, drop, smem[1].shape[3], mma_s, TWO, DROPOUT)
     EVERYBODY: gl.constexpr = 32 + CONSUMERS * 128
     s, factor = scores(s, tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
     m, change = follow(s, factor, m)
     acc = rescale(acc, change)
     p32, l = exponentials(s, factor, m, l, change)
-    p = gl.convert_layout(pack(p32, q[0]), gl.DotOperandLayout(0, mma_o, k_width=2))
+    p = gl.convert_layout(pack(thinned(p32, at, drop, DROPOUT), q[0]), gl.DotOperandLayout(0, mma_o, k_width=2))
     s, acc, following, following_phase = multiply(w, q, p, acc, smem, gates, stage, phase, CONSUMERS, STAGES, mma_s)
     s = warpgroup_mma_wait(1, [s])
     arrive(K_FREE + following, EVERYBODY)
@@ -336,14 +377,14 @@ def places(first, plane, sizes, V: gl.constexpr, VP: gl.constexpr, mma_s: gl.con
     rows_out = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_o))
     columns = gl.arange(0, VP, layout=gl.SliceLayout(0, mma_o))
     at_out = ((batch.to(gl.int64) * queries + rows_out) * heads + head)[:, None] * V + columns[None, :]
-    kept = (rows_out < queries)[:, None] & (columns < V)[None, :]
-    return plane.to(gl.int64) * queries + rows, at_out, rows < queries, kept
+    exists_out = (rows_out < queries)[:, None] & (columns < V)[None, :]
+    return plane.to(gl.int64) * queries + rows, at_out, rows < queries, exists_out
 
 
 @gluon.jit
 def begin(
-    sinks, sums, first, plane, starts, sizes, V: gl.constexpr, VP: gl.constexpr, mma_s: gl.constexpr,
-    mma_o: gl.constexpr, SINKS: gl.constexpr,
+    sinks, sums, first, plane, starts, sizes, keep_scale, V: gl.constexpr, VP: gl.constexpr, mma_s: gl.constexpr,
+    mma_o: gl.constexpr, SINKS: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """The state ``(maximum, total, weighted)`` to start from: the identity, the sinks, or the running state."""
     maximum, total, weighted = sums
@@ -355,22 +396,26 @@ def begin(
             m = gl.full([ROWS], LOG2E, gl.float32, layout=m.type.layout) * gl.load(sinks + head).to(gl.float32)
         l = gl.where(m == float("-inf"), 0.0, 1.0)
     else:
-        at_row, at_out, exists, kept = places(first, plane, sizes, V, VP, mma_s, mma_o)
+        at_row, at_out, exists, exists_out = places(first, plane, sizes, V, VP, mma_s, mma_o)
         m = gl.load(maximum + at_row, mask=exists, other=float("-inf"))
         l = gl.load(total + at_row, mask=exists, other=0.0)
-        acc = gl.load(weighted + at_out, mask=kept, other=0.0)
+        acc = gl.load(weighted + at_out, mask=exists_out, other=0.0)
+        if DROPOUT != 0:  # a pass adds values without the scale, which `end` multiplies by
+            acc = acc * (1.0 / keep_scale)
     return gl.maximum(m, LOWEST), l, acc
 
 
 @gluon.jit
 def end(
-    state, final, staging, lse, sums, first, plane, ends, sizes, V: gl.constexpr, VP: gl.constexpr,
-    mma_s: gl.constexpr, mma_o: gl.constexpr,
+    state, final, staging, lse, sums, first, plane, ends, sizes, keep_scale, V: gl.constexpr, VP: gl.constexpr,
+    mma_s: gl.constexpr, mma_o: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Epilogue: write O through ``staging``, which is Q's shared memory, or the running state for the next pass."""
     m, l, acc = state
     maximum, total, weighted = sums
-    at_row, at_out, exists, kept = places(first, plane, sizes, V, VP, mma_s, mma_o)
+    if DROPOUT != 0:
+        acc = acc * keep_scale
+    at_row, at_out, exists, exists_out = places(first, plane, sizes, V, VP, mma_s, mma_o)
     if ends != 0:
         inverse = gl.where(l > 0.0, 1.0 / l, 0.0)
         gl.store(lse + at_row, (m + gl.log2(l)) * LN2, mask=exists)
@@ -384,14 +429,14 @@ def end(
     else:
         gl.store(maximum + at_row, gl.where(l > 0.0, m, float("-inf")), mask=exists)
         gl.store(total + at_row, l, mask=exists)
-        gl.store(weighted + at_out, acc, mask=kept)
+        gl.store(weighted + at_out, acc, mask=exists_out)
 
 
 @gluon.jit
 def block(
-    w: gl.constexpr, state, query, smem, gates, stage, phase, job, ends, scale, softcap, zero, previous, q_free,
+    w: gl.constexpr, state, query, smem, gates, stage, phase, job, ends, scale, softcap, zero, previous, q_free, drop,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
-    IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr,
+    IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Attend to all tiles of a block. ``previous`` is the slot of the last block's Q, which is freed here, or -1."""
     m, l, acc = state
@@ -417,16 +462,17 @@ def block(
         for i in range(tiles - 1):
             m, l, acc, s, stage, phase = attend_in_turn(
                 w, (m, l, acc, s, stage, phase), query, smem, gates, tile_at(i, job, BLOCK_N, TWO), ends, scale,
-                softcap, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, TWO,
+                softcap, drop, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, TWO, DROPOUT,
             )  # fmt: skip
         last_tile = tile_at(tiles - 1, job, BLOCK_N, TWO)
     else:
         last_tile = tile_at(0, job, BLOCK_N, TWO)
+    at = positions_at(last_tile, drop, BLOCK_N, mma_s, TWO, DROPOUT)
     s, factor = scores(s, last_tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
     fresh = m == LOWEST
     m, change = follow(s, factor, m)
     p32, l = exponentials(s, factor, m, l, change)
-    p = gl.convert_layout(p32.to(k_smem.dtype), gl.DotOperandLayout(0, mma_o, k_width=2))
+    p = gl.convert_layout(rounded(p32, at, drop, k_smem, DROPOUT), gl.DotOperandLayout(0, mma_o, k_width=2))
     acc = rescale(acc, gl.where(fresh, 0.0, change))  # an accumulator of zeros needs no rescaling
     if not IN_TURN:
         if previous >= 0:
@@ -435,7 +481,7 @@ def block(
         for i in range(1, tiles):
             m, l, acc, p, stage, phase = attend(
                 w, (m, l, acc, p, stage, phase), query, smem, gates, tile_at(i, job, BLOCK_N, TWO), ends, scale,
-                softcap, zero, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, HALVES, TWO,
+                softcap, zero, drop, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, HALVES, TWO, DROPOUT,
             )  # fmt: skip
     mbarrier.wait(v_ready.index(stage), phase)
     acc = warpgroup_mma(p, v_smem.index(stage).reshape([BLOCK_N, VP]), acc, is_async=True)
@@ -446,17 +492,35 @@ def block(
 
 
 @gluon.jit
+def dropping_of(
+    first, plane, sizes, dropping, layout: gl.constexpr, BLOCK_N: gl.constexpr, DROPOUT: gl.constexpr
+):  # fmt: skip
+    """What `thinned` needs for the rows of a block from ``first`` on."""
+    seed, heads_before, threshold, _, q_positions, k_positions, other_k_positions, keys, other_keys = dropping
+    if DROPOUT == 0:
+        return (0, 0, 0, 0, 0, 0, 0, 0)
+    else:
+        queries, heads = sizes
+        rows: gl.constexpr = gl.SliceLayout(1, layout)
+        key, offset = stream_of(seed, plane, heads, heads_before)
+        found = positions(q_positions, first, queries, ROWS, rows, DROPOUT)
+        strip = strips_of_positions(found, 1, ROWS, BLOCK_N, DROPOUT) + offset
+        return (found, strip, key, threshold, k_positions, other_k_positions, keys, other_keys)
+
+
+@gluon.jit
 def consume(
-    w: gl.constexpr, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes,
+    w: gl.constexpr, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
     SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, V: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, IN_TURN: gl.constexpr, HALVES: gl.constexpr,
-    TWO: gl.constexpr,
+    TWO: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Consumer warpgroup ``w``: 64 queries of every block."""
     q_smem, _, v_smem = smem
     q_ready, q_free, _, _ = gates
     row_lo, row_hi, other_lo, other_hi = ends
     queries = sizes[0]
+    keep_scale = dropping[3]
     VP: gl.constexpr = v_smem.shape[4]
     mma_s: gl.constexpr = product(BLOCK_N)
     mma_o: gl.constexpr = product(VP)
@@ -479,17 +543,22 @@ def consume(
         if TWO:
             lo_2 = gl.load(other_lo + rows, mask=exists, other=0)
             length_2 = gl.load(other_hi + rows, mask=exists, other=0) - lo_2
-        state = begin(sinks, sums, first, plane, starts, sizes, V, VP, mma_s, mma_o, SINKS)
+        drop = dropping_of(first, plane, sizes, dropping, mma_s, BLOCK_N, DROPOUT)
+        state = begin(sinks, sums, first, plane, starts, sizes, keep_scale, V, VP, mma_s, mma_o, SINKS, DROPOUT)
         place = q_smem.index(slot * CONSUMERS + w)
         query = strips(place.reshape([ROWS, q_smem.shape[4]]), columns_of(D))
         job = (begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2)
         # Always 0, since lengths are not negative, but the assembler cannot know that.
         state, stage, phase = block(
             w, state, query, smem, gates, stage, phase, job, (lo, length, lo_2, length_2), scale, softcap,
-            queries >> 31, previous, q_free, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, IN_TURN, HALVES, TWO,
+            queries >> 31, previous, q_free, drop, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, IN_TURN, HALVES, TWO,
+            DROPOUT,
         )  # fmt: skip
         first, plane, closes = read_place(jobs, slot, TWO)
-        end(state, final, place, lse, sums, first + w * ROWS, plane, closes, sizes, V, VP, mma_s, mma_o)
+        end(
+            state, final, place, lse, sums, first + w * ROWS, plane, closes, sizes, keep_scale, V, VP, mma_s, mma_o,
+            DROPOUT,
+        )  # fmt: skip
         if SLOTS > 1:
             previous = slot
         else:  # with one slot, the next block needs this one
@@ -506,6 +575,7 @@ def consume(
 @gluon.jit(
     do_not_specialize=[
         "queries", "heads", "batches", "head_count", "done", "blocks", "flags", "heads_at_once", "programs",
+        "heads_before", "threshold", "keys", "other_keys",
     ]
 )  # fmt: skip
 def forward_kernel(
@@ -519,9 +589,11 @@ def forward_kernel(
     head_count, done,  # the heads of this launch, and, if TWO, how many of them have begun
     groups, blocks, flags,  # int32 [N, 2], and their blocks of queries; or all blocks and their flags, see `locate`
     heads_at_once, programs,
+    seed, heads_before, threshold, keep_scale,  # of `dropout.Dropout`, read if DROPOUT, as the positions are
+    q_positions, k_positions, other_k_positions, keys, other_keys,  # int32 [T] and of each source [K]; its K
     GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, SLOTS: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr,
+    IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES <= MAX_STAGES)
     one: gl.constexpr = mbarrier.MBarrierLayout()
@@ -547,36 +619,39 @@ def forward_kernel(
     owner, other = (k, v, (row_lo, row_hi)), (other_k, other_v, (other_lo, other_hi))
     ends = (row_lo, row_hi, other_lo, other_hi)
     sums, sizes = (maximum, total, weighted), (queries, heads)
+    dropping = (
+        seed, heads_before, threshold, keep_scale, q_positions, k_positions, other_k_positions, keys, other_keys,
+    )  # fmt: skip
     grid = (queries, heads, head_count, done, batches, heads_at_once, programs, groups, blocks, flags)
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (
-                0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes,
-                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
+                0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
+                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, DROPOUT,
             )),
             (consume, (
-                1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes,
-                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
+                1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
+                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, DROPOUT,
             )),
             (load_tiles, (
-                q, owner, other, smem, gates, jobs, counter, grid, SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO,
+                q, owner, other, smem, gates, jobs, counter, grid, SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO, DROPOUT,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (
-                0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes,
-                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
+                0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
+                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, DROPOUT,
             )),
             (consume, (
-                1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes,
-                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
+                1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
+                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, DROPOUT,
             )),
             (consume, (
-                2, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes,
-                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO,
+                2, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
+                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, DROPOUT,
             )),
             (load_tiles, (
-                q, owner, other, smem, gates, jobs, counter, grid, SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO,
+                q, owner, other, smem, gates, jobs, counter, grid, SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO, DROPOUT,
             )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 32])  # fmt: skip

@@ -5,6 +5,7 @@ Importable without triton, which is imported when the kernel is first used.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
@@ -17,7 +18,7 @@ from distflash.kernels.decoding import Decoding
 from distflash.kernels.hopper.tiles import KEYS, BackwardTile, ForwardTile, backward_tile, forward_tile, padded
 from distflash.kernels.launch import Launch, on
 from distflash.kernels.machine import Machine, machine_of
-from distflash.kernels.replay import Replays, facts_of, of_keys, of_state
+from distflash.kernels.replay import Replays, facts_of, of_dropout, of_keys, of_state
 from distflash.kernels.triton import Triton
 from distflash.kernels.versions import gluon_reasons
 from distflash.partial import Partial
@@ -113,7 +114,10 @@ class Hopper(Kernel):
         programs = self._programs(q.device)
         tensors = [q, *of_keys(keys), scores.sinks, *of_state(into), None if each.live is None else each.live.groups]
         inputs = facts_of(q, *(x for of_source in keys for x in (of_source.k, of_source.v)), scores.sinks)
-        key = tile, programs, each.facts, scores.facts, inputs
+        key: tuple[Hashable, ...] = (tile, programs, each.facts, scores.facts, inputs)
+        if scores.dropout is not None:
+            tensors += of_dropout(scores.dropout, keys)
+            key += tuple(x.rows.in_tiles for x in keys)
         with on(q.device):
             _forward.run(key, tensors, lambda: launches.forward(tile, programs, q, keys, each, scores, into))
 
@@ -144,7 +148,8 @@ class Hopper(Kernel):
             if each.last:
                 tensors = [sums, dq.final]
                 facts = scores.facts, facts_of(dq.final)
-                _rounding.run(facts, tensors, lambda: launches.round_queries(sums, scores.scale, dq.final))
+                scale = scores.scale if scores.dropout is None else scores.scale * scores.dropout.keep_scale
+                _rounding.run(facts, tensors, lambda: launches.round_queries(sums, scale, dq.final))
 
     def _few(self, q: Tensor, k: Tensor) -> bool:
         """Whether work tiles (key blocks x key heads) are so few that three of four multiprocessors would idle."""
@@ -180,7 +185,11 @@ class Hopper(Kernel):
         of_queries = saved.q, saved.dout, saved.lse_delta, saved.dq_accum, saved.counter
         tensors = [*of_queries, keys.k, keys.v, rows.col_lo, rows.col_hi, dkv.dk, dkv.dv]
         inputs = facts_of(saved.q, saved.dout, keys.k, keys.v, dkv.dk)
-        _backward.run((self, heads, scores.facts, inputs), tensors, build)
+        key: tuple[Hashable, ...] = (self, heads, scores.facts, inputs)
+        if scores.dropout is not None:
+            tensors += of_dropout(scores.dropout, (keys,))
+            key += (rows.in_tiles,)
+        _backward.run(key, tensors, build)
 
     def _fused(self, q: Tensor, out: Tensor) -> bool:
         d_qk, d_v = padded(q.shape[-1]), padded(out.shape[-1])

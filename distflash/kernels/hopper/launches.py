@@ -13,9 +13,11 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from distflash.dropout import Dropout
 from distflash.kernels.base import BackwardContext, KeyGradient, Keys, Scores
 from distflash.kernels.hopper import backward as of_backward
 from distflash.kernels.hopper import backward_parts, backward_wide, common, compat, fragments
+from distflash.kernels.hopper import dropout as of_dropout
 from distflash.kernels.hopper import forward as of_forward
 from distflash.kernels.hopper.backward import backward_kernel
 from distflash.kernels.hopper.backward_wide import backward_wide_kernel
@@ -28,7 +30,7 @@ from distflash.liveness import GROUP_ROWS, all_rows
 from distflash.partial import Partial
 from distflash.plan import Pass
 
-settle(common, compat, fragments, of_forward, backward_parts, of_backward, backward_wide)
+settle(common, compat, fragments, of_dropout, of_forward, backward_parts, of_backward, backward_wide)
 
 ROWS = 64  # of one warpgroup's matrix instruction
 
@@ -79,6 +81,12 @@ def forward(
             flags=all_rows(each.first, each.last, each.begun > 0) if live is None else -1,
             heads_at_once=group * _neighbours(blocks * group, programs, first.k, first.v),
             programs=programs,
+            **_dropout(scores.dropout, keys, first.rows.row_lo),
+            q_positions=_positions(scores.dropout, first.rows.q_positions, first.rows.row_lo),
+            k_positions=_positions(scores.dropout, first.rows.k_positions, first.rows.row_lo),
+            other_k_positions=_positions(scores.dropout, (rest or [first])[0].rows.k_positions, first.rows.row_lo),
+            keys=first.k.shape[1],
+            other_keys=(rest or [first])[0].k.shape[1],
             GROUP=group,
             D=D,
             V=V,
@@ -115,6 +123,7 @@ def backward(
     blocks, wide = triton.cdiv(K, ROWS if tile.by_columns else KEYS), dkv.dk.dtype != q.dtype
     programs = min(programs, blocks * B * len(heads))
     as_they_are = wide or tile.by_columns
+    dropped = _dropout(scores.dropout, (keys,), rows.col_lo)
     choices: dict[str, Any] = {} if tile.by_columns else dict(WIDE=wide, DIRECT=tile.direct)
     return Launch(
         kernel=backward_wide_kernel if tile.by_columns else backward_kernel,
@@ -149,6 +158,9 @@ def backward(
             REGISTERS=tile.registers,
             IN_REGISTERS=tile.in_registers,
             SOFTCAP=scores.softcap > 0,
+            **dropped,
+            q_positions=_positions(scores.dropout, rows.q_positions, rows.col_lo),
+            k_positions=_positions(scores.dropout, rows.k_positions, rows.col_lo),
             **choices,
             num_warps=4,
         ),
@@ -179,6 +191,23 @@ def _source(keys: Keys, rows: int) -> tuple[Any, Any, Tensor, Tensor]:
     """Keys and values in tiles of so many rows, and the ends of the intervals."""
     k, v = (_descriptor(x, rows, padded(x.shape[3])) for x in (keys.k, keys.v))
     return k, v, keys.rows.row_lo, keys.rows.row_hi
+
+
+def _dropout(dropout: Dropout | None, keys: tuple[Keys, ...], nothing: Tensor) -> dict[str, Any]:
+    """The seed and numbers of dropout, or stand-ins."""
+    if dropout is None:
+        return dict(seed=nothing, heads_before=0, threshold=0, keep_scale=1.0, DROPOUT=0)
+    return dict(
+        seed=dropout.seed,
+        heads_before=dropout.first_head,
+        threshold=dropout.threshold,
+        keep_scale=dropout.keep_scale,
+        DROPOUT=of_dropout.IN_TILES.value if all(x.rows.in_tiles for x in keys) else of_dropout.ANYWHERE.value,
+    )
+
+
+def _positions(dropout: Dropout | None, positions: Tensor, nothing: Tensor) -> Tensor:
+    return nothing if dropout is None else positions
 
 
 def _neighbours(blocks: int, programs: int, *shared: Tensor) -> int:

@@ -65,8 +65,6 @@ class Triton(Kernel):
         for name, dim in (("d_qk", problem.d_qk), ("d_v", problem.d_v)):
             if dim not in HEAD_DIMS:
                 reasons.append(f"the Triton kernel takes head dims of 16 to 256 in steps of 8, not {name} = {dim}")
-        if problem.dropout_p:
-            reasons.append("the Triton kernel has no dropout")
         if not reasons:
             import triton
 

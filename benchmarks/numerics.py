@@ -54,7 +54,7 @@ def ring(inputs: tuple[Tensor, ...], ranks: int, kernel: Kernel) -> tuple[Tensor
             cp.plan(MASK, seq_len, q.device), k.shape[2], q.shape[0], kernel.abilities(q.device), transport.intra_node
         )
         call = engine.Call(plan, transport, kernel, Scores(q.shape[-1] ** -0.5))
-        out, lse = engine.forward(q, k, v, call)
+        out, lse, _ = engine.forward(q, k, v, call)
         dq, dk, dv, _ = engine.backward(dout, None, q, k, v, out, lse, call)
         return out, dq, dk, dv
 

@@ -126,7 +126,7 @@ def count(case: Case, schedule: df.schedules.Schedule, rank: int) -> tuple[Count
     call, _ = cp.calls.recipe(case.mask, Numbers()).forward(q, k, v, Given(lengths), True)
     with Meter() as meter:
         meter.ignore(q, k, v, dout)
-        out, lse = attend.forward(q, k, v, call)
+        out, lse, _ = attend.forward(q, k, v, call)
     forward = Counted(dict(transport.received), meter.peak - _size(out, lse))
     transport.received.clear()
     with Meter() as meter:

@@ -20,7 +20,7 @@ from distflash.masks import Full, Mask
 
 
 class _Keywords(TypedDict, total=False):
-    """The keywords of `attention`, except ``return_lse``, which decides the type of the result."""
+    """The keywords of `attention`, except ``return_lse`` and ``return_max_logits``, which decide the result's type."""
 
     mask: Mask
     cp: ContextParallel | None
@@ -36,18 +36,38 @@ class _Keywords(TypedDict, total=False):
     dropout_p: float
 
 
+# fmt: off
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **keywords: Unpack[_Keywords]
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, return_max_logits: Literal[False] = False,
+    **keywords: Unpack[_Keywords],
 ) -> Tensor: ...
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **keywords: Unpack[_Keywords]
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], return_max_logits: Literal[False] = False,
+    **keywords: Unpack[_Keywords],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **keywords: Unpack[_Keywords]
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, return_max_logits: Literal[True],
+    **keywords: Unpack[_Keywords],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], return_max_logits: Literal[True],
+    **keywords: Unpack[_Keywords],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, return_max_logits: Literal[False] = False,
+    **keywords: Unpack[_Keywords],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, return_max_logits: bool,
+    **keywords: Unpack[_Keywords],
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]: ...
+# fmt: on
 def attention(
     q: Tensor,
     k: Tensor,
@@ -66,8 +86,9 @@ def attention(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    return_max_logits: bool = False,
     **unknown: Never,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Exact attention of this rank's queries over the keys of all ranks, softmax(q k^T * scale + mask) v.
 
     Args:
@@ -96,12 +117,16 @@ def attention(
             Differentiable: each rank's gradient is partial, as for any replicated parameter; sum it over ranks.
         dropout_p: must be 0; attention dropout is not supported.
         return_lse: also return the log-sum-exp of the scores. Differentiable.
+        return_max_logits: also return the largest score of each head, for QK-clip (docs/numerics.md). No gradient. Not
+            with a cache.
         unknown: other keywords raise; for those of other attention libraries the error gives the equivalent.
 
     Returns:
         out ``[batch, seq_local, heads, d_v]`` in q's dtype; with ``return_lse`` also lse
         ``[batch, heads, seq_local]``, float32, natural log. A query that sees no key has out 0, lse -inf and
-        gradients 0.
+        gradients 0. With ``return_max_logits`` also, and last, max_logits ``[heads]``, float32 (float64 for float64
+        inputs): the maximum of the scaled scores, after softcap and ALiBi and without sinks, over the batch, all keys
+        that queries see, and all ranks, which get the same bits; -inf where no query sees a key.
 
     Raises:
         ValueError: before anything is computed or sent: an argument is wrong, no kernel supports the call, ranks
@@ -126,7 +151,7 @@ def attention(
         or validation.device_problem(q, cp.transport)
         or (None if seq_len is None else lengths.seq_len_problem(seq_len))
         or lengths.queries_problem(q_start, q_len, kv_layout)
-        or (None if cache is None else prefill.cache_problem(cache, self_attention))
+        or (None if cache is None else prefill.cache_problem(cache, self_attention, return_max_logits))
     )
     if problem is not None:
         cp.refuse(problem, in_attention=True)
@@ -139,6 +164,9 @@ def attention(
         forward = prefill.Forward(cp, cache, mask, tokens_of_chunk, numbers, sinks, alibi_slopes)
         out, lse = prefill.prefill(q, k, v, forward)
         return (out, lse) if return_lse else out
-    recipe_id, data = cp.recipe(mask, Numbers(scale, softcap, dropout_p, kv_layout))
-    out, lse = ops.call(q, k, v, sinks, alibi_slopes, tokens, recipe_id, data)
+    recipe_id, data = cp.recipe(mask, Numbers(scale, softcap, dropout_p, kv_layout, max_logits=return_max_logits))
+    out, lse, max_logits = ops.call(q, k, v, sinks, alibi_slopes, tokens, recipe_id, data)
+    if return_max_logits:
+        assert max_logits is not None
+        return (out, lse, max_logits) if return_lse else (out, max_logits)
     return (out, lse) if return_lse else out

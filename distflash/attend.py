@@ -16,6 +16,7 @@ from distflash.chunkwise_plan import ChunkwisePlan
 from distflash.engine import Call
 from distflash.placement import Held, Placement, inward, outward
 from distflash.profiling import named
+from distflash.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -27,25 +28,28 @@ class PlacedCall:
         placements: applied in order to the inputs, and inverted in reverse order on the results.
         heads: the number of query heads of the user's tensors.
         some: the query heads that this rank's call has.
+        everyone: the ranks among which the largest scores are compared.
     """
 
     call: Call
     placements: tuple[Placement, ...]
     heads: int
     some: slice
+    everyone: Transport
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, placed: PlacedCall) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``, see `engine.forward`."""
+def forward(q: Tensor, k: Tensor, v: Tensor, placed: PlacedCall) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(out, lse, max_logits)``, see `engine.forward`; max_logits ``[heads]`` of all ranks, None if not asked for."""
     k, v = k.contiguous(), v.contiguous()
-    if not placed.placements:
-        return _forward(q, k, v, placed.call)
-    with named("placement inward"):
-        (q,), (k, v), _ = inward(placed.placements, Held((q,), (k, v)))
-    out, lse = _forward(q, k, v, placed.call)
-    with named("placement outward"):
-        seen = outward(placed.placements, Held(queries=(out,), numbers=(lse,)))
-    return seen.queries[0], seen.numbers[0]
+    if placed.placements:
+        with named("placement inward"):
+            (q,), (k, v), _ = inward(placed.placements, Held((q,), (k, v)))
+    out, lse, logits = _forward(q, k, v, placed.call)
+    if placed.placements:
+        with named("placement outward"):
+            seen = outward(placed.placements, Held(queries=(out,), numbers=(lse,)))
+        out, lse = seen.queries[0], seen.numbers[0]
+    return out, lse, None if logits is None else _largest(logits, placed)
 
 
 def backward(
@@ -66,7 +70,7 @@ def backward(
     return seen.queries[0], dk, dv, _of_all_heads(dsinks, placed)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """By what the plan's passes are of: ranks or chunks."""
     if isinstance(call.plan, ChunkwisePlan):
         return _chunkwise(call, call.plan).forward(q, k, v)
@@ -82,7 +86,15 @@ def _backward(
 
 
 def _chunkwise(call: Call, plan: ChunkwisePlan) -> Chunkwise:
-    return Chunkwise(plan, call.transport, call.kernel, call.scores, call.rounds_keys)
+    return Chunkwise(plan, call.transport, call.kernel, call.scores, call.rounds_keys, call.max_logits)
+
+
+def _largest(logits: Tensor, placed: PlacedCall) -> Tensor:
+    """``[heads]``: the maximum over all ranks, each of which knows that of its heads."""
+    whole = logits.new_full((placed.heads,), -torch.inf)
+    whole[placed.some] = logits
+    with named("max_logits of all ranks"):
+        return placed.everyone.gather_equal(whole).amax(0)
 
 
 def _of_all_heads(dsinks: Tensor | None, placed: PlacedCall) -> Tensor | None:

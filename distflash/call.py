@@ -230,8 +230,9 @@ class Prepared:
             kernel=self.kernel,
             scores=scores.of_heads(heads) if self.placements else scores,
             rounds_keys=not any(placement.adds_keys for placement in self.placements),
+            max_logits=problem.max_logits,
         )
-        return PlacedCall(call, self.placements, problem.heads, heads)
+        return PlacedCall(call, self.placements, problem.heads, heads, self.calls.transport)
 
 
 @dataclass(eq=False)
@@ -314,6 +315,7 @@ class Recipe(_Numbered):
             alibi=asked.alibi,
             sinks=asked.sinks,
             dropout_p=self.numbers.dropout_p,
+            max_logits=self.numbers.max_logits,
         )
         tokens = self._tokens("q", asked.q, asked.k, asked.lengths)
         return Specification(problem, asked.q[0], tokens, self.mask, self.numbers.scale, asked.needs_grad)
@@ -368,14 +370,16 @@ class Template(_Numbered):
 
     def filled(self, data: Data) -> Recipe:
         try:
-            mask, scale, softcap, dropout_p, *layouts = join(self.form, data)
+            mask, scale, softcap, dropout_p, kv_layout, layout = join(self.form, data)
         except ValueError as error:
             problem: str | None = str(error)
         else:
             problem = validation.numbers_problem(scale, softcap, dropout_p)
         if problem is not None:
             self.calls.refuse(problem)
-        return self.calls.recipe_of_new(mask, Numbers(scale, softcap, dropout_p, *layouts))
+        return self.calls.recipe_of_new(
+            mask, Numbers(scale, softcap, dropout_p, kv_layout, layout, self.form.max_logits)
+        )
 
 
 def scores_of(

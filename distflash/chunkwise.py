@@ -33,20 +33,24 @@ class Chunkwise:
     kernel: Kernel
     scores: Scores
     rounds_keys: bool
+    max_logits: bool
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `engine.forward`."""
         B, T, H, _ = q.shape
         out, lse = q.new_empty(B, T, H, v.shape[-1]), q.new_empty(B, H, T, dtype=accumulator_dtype(q.dtype))
+        logits = lse.new_full((H,), -torch.inf) if self.max_logits else None
         if not B:  # on every rank
-            return out, lse
+            return out, lse, logits
         exchange = self._exchanged(self.plan.forward, {What.KEYS: (k, v)})
         keys = self._in_order(self.plan.keys, What.KEYS, exchange)
         for piece in self.plan.of_queries:
             partial = self._attended(copy_of(q, (piece.own,)), _beside(piece, keys), piece)
             out[:, piece.own.start : piece.own.stop] = partial.final
             lse[:, :, piece.own.start : piece.own.stop] = partial.lse
-        return out, lse
+            if logits is not None:
+                logits = torch.maximum(logits, partial.max_logits(self.kernel.base))
+        return out, lse, logits
 
     def backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
@@ -77,7 +81,7 @@ class Chunkwise:
     def _attended(self, q: Tensor, kv: Tensors, piece: Piece) -> Partial:
         """A chunk of queries over all keys that it sees."""
         passes = self.plan.passes_over(piece, Gradients.ALL)
-        into = Partial.empty(q, kv[1].shape[-1], between=len(passes) > 1)
+        into = Partial.empty(q, kv[1].shape[-1], between=len(passes) > 1, maxima=self.max_logits)
         if not passes:
             into.fill_identity(self.scores.sinks, self.kernel.base)
         for each in passes:

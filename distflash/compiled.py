@@ -31,6 +31,7 @@ class Form(NamedTuple):
         numbers: ``(scale, softcap, dropout_p)``, or None if they are data.
         scaled: whether a scale was passed.
         kv_layout, layout: see `ClassForm`; a layout without fields is itself the form.
+        max_logits: see `Numbers`.
     """
 
     mask: ClassForm
@@ -38,6 +39,7 @@ class Form(NamedTuple):
     scaled: bool
     kv_layout: ClassForm | Layout | None = None
     layout: ClassForm | Layout | None = None
+    max_logits: bool = False
 
 
 class Data(NamedTuple):
@@ -64,6 +66,7 @@ def split(
     dropout_p: float,
     kv_layout: Layout | None = None,
     layout: Layout | None = None,
+    max_logits: bool = False,
 ) -> tuple[Form, Data]:
     """A call's form and data. Runs while a function is compiled.
 
@@ -73,15 +76,15 @@ def split(
     ints: list[int] = []
     tensors: list[Tensor] = []
     form = _split(mask, ints, tensors)
-    layouts = [None if each is None else _split_layout(each, ints, tensors) for each in (kv_layout, layout)]
+    of_keys, own = (None if x is None else _split_layout(x, ints, tensors) for x in (kv_layout, layout))
     boundaries = None if not tensors else tensors[0] if len(tensors) == 1 else _cat(tensors)
     numbers = (scale, softcap or 0.0, dropout_p or 0.0)  # the defaults, too, are symbols under dynamic=True
     if all(x is None or has_static_value(x) for x in numbers):
-        return Form(form, numbers, scale is not None, *layouts), Data(ints, boundaries, None)
+        return Form(form, numbers, scale is not None, of_keys, own, max_logits), Data(ints, boundaries, None)
     # A product makes the compiler treat a float as data; with full() it would compile again for each value.
     one = torch.ones(1, dtype=torch.float64, device="cpu")
     as_data = torch.cat([one * (0.0 if x is None else x) for x in numbers])
-    return Form(form, None, scale is not None, *layouts), Data(ints, boundaries, as_data)
+    return Form(form, None, scale is not None, of_keys, own, max_logits), Data(ints, boundaries, as_data)
 
 
 def join(form: Form, data: Data) -> tuple[Mask, float | None, float, float, Layout | None, Layout | None]:

@@ -404,7 +404,10 @@ class ContextParallel(Sharding):
             if self.layout is not self.calls.layout:
                 numbers = replace(numbers, layout=self.layout)
             return self.calls.recipe(mask, numbers).number, NO_DATA
-        form, data = split(mask, numbers.scale, numbers.softcap, numbers.dropout_p, numbers.kv_layout, self._of_batch)
+        layouts = numbers.kv_layout, self._of_batch
+        form, data = split(
+            mask, numbers.scale, numbers.softcap, numbers.dropout_p, *layouts, max_logits=numbers.max_logits
+        )
         return self._template(self._name, *form), data
 
     @torch.compiler.assume_constant_result

@@ -34,6 +34,7 @@ class Call:
         kernel: computes the passes.
         scores: how scores are formed.
         rounds_keys: whether dK and dV are rounded to the keys' dtype; otherwise they stay in the accumulator's dtype.
+        max_logits: whether forward also finds the largest score of each head.
     """
 
     plan: Plan
@@ -41,24 +42,26 @@ class Call:
     kernel: Kernel
     scores: Scores
     rounds_keys: bool = True
+    max_logits: bool = False
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """Exact attention of this rank's queries over all ranks' keys.
 
     Args:
         q: ``[B, T, H, D]``, k: ``[B, K, G, D]``, v: ``[B, K, G, V]``, k and v contiguous.
 
     Returns:
-        out ``[B, T, H, V]`` in q's dtype, lse ``[B, H, T]`` in the accumulator's dtype.
+        out ``[B, T, H, V]`` in q's dtype, lse ``[B, H, T]`` in the accumulator's dtype, and if asked for the largest
+        score of each head over this rank's queries, ``[H]`` in the same dtype.
     """
     plan, kernel, transport = call.plan, call.kernel, call.transport
     if torch.autograd._profiler_enabled():
         kernel, transport = ranged(kernel, transport, plan.forward, "forward")
     # between: allocate a running softmax state as well, to be kept between passes
-    own = Partial.empty(q, v.shape[-1], between=plan.keeps_partials)
+    own = Partial.empty(q, v.shape[-1], between=plan.keeps_partials, maxima=call.max_logits)
     if not q.shape[0]:  # a batch of 0, on every rank: nothing to compute or send
-        return own.final, own.lse
+        return own.final, own.lse, own.max_logits(kernel.base) if call.max_logits else None
     if not plan.own_passes:
         own.fill_identity(call.scores.sinks, kernel.base)
     q = q.contiguous() if plan.moves_queries else q
@@ -77,8 +80,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
             into = state_of(each, exchange, v.shape[-1])
             kernel.forward(queries, keys_of(each, exchange), each, scores, into)
     if plan.merges:
-        own.finish(kernel.base)
-    return own.final, own.lse
+        own.finish(kernel.base, call.scores.sinks)
+    return own.final, own.lse, own.max_logits(kernel.base) if call.max_logits else None
 
 
 def backward(

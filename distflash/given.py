@@ -42,6 +42,7 @@ class Numbers:
     dropout_p: float = 0.0
     kv_layout: Layout | None = None
     layout: Layout | None = None
+    max_logits: bool = False
 
 
 class Signature(NamedTuple):

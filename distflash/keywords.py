@@ -11,6 +11,7 @@ from difflib import get_close_matches
 KNOWN = (
     *("mask", "cp", "seq_len", "q_start", "q_len", "kv_layout", "cache"),
     *("scale", "softcap", "alibi_slopes", "sinks", "dropout_p", "return_lse"),
+    "return_max_logits",
 )
 
 _MASKS = (
@@ -53,6 +54,7 @@ _INSTEAD = {
     ("enable_gqa", "num_kv_groups"): "leave it out: k and v may have fewer heads, which have to divide q's",
     ("s_aux", "sink", "learnable_sink"): "write sinks=, one number per query head",
     ("return_attn_probs", "return_softmax_lse", "return_softmax"): "write return_lse=True",
+    ("return_max_logit", "max_logit", "max_logits"): "write return_max_logits=True",
     ("group", "process_group", "mesh", "device_mesh"): "write cp=df.ContextParallel(group), made once",
     ("layout", "schedule", "kernel", "deterministic", "backend"): (
         "it belongs to the group: df.ContextParallel(group, layout=, schedule=, kernel=); kernels that give the same "

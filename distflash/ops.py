@@ -22,8 +22,8 @@ from torch import Tensor
 from torch._C import _functorch
 
 from distflash import attend
-from distflash.call import Recipe, templates
-from distflash.compiled import Data
+from distflash.call import Recipe, Template, templates
+from distflash.compiled import NO_DATA, Data
 from distflash.given import Given
 from distflash.partial import accumulator_dtype
 from distflash.profiling import named
@@ -63,12 +63,14 @@ def _no_autocast(q: Tensor) -> AbstractContextManager[object]:
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, given: Given, needs_grad: bool, recipe: Recipe
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(out, lse)`` of `attend.forward`, and the call's number, int64 ``[1]``, if the backward compares it."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """``(out, lse, max_logits)`` of `attend.forward`, and before the last the call's number, int64 ``[1]``, if the
+    backward compares it.
+    """
     call, number = recipe.forward_call(q, k, v, given, needs_grad)
     with _no_autocast(q), during(recipe.calls.transport, "forward", q):
-        out, lse = attend.forward(q, k, v, call)
-    return out, lse, q.new_full((1,), number, dtype=torch.int64) if recipe.numbered else None
+        out, lse, max_logits = attend.forward(q, k, v, call)
+    return out, lse, q.new_full((1,), number, dtype=torch.int64) if recipe.numbered else None, max_logits
 
 
 def _backward_of(
@@ -100,15 +102,17 @@ def attention(
     ints: Sequence[int],
     boundaries: Tensor | None,
     numbers: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out, lse)`` of `attend.forward`, and the call's number, int64 ``[1]``, empty if no backward compares it.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(out, lse, number, max_logits)``: `attend.forward`, and the call's number, int64 ``[1]``, empty if no backward
+    compares it. Without `Numbers.max_logits` these are empty, too.
 
     See [Note: arguments]. needs_grad: whether a backward may follow; the same on all ranks.
     """
     given = Given(lengths, sinks, alibi_slopes)
     made = templates[recipe].filled(Data(ints, boundaries, numbers))
-    out, lse, number = _forward(q, k, v, given, needs_grad, made)
-    return out, lse, q.new_empty(0, dtype=torch.int64) if number is None else number
+    out, lse, number, max_logits = _forward(q, k, v, given, needs_grad, made)
+    number = q.new_empty(0, dtype=torch.int64) if number is None else number
+    return out, lse, number, lse.new_empty(0) if max_logits is None else max_logits
 
 
 @attention.register_fake
@@ -124,10 +128,16 @@ def _(
     ints: Sequence[int],
     boundaries: Tensor | None,
     numbers: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, H, _ = q.shape
     number = q.new_empty(int(templates[recipe].numbered), dtype=torch.int64)
-    return q.new_empty(B, T, H, v.shape[-1]), q.new_empty(B, H, T, dtype=accumulator_dtype(q.dtype)), number
+    lse = q.new_empty(B, H, T, dtype=accumulator_dtype(q.dtype))
+    return q.new_empty(B, T, H, v.shape[-1]), lse, number, lse.new_empty(H if _wants_max_logits(recipe) else 0)
+
+
+def _wants_max_logits(recipe: int) -> bool:
+    made = templates[recipe]
+    return made.form.max_logits if isinstance(made, Template) else made.filled(NO_DATA).numbers.max_logits
 
 
 # As dispatch modes and checkpoint policies see it.
@@ -180,17 +190,19 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, sinks, alibi_slopes, ctx.lengths, _, ctx.recipe, ctx.ints, boundaries, numbers = inputs
     # A missing gradient of lse stays None: usually lse is not used, and a tensor of zeros would cost time.
     ctx.set_materialize_grads(False)
     # The recipe must outlive the graph even if its ContextParallel does not.
     ctx.keep = templates[ctx.recipe]
     # The number is saved as a tensor, because a recomputed forward is another call with another number.
-    ctx.save_for_backward(q, k, v, *output, sinks, alibi_slopes, boundaries, numbers)
+    *kept, max_logits = output
+    ctx.mark_non_differentiable(max_logits)
+    ctx.save_for_backward(q, k, v, *kept, sinks, alibi_slopes, boundaries, numbers)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, number, sinks, alibi_slopes, boundaries, numbers = ctx.saved_tensors
     if dout is None and dlse is None:
         return (None,) * 11
@@ -218,16 +230,18 @@ class _Eager(torch.autograd.Function):
         alibi_slopes: Tensor | None,
         lengths: Sequence[int],
         recipe: Recipe,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.lengths, ctx.recipe = lengths, recipe
         ctx.set_materialize_grads(False)
         with named("attention"):
-            out, lse, number = _forward(q, k, v, Given(lengths, sinks, alibi_slopes), True, recipe)
+            out, lse, number, max_logits = _forward(q, k, v, Given(lengths, sinks, alibi_slopes), True, recipe)
         ctx.save_for_backward(q, k, v, out, lse, number, sinks, alibi_slopes)
-        return out, lse
+        if max_logits is not None:
+            ctx.mark_non_differentiable(max_logits)
+        return out, lse, max_logits
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         *saved, number, sinks, alibi_slopes = ctx.saved_tensors
         if dout is None and dlse is None:
             return (None,) * 7
@@ -268,19 +282,23 @@ def call(
     lengths: Sequence[int],
     recipe: int,
     data: Data,
-) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of a call, differentiable. lengths: see `given.Given`; recipe, data: see [Note: arguments]."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(out, lse, max_logits)`` of a call. The first two are differentiable; the last may be None or empty.
+
+    lengths: see `given.Given`; recipe, data: see [Note: arguments].
+    """
     tensors = q, k, v, sinks, alibi_slopes
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if _is_watched(tensors):
-        return attention(*tensors, lengths, needs_grad, recipe, *data)[:2]
+        out, lse, _, max_logits = attention(*tensors, lengths, needs_grad, recipe, *data)
+        return out, lse, max_logits
     made = templates[recipe].filled(data)
     if needs_grad:
-        out, lse = _Eager.apply(*tensors, lengths, made)
+        out, lse, max_logits = _Eager.apply(*tensors, lengths, made)
     else:
         with named("attention"):
-            out, lse, _ = _forward(q, k, v, Given(lengths, sinks, alibi_slopes), False, made)
-    return out, lse
+            out, lse, _, max_logits = _forward(q, k, v, Given(lengths, sinks, alibi_slopes), False, made)
+    return out, lse, max_logits
 
 
 def _is_watched(tensors: Sequence[Tensor | None]) -> bool:

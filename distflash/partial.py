@@ -56,6 +56,11 @@ class Softmax:
         """``(out, lse)``: ``[..., V]`` and ``[...]``. For no key ``(0, -inf)``, never NaN."""
         return self.weighted * self.inverse_total[..., None], self.lse(base)
 
+    def with_sinks(self, sinks: Tensor, base: float = math.e) -> Softmax:
+        """The state with one more logit, without a value. sinks: natural, broadcast against `maximum`."""
+        sink = (sinks.to(self.maximum.dtype) / math.log(base)).expand_as(self.maximum)
+        return self.merge(Softmax(sink, torch.ones_like(sink), self.weighted.new_zeros(())), base)
+
     @property
     def inverse_total(self) -> Tensor:
         """``1 / total``, which `weighted` is multiplied by in the end; 0 for no key."""
@@ -81,26 +86,38 @@ class Partial:
         running: between passes, ``maximum, total [B, H, T]`` and ``weighted [B, T, H, V]`` in the accumulator's dtype.
             The first pass writes them, later ones merge. None if there is only one pass.
         counter: int32 ``[2]``, zeros before and after every pass: the atomic counter of a kernel's tile scheduler.
+        maxima: ``[B, H, T]``, of a call that asks for the largest scores, else None. Where rows end, the maximum of
+            their scores, without sinks, which such a call adds where rows end; -inf for no key. In the base of the
+            running state, whose maximum is the same tensor.
     """
 
     final: Tensor
     lse: Tensor
     running: Softmax | None
     counter: Tensor
+    maxima: Tensor | None = None
 
     @staticmethod
-    def empty(q: Tensor, d_v: int, between: bool) -> Partial:
-        """Buffers for queries ``q [B, T, H, D]``, with a running state if ``between``; only the counter is filled."""
+    def empty(q: Tensor, d_v: int, between: bool, maxima: bool = False) -> Partial:
+        """Buffers for queries ``q [B, T, H, D]``, with a running state if ``between``. Filled are only the counter and,
+        if there are any, the maxima.
+        """
         B, T, H, _ = q.shape
         dtype = accumulator_dtype(q.dtype)
-        rows = [q.new_empty(B, H, T, dtype=dtype) for _ in range(3 if between else 1)]
+        rows = [q.new_empty(B, H, T, dtype=dtype) for _ in range(3 if between else 1 + maxima)]
         weighted = q.new_empty(B, T, H, d_v, dtype=dtype) if between else None
         return Partial(
             final=q.new_empty(B, T, H, d_v),
             lse=rows[0],
             running=None if weighted is None else Softmax(rows[1], rows[2], weighted),
             counter=q.new_zeros(2, dtype=torch.int32),
+            maxima=rows[1].fill_(-torch.inf) if maxima else None,
         )
+
+    @property
+    def maximum(self) -> Tensor | None:
+        """Where passes write the maximum of rows: between them, and with `maxima` also where rows end."""
+        return self.maxima if self.running is None else self.running.maximum
 
     def fill_identity(self, sinks: Tensor | None, base: float = math.e) -> None:
         """Initialise to "no key seen": out = 0, and lse = -inf or, with sinks, the sink logit."""
@@ -110,8 +127,12 @@ class Partial:
         else:
             self.lse.copy_(sinks[None, :, None].expand_as(self.lse))
         if self.running is not None:
-            self.running.maximum.copy_(self.lse).div_(math.log(base))
-            self.running.total.fill_(0.0 if sinks is None else 1.0)
+            if sinks is None or self.maxima is not None:  # which the sinks join in `finish`
+                self.running.maximum.fill_(-torch.inf)
+                self.running.total.zero_()
+            else:
+                self.running.maximum.copy_(self.lse).div_(math.log(base))
+                self.running.total.fill_(1.0)
             self.running.weighted.zero_()
 
     def merge(self, arrived: tuple[Tensor, ...], base: float) -> None:
@@ -124,12 +145,21 @@ class Partial:
         own.total.mul_(a).addcmul_(other.total, b)
         own.weighted.mul_(a[..., None]).addcmul_(other.weighted, b[..., None])
 
-    def finish(self, base: float) -> None:
-        """Write the result of the running state, rounded once."""
+    def finish(self, base: float, sinks: Tensor | None = None) -> None:
+        """Write the result of the running state, rounded once. sinks: ``[H]``; with `maxima` the state lacks them."""
         assert self.running is not None
         state = _heads_first(self.running)
+        if self.maxima is not None and sinks is not None:
+            state = state.with_sinks(sinks[:, None], base)
         torch.mul(state.weighted, state.inverse_total[..., None], out=self.final.transpose(1, 2))
         self.lse.copy_(state.lse(base))
+
+    def max_logits(self, base: float) -> Tensor:
+        """``[H]``, the largest of the scores of each head, from `maxima`; -inf where no key is seen."""
+        assert self.maxima is not None
+        if not self.maxima.numel():
+            return self.maxima.new_full((self.maxima.shape[1],), -torch.inf)
+        return self.maxima.amax((0, 2)) * math.log(base)
 
     def of_heads(self, heads: slice) -> Partial:
         """The buffers of these query heads, as views."""
@@ -139,6 +169,7 @@ class Partial:
             self.lse[:, heads],
             state and Softmax(state.maximum[:, heads], state.total[:, heads], state.weighted[:, :, heads]),
             self.counter,
+            None if self.maxima is None else self.maxima[:, heads],
         )
 
 

@@ -94,7 +94,8 @@ def _one(
     _keep(n, kv, ledger, forward)
     scores = scores_of(q.shape[3], numbers.scale, numbers.softcap, forward.alibi_slopes, forward.sinks)
     call = Call(plan, forward.cp.transport, kernel, scores)
-    return engine.forward(q, store.k[n : n + 1, :count], store.v[n : n + 1, :count], call)
+    out, lse, _ = engine.forward(q, store.k[n : n + 1, :count], store.v[n : n + 1, :count], call)
+    return out, lse
 
 
 def _keep(n: int, kv: tuple[Tensor, Tensor], ledger: Ledger, forward: Forward) -> None:
@@ -145,14 +146,19 @@ def _ledgers(forward: Forward) -> tuple[list[Ledger], list[Ledger]]:
     return before, list(map(more, before))
 
 
-def cache_problem(cache: object, self_attention: bool) -> str | None:
-    """Whether it is a cache, in a call whose queries are the keys' tokens."""
+def cache_problem(cache: object, self_attention: bool, max_logits: bool = False) -> str | None:
+    """Whether it is a cache, in a call whose queries are the keys' tokens and that asks for what a cache can give."""
     if not isinstance(cache, Cache):
         return f"cache: expected a df.Cache, got {came(cache)}"
     if not self_attention:
         return (
             "cache: with a cache queries are the tokens of the chunk, behind those that it keeps; leave q_start, q_len "
             "and kv_layout out"
+        )
+    if max_logits:
+        return (
+            "return_max_logits: expected False with a cache, which serves generation, got True; leave it out, or make "
+            "the call without the cache"
         )
     return None
 

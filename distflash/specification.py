@@ -79,4 +79,5 @@ class Specification:
             "sinks": problem.sinks,
             "alibi_slopes": problem.alibi,
             "needs a gradient": self.needs_grad,
+            "return_max_logits": problem.max_logits,
         }

@@ -73,10 +73,11 @@ class Rehearsal:
             )
         )
         given = Given(_lengths(specification), *(_of_heads(H, there) for there in (problem.sinks, problem.alibi)))
-        numbers = Numbers(specification.scale, problem.softcap, problem.dropout_p, tokens.kv_layout, tokens.layout)
+        layouts = tokens.kv_layout, tokens.layout
+        numbers = Numbers(specification.scale, problem.softcap, problem.dropout_p, *layouts, problem.max_logits)
         recipe = calls.recipe_of_new(specification.mask.value, numbers)
         attention, _ = recipe.forward_call(q, k, v, given, specification.needs_grad)
-        out, lse = attend.forward(q, k, v, attention)
+        out, lse, _ = attend.forward(q, k, v, attention)
         if specification.needs_grad:
             for dlse in (None, torch.empty_like(lse)):  # without and with a gradient of lse
                 attend.backward(dout, dlse, q, k, v, out, lse, attention)

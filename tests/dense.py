@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,24 +135,15 @@ def on_rank(p: Problem, x: Inputs, cp: df.ContextParallel | None) -> Results:
     shard = (lambda t, dim=1: t.clone()) if cp is None else cp.shard
     q, k, v = (t.requires_grad_() for t in (shard(x.q), *(keys_of(p, t, cp) for t in (x.k, x.v))))
     sinks = None if x.sinks is None else x.sinks.clone().requires_grad_()
-    out, lse = df.attention(
-        q,
-        k,
-        v,
-        mask=p.mask,
-        cp=cp,
-        seq_len=p.seq_len,
-        q_start=p.q_start,
-        q_len=p.q_len,
-        kv_layout=p.kv_layout,
-        scale=p.scale,
-        softcap=p.softcap,
-        alibi_slopes=x.slopes,
-        sinks=sinks,
-        return_lse=True,
-    )
+    out, lse = df.attention(q, k, v, cp=cp, alibi_slopes=x.slopes, sinks=sinks, return_lse=True, **options(p))
     torch.autograd.backward((out, lse), (shard(x.dout), shard(x.dlse, dim=2)))
     return _results(out, lse, q, k, v, sinks)
+
+
+def options(p: Problem) -> dict[str, Any]:
+    """The keywords of a call that are no tensors."""
+    names = ("mask", "seq_len", "q_start", "q_len", "kv_layout", "scale", "softcap")
+    return {name: getattr(p, name) for name in names}
 
 
 def keys_of(p: Problem, x: Tensor, cp: df.ContextParallel | None) -> Tensor:

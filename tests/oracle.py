@@ -185,7 +185,7 @@ def dense(x: Inputs, compute: torch.dtype, stored: torch.dtype | None = None) ->
         distance = (x.q_positions[:, None] - keys[None, :]).abs()
         s = s - x.scores.alibi_slopes.to(compute)[:, None, None] * distance
     s = s.masked_fill(~x.visible, -torch.inf)
-    lse = torch.logsumexp(s, -1)
+    lse, maxima = torch.logsumexp(s, -1), s.amax((0, 2, 3))
     if x.scores.sinks is not None:
         lse = torch.logaddexp(lse, x.scores.sinks.to(compute)[None, :, None])
     p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
@@ -198,16 +198,20 @@ def dense(x: Inputs, compute: torch.dtype, stored: torch.dtype | None = None) ->
     dk = (rounded(ds).mT @ q * x.scores.scale).unflatten(1, (-1, group)).sum(2)
     dv = (rounded(p).mT @ dout).unflatten(1, (-1, group)).sum(2)
     gradients = {"dq": rounded(dq), "dk": rounded(dk), "dv": rounded(dv)}
-    return {"out": out.transpose(1, 2), "lse": lse} | {n: t.transpose(1, 2) for n, t in gradients.items()}
+    results = {"out": out.transpose(1, 2), "lse": lse, "max_logits": maxima}
+    return results | {n: t.transpose(1, 2) for n, t in gradients.items()}
 
 
-def run(kernel: Kernel, case: Case, x: Inputs, held_back: int = 0, live: bool = True) -> dict[str, Tensor]:
+def run(
+    kernel: Kernel, case: Case, x: Inputs, held_back: int = 0, live: bool = True, maxima: bool = False
+) -> dict[str, Tensor]:
     """The case by a kernel: one pass a source, forward and backward, every output poisoned beforehand.
 
     Args:
         held_back: if not 0, the key heads below this take the first two sources one after the other; the others take
             both at once. Backward these take the first source before the others, which take it last. See `overlap`.
         live: whether rows are left out of passes in which they see nothing; otherwise all are in every pass.
+        maxima: whether the largest score of each head is found, too, as ``max_logits``.
 
     Returns:
         out, lse, dq, dk, dv as `dense` does; dk and dv put together from the sources'.
@@ -223,7 +227,7 @@ def run(kernel: Kernel, case: Case, x: Inputs, held_back: int = 0, live: bool = 
         keys[source] = Keys(x.k[:, positions[source]], x.v[:, positions[source]], rows)
         passes.append(Pass(case.rank, (source,), (rows,), first=n == 0, last=n == W - 1))
 
-    into = Partial.empty(x.q, case.d_v, between=W > 1)
+    into = Partial.empty(x.q, case.d_v, between=W > 1, maxima=maxima)
     for buffer in (into.final, into.lse, *(into.running.tensors if into.running else ())):
         buffer.fill_(torch.nan)
     stages = [Stage(passes=(each,)) for each in passes]
@@ -253,7 +257,8 @@ def run(kernel: Kernel, case: Case, x: Inputs, held_back: int = 0, live: bool = 
     dk, dv = (torch.full(t.shape, torch.nan, device=device, dtype=case.dtype) for t in (x.k, x.v))
     for source, share in shares.items():
         dk[:, positions[source]], dv[:, positions[source]] = share.dk.to(case.dtype), share.dv.to(case.dtype)
-    return {"out": into.final, "lse": into.lse, "dq": dq.final, "dk": dk, "dv": dv}
+    results = {"out": into.final, "lse": into.lse, "dq": dq.final, "dk": dk, "dv": dv}
+    return results | ({"max_logits": into.max_logits(kernel.base)} if maxima else {})
 
 
 def window_rings(world_size: int, tokens: int, **options: Any) -> list[Case]:
@@ -270,11 +275,16 @@ def window_rings(world_size: int, tokens: int, **options: Any) -> list[Case]:
 
 
 def check(
-    kernel: Kernel, case: Case, device: torch.device | str = "cpu", held_back: int = 0, live: bool = True
+    kernel: Kernel,
+    case: Case,
+    device: torch.device | str = "cpu",
+    held_back: int = 0,
+    live: bool = True,
+    maxima: bool = False,
 ) -> None:
     """Assert that the kernel is as exact as float32 arithmetic with the inputs' rounding can be."""
     x = make_inputs(case, device)
-    got = run(kernel, case, x, held_back, live)
+    got = run(kernel, case, x, held_back, live, maxima)
     truth = dense(x, torch.float64)
     plain = dense(x, torch.float32, stored=case.dtype)
     unseen = truth["lse"] == -torch.inf
@@ -284,10 +294,26 @@ def check(
         assert (got[name][:, blind] == 0).all(), f"{name} of a query that sees nothing"
     for name in ("dk", "dv"):
         assert (got[name][:, ~x.visible.any(0)] == 0).all(), f"{name} of a key that nobody sees"
+    if maxima:
+        assert_largest(x, got.pop("max_logits"), truth["max_logits"])
     for name in got:
         keep = ~unseen if name == "lse" else slice(None)
         dtype = torch.float32 if name == "lse" else case.dtype
         assert_as_exact(name, got[name][keep], plain[name][keep], truth[name][keep], dtype)
+
+
+def assert_largest(x: Inputs, got: Tensor, truth: Tensor) -> None:
+    """As near to the truth as a sum of products in float32 can be: a unit of the sum of the magnitudes, and one for
+    each of softcap and ALiBi, in which numbers of that size are rounded.
+    """
+    q, k = (t.double().abs().amax((0, 1)) for t in (x.q, x.k))  # [heads, D]
+    terms = (q * k.repeat_interleave(len(q) // len(k), 0)).sum(-1) * abs(x.scores.scale) + x.scores.softcap
+    if x.scores.alibi_slopes is not None:
+        terms += x.scores.alibi_slopes.double() * x.visible.numel() ** 0.5
+    unseen = truth == -torch.inf
+    assert torch.equal(got == -torch.inf, unseen)
+    error = (got.double() - truth).masked_fill(unseen, 0.0).abs()
+    assert got.dtype == torch.float32 and (error <= torch.finfo(got.dtype).eps * terms).all(), (error, terms)
 
 
 def assert_as_exact(name: str, got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> None:

@@ -33,7 +33,7 @@ def groups() -> df.ContextParallel:
     return df.ContextParallel(dist.group.WORLD, layout=df.Zigzag(), schedule=df.Ulysses(df.Ring()), timeout=60)
 
 
-def train(q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> None:
+def train(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, clips: bool) -> None:
     cp = groups()
     assert_type(cp.shard(q), Tensor)
     assert_type(cp.unshard(cp.shard(q, dim=1), dim=1), Tensor)
@@ -45,6 +45,10 @@ def train(q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> None:
     out, lse = df.attention(q, k, v, cp=cp, return_lse=True)
     assert_type((out, lse), tuple[Tensor, Tensor])
     assert_type(df.attention(q, k, v, return_lse=with_lse), Tensor | tuple[Tensor, Tensor])
+    both = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+    assert_type(df.attention(q, k, v, return_max_logits=True), tuple[Tensor, Tensor])
+    assert_type(df.attention(q, k, v, return_lse=True, return_max_logits=True), tuple[Tensor, Tensor, Tensor])
+    assert_type(df.attention(q, k, v, return_lse=with_lse, return_max_logits=clips), both)
     assert_type(cp.mean(out.sum(), out.numel(), reduction="mean"), Tensor)
     assert_type(df.attention(q, k, v, cp=cp, scale=0.1, sinks=torch.zeros(8), alibi_slopes=torch.ones(8)), Tensor)
     assert_type(str(cp.plan(df.Causal(), seq_len=4096)), str)

@@ -53,6 +53,7 @@ class Configuration:
         two: keys of two sources in one pass.
         wide: dK and dV in float32, as the passes of a ring write them.
         dropout: of tokens whose positions are consecutive within tiles, or ``anywhere``.
+        maxima: the largest score of each row is written, too.
     """
 
     kernel: str
@@ -67,6 +68,7 @@ class Configuration:
     wide: bool = False
     dropout: bool = False
     anywhere: bool = False
+    maxima: bool = False
 
     @property
     def in_quick(self) -> bool:
@@ -74,8 +76,8 @@ class Configuration:
 
     @property
     def special(self) -> str:
-        names = dict(softcap=self.softcap, sinks=self.sinks, long=self.long, two=self.two, wide=self.wide)
-        names |= dict(dropout=self.dropout, anywhere=self.anywhere)
+        special = "softcap", "sinks", "long", "two", "wide", "dropout", "anywhere", "maxima"
+        names = {n: getattr(self, n) for n in special}
         return " ".join([f"group {self.group}"] * (self.group > 1) + [name for name, has in names.items() if has])
 
     @property
@@ -180,6 +182,10 @@ def shapes() -> Iterator[Configuration]:
             for special in ({}, {"group": 4}, {"softcap": True}, {"wide": True}):
                 yield Configuration("backward", *dims, dtype, **special)
             yield Configuration("round", *dims, dtype)
+    # float16 differs in nothing that a store of one number a row could change.
+    for dims in ((64, 64), (128, 128), (192, 128), (256, 256)):
+        yield Configuration("forward", *dims, torch.bfloat16, maxima=True)
+    yield Configuration("forward", 128, 128, torch.bfloat16, sinks=True, maxima=True)
 
 
 def make_launch(shape: Configuration) -> Launch:
@@ -196,7 +202,8 @@ def make_launch(shape: Configuration) -> Launch:
     if shape.kernel == "forward":
         sources = 2 if shape.two else 1
         each = Pass(0, (0,) * sources, (t.intervals,) * sources, begun=int(shape.two))
-        return launches.forward(shape.tile, PROGRAMS, t.q, (keys,) * sources, each, scores, t.partial)
+        into = replace(t.partial, maxima=t.partial.maximum if shape.maxima else None)
+        return launches.forward(shape.tile, PROGRAMS, t.q, (keys,) * sources, each, scores, into)
     sums = launches.query_sums(t.q)
     if shape.kernel == "round":
         return launches.round_queries(sums, scores.scale, t.q)

@@ -42,6 +42,7 @@ class Problem:
     alibi: bool = False
     sinks: bool = False
     dropout_p: float = 0.0
+    max_logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Scores:
         softcap: 0 for none.
         alibi_slopes: float32 ``[H]``, contiguous, or None; ``i`` and ``j`` are global positions.
         sinks: ``[H]``, contiguous, or None; one extra logit per head in the softmax's denominator, without a value
-            vector. The first pass of a forward adds it; no other pass and no backward reads it.
+            vector. The first pass of a forward adds it, or the last one where it also writes `Partial.maxima`; no other
+            pass and no backward reads it.
         dropout: of the probabilities, after the softmax's denominator is known; None for none. Its keep scale
             multiplies what a pass adds to the weighted values, so the running state has it.
     """
@@ -209,6 +211,8 @@ class Kernel(ABC):
             each: if ``first``, start from ``scores.sinks`` or from the identity, otherwise from ``into.running``. If
                 ``last``, write ``into.final`` and ``into.lse``, otherwise ``into.running``. With ``live``, each row
                 group has these two flags of its own, and rows that are not live are left unchanged.
+            into: with ``into.maxima`` (`Problem.max_logits`), the first pass starts from the identity. The last one
+                writes the maxima, and then adds the sinks.
         """
 
     @abstractmethod

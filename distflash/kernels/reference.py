@@ -85,7 +85,7 @@ class Reference(Kernel):
             for source, tile in seen:
                 s, _ = source.tiles.scores(queries, source.k, block, tile)
                 softmax = softmax.merge(Softmax.of_scores(s, source.v[:, :, None, tile]))
-            _store(sources[0].tiles, block, bool(flags & ENDS), softmax, into)
+            _store(sources[0].tiles, block, bool(flags & ENDS), softmax, scores, into)
 
     def preprocess(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> BackwardContext:
         dtype = accumulator_dtype(out.dtype)
@@ -246,14 +246,17 @@ def _start(tiles: _Tiles, block: slice, first: bool, scores: Scores, into: Parti
         return Softmax(maximum.clone(), total.clone(), tiles.queries(into.running.weighted, block).clone())
     shape = into.final[:, block].transpose(1, 2).unflatten(1, (tiles.kv_heads, -1)).shape
     nothing = into.lse.new_zeros(shape)
-    if scores.sinks is None:
+    if scores.sinks is None or into.maxima is not None:
         return Softmax(nothing.new_full(shape[:-1], -torch.inf), nothing[..., 0], nothing)
     sinks = scores.sinks.to(tiles.dtype).view(tiles.kv_heads, -1, 1).expand(shape[:-1])
     return Softmax(sinks, torch.ones_like(sinks), nothing)
 
 
-def _store(tiles: _Tiles, block: slice, last: bool, softmax: Softmax, into: Partial) -> None:
+def _store(tiles: _Tiles, block: slice, last: bool, softmax: Softmax, scores: Scores, into: Partial) -> None:
     if last:
+        if into.maxima is not None:
+            into.maxima[:, :, block] = softmax.maximum.flatten(1, 2)
+            softmax = softmax if scores.sinks is None else softmax.with_sinks(scores.sinks.view(tiles.kv_heads, -1, 1))
         out, lse = softmax.finish()
         into.final[:, block] = tiles.tokens_first(out)
         into.lse[:, :, block] = lse.flatten(1, 2)

@@ -148,7 +148,7 @@ def of_dropout(dropout: Dropout, keys: Sequence[Keys]) -> list[Tensor | None]:
 
 def of_state(into: Partial) -> list[Tensor | None]:
     """The tensors of its softmax state that a forward pass reads and writes."""
-    running = (None, None, None) if into.running is None else into.running.tensors
+    running = (into.maxima, None, None) if into.running is None else into.running.tensors
     return [into.final, into.lse, into.counter, *running]
 
 

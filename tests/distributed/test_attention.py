@@ -9,7 +9,17 @@ import torch.distributed as dist
 import distflash as df
 from distflash.kernels import Reference
 from distflash.overlap import overlap
-from tests.dense import Problem, assert_exact, assert_no_less_exact, in_dtype, join, make_inputs, on_rank
+from tests.dense import (
+    Problem,
+    assert_exact,
+    assert_no_less_exact,
+    in_dtype,
+    join,
+    make_inputs,
+    on_rank,
+    options,
+    scores,
+)
 from tests.oracle import Blind
 from tests.poison import poison_memory
 from tests.ranks import as_near
@@ -77,6 +87,29 @@ def test_exact(world_size, layout, name, ranks_of):
     for dtype in (torch.float32, torch.bfloat16):
         p = in_dtype(p, dtype)
         assert_no_less_exact(p, make_inputs(p), join(ranks.run(part, p, layout), layout, p.seq_len), alone(p))
+
+
+def largest_scores(p, dtype):
+    """Runs as a rank: the largest score of each head."""
+    poison_memory()
+    p = in_dtype(p, dtype)
+    x, cp = make_inputs(p), df.ContextParallel(dist.group.WORLD)
+    shards = map(cp.shard, (x.q, x.k, x.v))
+    more = dict(alibi_slopes=x.slopes, sinks=x.sinks, return_max_logits=True)
+    return df.attention(*shards, cp=cp, **more, **options(p))[1]
+
+
+@pytest.mark.parametrize("name", ["full, all options", "union of three", "more ranks than tokens"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_largest_scores_are_those_of_all_ranks(world_size, name, ranks_of):
+    p = PROBLEMS[name]
+    for dtype in (torch.float64, torch.bfloat16):
+        x = make_inputs(in_dtype(p, dtype))
+        truth = scores(p, x.q.double(), x.k.double(), x.slopes).amax((0, 2, 3))
+        found = ranks_of(world_size).run(largest_scores, p, dtype)
+        assert all(torch.equal(each, found[0]) for each in found)
+        unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        torch.testing.assert_close(found[0].double(), truth, rtol=8 * unit, atol=8 * unit)
 
 
 def part_that_holds_heads_back(p, layout):

@@ -29,12 +29,12 @@ def inputs(tokens: int, seed: int) -> tuple[Tensor, ...]:
 
 
 def step(cp: df.ContextParallel) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensors]:
-    """Attention, forward and backward."""
+    """Attention with the largest scores, forward and backward."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Tensors:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = df.attention(*leaves, mask=df.Causal(), cp=cp, seq_len=SEQ_LEN)
-        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+        out, found = df.attention(*leaves, mask=df.Causal(), cp=cp, seq_len=SEQ_LEN, return_max_logits=True)
+        return out.detach(), found, *torch.autograd.grad(out, leaves, dout)
 
     return run
 
@@ -62,8 +62,8 @@ def replayed(cp: df.ContextParallel) -> list[tuple[Tensors, Tensors]]:
 
 
 def assert_alike(found: list[tuple[Tensors, Tensors]]) -> None:
-    for (out, *captured), (expected, *eager) in found:
-        assert torch.equal(out, expected)
+    for (out, largest, *captured), (expected, largest_expected, *eager) in found:
+        assert torch.equal(out, expected) and torch.equal(largest, largest_expected)
         for a, b in zip(captured, eager, strict=True):
             # dQ is added up in another order each time: a unit of bfloat16 in the last place.
             assert (a - b).norm() <= 2**-8 * b.norm()

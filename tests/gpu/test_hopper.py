@@ -48,6 +48,24 @@ def test_as_exact_as_dense(case):
     oracle.check(Hopper(), oracle.scaled(case, 9), "cuda")
 
 
+@pytest.mark.parametrize("held_back", [0, 1])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_largest_scores(case, held_back):
+    held_back = held_back if case.world_size > 1 else 0
+    oracle.check(Hopper(), oracle.scaled(case, 9), "cuda", held_back, maxima=True)
+
+
+def test_the_largest_scores_change_nothing_else():
+    """Replayed launches with and without them do not take each other's place."""
+    case = replace(CASES[0], d_qk=128, d_v=128, seq_len=900)
+    x = oracle.make_inputs(case, "cuda")
+    plain = oracle.run(Hopper(), case, x)
+    for maxima in (True, False, True):
+        got = oracle.run(Hopper(), case, x, maxima=maxima)
+        assert torch.equal(got["out"], plain["out"]) and torch.equal(got["lse"], plain["lse"])
+        assert not maxima or torch.equal(got["max_logits"], oracle.run(Hopper(), case, x, maxima=True)["max_logits"])
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.world_size > 1], ids=lambda case: case.name)
 def test_two_sources_in_one_pass(case):
     oracle.check(Hopper(), oracle.scaled(case, 9), "cuda", held_back=1)

@@ -33,6 +33,11 @@ def test_as_exact_as_dense(case):
     oracle.check(Triton(), oracle.scaled(case, 9), "cuda")
 
 
+@pytest.mark.parametrize("case", oracle.cases(), ids=lambda case: case.name)
+def test_the_largest_scores(case):
+    oracle.check(Triton(), oracle.scaled(case, 9), "cuda", maxima=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_many_tiles(dim, dtype):

@@ -32,6 +32,15 @@ def test_as_exact_as_dense(case):
 
 @pytest.mark.parametrize(
     "case",
+    [SMALL, *(case for case in oracle.cases() if case.sinks or case.scale or "two hops" in case.name)],
+    ids=lambda case: case.name,
+)
+def test_the_largest_scores(case):
+    oracle.check(Triton(), case, maxima=True)
+
+
+@pytest.mark.parametrize(
+    "case",
     [
         SMALL,
         replace(SMALL, dtype=torch.float32, softcap=5.0, alibi=True, sinks=True),

@@ -79,7 +79,7 @@ def measure(transport, shape, mask, adds_up, layout=ZIGZAG, schedule=RING):
     call = engine.Call(plan, Uncounted(transport), kernel, Scores(1.0))
     with Meter() as meter:
         meter.ignore(q, k, v, dout)
-        out, lse = engine.forward(q, k, v, call)
+        out, lse, _ = engine.forward(q, k, v, call)
     rows = {id(rows): rows for stage in plan.forward for each in stage.passes for rows in each.visible}
     intervals = 12 * sum(len(i.row_lo) + len(i.col_lo) for i in rows.values())
     forward = meter.peak - sizes(out, lse) + intervals

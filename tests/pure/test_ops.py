@@ -17,8 +17,8 @@ S, DIM = 12, 16
 LENGTHS = [S, 0, -1]
 
 
-def recipe_of(cp):
-    return cp.recipe(df.Causal(), Numbers())[0]
+def recipe_of(cp, **numbers):
+    return cp.recipe(df.Causal(), Numbers(**numbers))[0]
 
 
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "sinks and slopes"])
@@ -30,12 +30,21 @@ def test_opcheck(extras):
     options = (sinks, slopes, LENGTHS, True, recipe_of(cp), [], None, None)
     arguments = (q, k, v, *options)
     torch.library.opcheck(torch.ops.distflash.attention.default, arguments)
-    out, lse, number = torch.ops.distflash.attention(*arguments)
+    out, lse, number, _ = torch.ops.distflash.attention(*arguments)
     plain = [t if t is None else t.detach() for t in (torch.ones_like(out), None, q, k, v, out, lse, number)]
     torch.library.opcheck(
         torch.ops.distflash.attention_backward.default,
         (*plain, None if sinks is None else sinks.detach(), slopes, LENGTHS, *options[4:]),
     )
+
+
+def test_opcheck_with_max_logits():
+    tensors = [torch.randn(2, S, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    cp = df.ContextParallel(Alone())
+    arguments = (*tensors, None, None, LENGTHS, True, recipe_of(cp, max_logits=True), [], None, None)
+    torch.library.opcheck(torch.ops.distflash.attention.default, arguments)
+    *_, found = torch.ops.distflash.attention(*arguments)
+    assert found.shape == (4,) and not found.requires_grad
 
 
 def test_opcheck_of_positions():

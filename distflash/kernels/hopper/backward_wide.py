@@ -208,7 +208,8 @@ def leave_block(
 @gluon.jit
 def consume(
     w: gl.constexpr, smem, exchange, gates, jobs, block_ends, sums, dk_out, dv_out, scale, softcap, queries,
-    k_positions, dropping, GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    k_positions, dropping,
+    GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
     SOFTCAP: gl.constexpr, IN_REGISTERS: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``w``: dK or dV of every block, and its part of dQ."""

@@ -2,8 +2,8 @@
 
 After FlashAttention-3 (https://arxiv.org/abs/2407.08608): each consumer warpgroup has 64 queries. Q K^T of the next
 tile is issued before P V of the last one, and while one warpgroup computes its softmax, the other's products run. The
-state between passes is that of the portable kernel, except that its reference follows the maximum only if necessary
-(after FlashAttention-4, https://arxiv.org/abs/2603.05451): see `follow`.
+state between passes is that of the portable kernel. The accumulator is rescaled only where a maximum has changed
+(after FlashAttention-4, https://arxiv.org/abs/2603.05451): see `common.rescale`.
 
 The grid is persistent, with one program per multiprocessor. The producer warp takes the next work tile (a block of
 queries of a head) from an atomic counter as soon as a slot for Q is free, publishes it to the consumers, and prefetches
@@ -25,13 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from distflash.kernels.hopper.common import (
-    BEGUN_BITS,
-    ENDS,
-    LIVE,
-    LN2,
     LOG2E,
     ROWS,
-    STARTS,
     advance,
     arrive,
     arrive_after,
@@ -40,151 +35,31 @@ from distflash.kernels.hopper.common import (
     halves,
     in_parts,
     inside,
-    leave,
-    locate,
-    next_job,
     nth,
     pack,
-    pick,
-    post,
     product,
     read,
     rescale,
     row_max,
     row_parts,
     row_products,
-    span,
     strips,
     sync,
     tanh,
     whole,
 )
-from distflash.kernels.hopper.compat import async_load, async_store, barrier, reinterpret, store_wait
-from distflash.kernels.hopper.dropout import IN_TILES, kept, positions, stream_of
+from distflash.kernels.hopper.compat import store_wait
+from distflash.kernels.hopper.dropout import kept, positions, stream_of
 from distflash.kernels.hopper.dropout import strips as strips_of_positions
+from distflash.kernels.hopper.forward_loads import K_FREE, V_FREE, load_tiles
+from distflash.kernels.hopper.forward_state import LOWEST, begin, end
 
-# Named barriers, besides those that the compiler uses; of the last two there is one per stage.
+# A named barrier, besides those that the compiler uses and those of `forward_loads`.
 TURN = gl.constexpr(5)
-K_FREE = gl.constexpr(8)
-V_FREE = gl.constexpr(12)
 MAX_STAGES = gl.constexpr(4)
 PLACE = gl.constexpr(3)  # first, plane, ends: the scalars of a work tile that its epilogue needs
 JOB = gl.constexpr(8)  # and starts, begin, before, full, tiles
 JOB_2 = gl.constexpr(12)  # and the last four once more for the second source
-LOWEST = gl.constexpr(-3.0e38)  # in place of -inf, whose differences are NaN
-
-
-@gluon.jit
-def load_keys(
-    k, v, batch, kv_head, part, smem, gates, stage, loaded,
-    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Load one source's tiles of keys and values, as stages become free."""
-    k_smem, v_smem, k_ready, v_ready = smem[1], smem[2], gates[2], gates[3]
-    begin, before, full, tiles = part
-    for i in range(tiles):
-        start = begin + nth(i, before, full, tiles - full) * BLOCK_N
-        if loaded >= STAGES:
-            sync(K_FREE + stage, 32 + CONSUMERS * 128)
-        mbarrier.expect(k_ready.index(stage), k.block_type.nbytes)
-        async_load(k, [batch, kv_head, start, 0], k_ready.index(stage), k_smem.index(stage))
-        if loaded >= STAGES:
-            sync(V_FREE + stage, 32 + CONSUMERS * 128)
-        mbarrier.expect(v_ready.index(stage), v.block_type.nbytes)
-        async_load(v, [batch, kv_head, start, 0], v_ready.index(stage), v_smem.index(stage))
-        loaded += 1
-        stage = advance(stage, 0, STAGES)[0]
-    return stage, loaded
-
-
-@gluon.jit
-def at_least_one(begin, tiles, others, BLOCK_N: gl.constexpr):
-    """The first tile of a block and the number of its tiles; at least one, unless there are ``others``.
-
-    Where no key is visible, the one tile is before the first key, where TMA reads zeros. It keeps the pipeline simple.
-    """
-    none = tiles + others == 0
-    return gl.where(none, -BLOCK_N, begin), gl.where(none, 1, tiles)
-
-
-@gluon.jit
-def load_block(
-    q, owner, other, smem, gates, jobs, where, begun, ring,
-    SLOTS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    TWO: gl.constexpr, ALIGN: gl.constexpr,
-):  # fmt: skip
-    """Publish a work tile and load Q, then its K and V. Heads that have ``begun`` read the second source only."""
-    BLOCK_M: gl.constexpr = CONSUMERS * ROWS
-    q_smem, _, _ = smem
-    q_ready, q_free, _, _ = gates
-    k, v, ends = owner
-    other_k, other_v, other_ends = other
-    first, flags, batch, head, heads, queries = where
-    slot, slot_phase, stage, loaded = ring
-    last = gl.minimum(first + BLOCK_M, queries) - 1
-    begin, before, full, tiles = span(ends[0], ends[1], first, last, BLOCK_N, ALIGN)
-    place = (first, batch * heads + head, flags & ENDS, flags & STARTS)
-    if TWO:
-        tiles = gl.where(begun, 0, tiles)
-        full = gl.where(begun, 0, full)
-        begin_2, before_2, full_2, tiles_2 = span(other_ends[0], other_ends[1], first, last, BLOCK_N, ALIGN)
-        begin_2, tiles_2 = at_least_one(begin_2, tiles_2, tiles, BLOCK_N)
-        mbarrier.wait(q_free.index(slot), slot_phase)
-        post(jobs, slot, place + (begin, before, full, tiles, begin_2, before_2, full_2, tiles_2))
-    else:
-        begin, tiles = at_least_one(begin, tiles, 0, BLOCK_N)
-        mbarrier.wait(q_free.index(slot), slot_phase)
-        post(jobs, slot, place + (begin, before, full, tiles))
-    mbarrier.expect(q_ready.index(slot), CONSUMERS * q.block_type.nbytes)
-    for w in gl.static_range(CONSUMERS):
-        async_load(q, [batch, head, first + w * ROWS, 0], q_ready.index(slot), q_smem.index(slot * CONSUMERS + w))
-    slot, slot_phase = advance(slot, slot_phase, SLOTS)
-    stage, loaded = load_keys(
-        k, v, batch, head // GROUP, (begin, before, full, tiles), smem, gates, stage, loaded,
-        BLOCK_N, CONSUMERS, STAGES,
-    )  # fmt: skip
-    if TWO:
-        stage, loaded = load_keys(
-            other_k, other_v, batch, head // GROUP, (begin_2, before_2, full_2, tiles_2), smem, gates, stage,
-            loaded, BLOCK_N, CONSUMERS, STAGES,
-        )  # fmt: skip
-    return slot, slot_phase, stage, loaded
-
-
-@gluon.jit
-def load_tiles(
-    q, owner, other, smem, gates, jobs, counter, grid,
-    SLOTS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    TWO: gl.constexpr, DROPOUT: gl.constexpr,
-):  # fmt: skip
-    """The producer warp: one work tile after the other."""
-    BLOCK_M: gl.constexpr = CONSUMERS * ROWS
-    q_ready, q_free, _, _ = gates
-    queries, heads, head_count, done, batches, heads_at_once, programs, groups, blocks, marks = grid
-    slot, slot_phase, stage, loaded = 0, 1, 0, 0
-    program = gl.program_id(0)
-    while program < blocks * head_count * batches:
-        block, place = pick(program, blocks, head_count * batches, heads_at_once)
-        batch, head = place // head_count, place % head_count
-        # Longest first: with causal masks later rows see more keys.
-        first, flags = locate((blocks - 1 - block) * BLOCK_M, groups, marks)
-        begun = head < done
-        if TWO:
-            flags = gl.where(begun, flags >> BEGUN_BITS, flags)
-        if (flags & LIVE) != 0:  # 0 only for heads that have begun
-            slot, slot_phase, stage, loaded = load_block(
-                q, owner, other, smem, gates, jobs, (first, flags, batch, head, heads, queries), begun,
-                (slot, slot_phase, stage, loaded), SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO,
-                BLOCK_N if DROPOUT == IN_TILES else 1,
-            )  # fmt: skip
-        program = next_job(counter, programs)
-    mbarrier.wait(q_free.index(slot), slot_phase)
-    if TWO:
-        post(jobs, slot, (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0))
-    else:
-        post(jobs, slot, (0, 0, 0, 0, 0, 0, 0, 0))
-    mbarrier.arrive(q_ready.index(slot))
-    leave(counter, programs)
 
 
 @gluon.jit
@@ -369,70 +244,6 @@ def attend_in_turn(
 
 
 @gluon.jit
-def places(first, plane, sizes, V: gl.constexpr, VP: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr):
-    """The offsets of the rows from ``first`` on in ``[B, H, T]`` and ``[B, T, H, V]``, and which of them exist."""
-    queries, heads = sizes
-    batch, head = plane // heads, plane % heads
-    rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_s))
-    rows_out = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_o))
-    columns = gl.arange(0, VP, layout=gl.SliceLayout(0, mma_o))
-    at_out = ((batch.to(gl.int64) * queries + rows_out) * heads + head)[:, None] * V + columns[None, :]
-    exists_out = (rows_out < queries)[:, None] & (columns < V)[None, :]
-    return plane.to(gl.int64) * queries + rows, at_out, rows < queries, exists_out
-
-
-@gluon.jit
-def begin(
-    sinks, sums, first, plane, starts, sizes, keep_scale, V: gl.constexpr, VP: gl.constexpr, mma_s: gl.constexpr,
-    mma_o: gl.constexpr, SINKS: gl.constexpr, DROPOUT: gl.constexpr,
-):  # fmt: skip
-    """The state ``(maximum, total, weighted)`` to start from: the identity, the sinks, or the running state."""
-    maximum, total, weighted = sums
-    m = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, mma_s))
-    acc = gl.zeros([ROWS, VP], gl.float32, layout=mma_o)
-    if starts != 0:
-        if SINKS:
-            head = plane % sizes[1]
-            m = gl.full([ROWS], LOG2E, gl.float32, layout=m.type.layout) * gl.load(sinks + head).to(gl.float32)
-        l = gl.where(m == float("-inf"), 0.0, 1.0)
-    else:
-        at_row, at_out, exists, exists_out = places(first, plane, sizes, V, VP, mma_s, mma_o)
-        m = gl.load(maximum + at_row, mask=exists, other=float("-inf"))
-        l = gl.load(total + at_row, mask=exists, other=0.0)
-        acc = gl.load(weighted + at_out, mask=exists_out, other=0.0)
-        if DROPOUT != 0:  # a pass adds values without the scale, which `end` multiplies by
-            acc = acc * (1.0 / keep_scale)
-    return gl.maximum(m, LOWEST), l, acc
-
-
-@gluon.jit
-def end(
-    state, final, staging, lse, sums, first, plane, ends, sizes, keep_scale, V: gl.constexpr, VP: gl.constexpr,
-    mma_s: gl.constexpr, mma_o: gl.constexpr, DROPOUT: gl.constexpr,
-):  # fmt: skip
-    """Epilogue: write O through ``staging``, which is Q's shared memory, or the running state for the next pass."""
-    m, l, acc = state
-    maximum, total, weighted = sums
-    if DROPOUT != 0:
-        acc = acc * keep_scale
-    at_row, at_out, exists, exists_out = places(first, plane, sizes, V, VP, mma_s, mma_o)
-    if ends != 0:
-        inverse = gl.where(l > 0.0, 1.0 / l, 0.0)
-        gl.store(lse + at_row, (m + gl.log2(l)) * LN2, mask=exists)
-        out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))[:, None]
-        # Values may be narrower than keys: use the first part of Q's shared memory.
-        room = reinterpret(staging, staging.dtype, [staging.shape[3] // VP] + final.block_type.shape, final.layout)
-        room.index(0).reshape(acc.shape).store(out.to(staging.dtype))
-        fence_async_shared()
-        barrier()
-        async_store(final, [plane // sizes[1], plane % sizes[1], first, 0], room.index(0))
-    else:
-        gl.store(maximum + at_row, gl.where(l > 0.0, m, float("-inf")), mask=exists)
-        gl.store(total + at_row, l, mask=exists)
-        gl.store(weighted + at_out, acc, mask=exists_out)
-
-
-@gluon.jit
 def block(
     w: gl.constexpr, state, query, smem, gates, stage, phase, job, ends, scale, softcap, zero, previous, q_free, drop,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
@@ -513,7 +324,7 @@ def consume(
     w: gl.constexpr, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
     SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, V: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, IN_TURN: gl.constexpr, HALVES: gl.constexpr,
-    TWO: gl.constexpr, DROPOUT: gl.constexpr,
+    TWO: gl.constexpr, MAXIMA: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Consumer warpgroup ``w``: 64 queries of every block."""
     q_smem, _, v_smem = smem
@@ -544,7 +355,9 @@ def consume(
             lo_2 = gl.load(other_lo + rows, mask=exists, other=0)
             length_2 = gl.load(other_hi + rows, mask=exists, other=0) - lo_2
         drop = dropping_of(first, plane, sizes, dropping, mma_s, BLOCK_N, DROPOUT)
-        state = begin(sinks, sums, first, plane, starts, sizes, keep_scale, V, VP, mma_s, mma_o, SINKS, DROPOUT)
+        state = begin(
+            sinks, sums, first, plane, starts, sizes, keep_scale, V, VP, mma_s, mma_o, SINKS and not MAXIMA, DROPOUT
+        )
         place = q_smem.index(slot * CONSUMERS + w)
         query = strips(place.reshape([ROWS, q_smem.shape[4]]), columns_of(D))
         job = (begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2)
@@ -556,8 +369,8 @@ def consume(
         )  # fmt: skip
         first, plane, closes = read_place(jobs, slot, TWO)
         end(
-            state, final, place, lse, sums, first + w * ROWS, plane, closes, sizes, keep_scale, V, VP, mma_s, mma_o,
-            DROPOUT,
+            state, final, place, lse, sinks, sums, first + w * ROWS, plane, closes, sizes, keep_scale, V, VP, mma_s,
+            mma_o, SINKS, MAXIMA, DROPOUT,
         )  # fmt: skip
         if SLOTS > 1:
             previous = slot
@@ -584,6 +397,7 @@ def forward_kernel(
     sinks,  # [H], read if SINKS
     final, lse,  # descriptor of [B, H, T, V] in q's dtype, float32 [B, H, T]: written where rows end
     maximum, total, weighted,  # float32 [B, H, T], [B, H, T], [B, T, H, V]: between passes
+    # The maximum is without sinks and written where rows end, too, if MAXIMA.
     counter,  # int32 [2], zeros, and zeros again afterwards
     scale, softcap, queries, heads, batches,
     head_count, done,  # the heads of this launch, and, if TWO, how many of them have begun
@@ -593,7 +407,7 @@ def forward_kernel(
     q_positions, k_positions, other_k_positions, keys, other_keys,  # int32 [T] and of each source [K]; its K
     GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, SLOTS: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
-    IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr, DROPOUT: gl.constexpr,
+    IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr, MAXIMA: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES <= MAX_STAGES)
     one: gl.constexpr = mbarrier.MBarrierLayout()
@@ -620,38 +434,48 @@ def forward_kernel(
     ends = (row_lo, row_hi, other_lo, other_hi)
     sums, sizes = (maximum, total, weighted), (queries, heads)
     dropping = (
-        seed, heads_before, threshold, keep_scale, q_positions, k_positions, other_k_positions, keys, other_keys,
-    )  # fmt: skip
+        seed,
+        heads_before,
+        threshold,
+        keep_scale,
+        q_positions,
+        k_positions,
+        other_k_positions,
+        keys,
+        other_keys,
+    )
     grid = (queries, heads, head_count, done, batches, heads_at_once, programs, groups, blocks, flags)
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (
                 0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
-                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, DROPOUT,
+                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, MAXIMA, DROPOUT,
             )),
             (consume, (
                 1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
-                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, DROPOUT,
+                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, MAXIMA, DROPOUT,
             )),
             (load_tiles, (
-                q, owner, other, smem, gates, jobs, counter, grid, SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO, DROPOUT,
+                q, owner, other, smem, gates, jobs, counter, grid,
+                SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO, DROPOUT,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (
                 0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
-                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, DROPOUT,
+                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, MAXIMA, DROPOUT,
             )),
             (consume, (
                 1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
-                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, DROPOUT,
+                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, MAXIMA, DROPOUT,
             )),
             (consume, (
                 2, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
-                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, DROPOUT,
+                SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, MAXIMA, DROPOUT,
             )),
             (load_tiles, (
-                q, owner, other, smem, gates, jobs, counter, grid, SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO, DROPOUT,
+                q, owner, other, smem, gates, jobs, counter, grid,
+                SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO, DROPOUT,
             )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 32])  # fmt: skip

@@ -114,7 +114,7 @@ class Hopper(Kernel):
         programs = self._programs(q.device)
         tensors = [q, *of_keys(keys), scores.sinks, *of_state(into), None if each.live is None else each.live.groups]
         inputs = facts_of(q, *(x for of_source in keys for x in (of_source.k, of_source.v)), scores.sinks)
-        key: tuple[Hashable, ...] = (tile, programs, each.facts, scores.facts, inputs)
+        key: tuple[Hashable, ...] = (tile, programs, each.facts, scores.facts, inputs, into.maxima is None)
         if scores.dropout is not None:
             tensors += of_dropout(scores.dropout, keys)
             key += tuple(x.rows.in_tiles for x in keys)

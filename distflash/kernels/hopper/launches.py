@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from distflash.dropout import Dropout
+from distflash.intervals import Intervals
 from distflash.kernels.base import BackwardContext, KeyGradient, Keys, Scores
 from distflash.kernels.hopper import backward as of_backward
-from distflash.kernels.hopper import backward_parts, backward_wide, common, compat, fragments
+from distflash.kernels.hopper import (
+    backward_parts,
+    backward_wide,
+    common,
+    compat,
+    forward_loads,
+    forward_state,
+    fragments,
+)
 from distflash.kernels.hopper import dropout as of_dropout
 from distflash.kernels.hopper import forward as of_forward
 from distflash.kernels.hopper.backward import backward_kernel
@@ -30,7 +40,18 @@ from distflash.liveness import GROUP_ROWS, all_rows
 from distflash.partial import Partial
 from distflash.plan import Pass
 
-settle(common, compat, fragments, of_dropout, of_forward, backward_parts, of_backward, backward_wide)
+settle(
+    common,
+    compat,
+    fragments,
+    of_dropout,
+    forward_loads,
+    forward_state,
+    of_forward,
+    backward_parts,
+    of_backward,
+    backward_wide,
+)
 
 ROWS = 64  # of one warpgroup's matrix instruction
 
@@ -47,7 +68,7 @@ def forward(
     group = H // G
     heads = H if each.heads is None else each.heads.stop * group
     assert len(rest) < 2 and (each.heads is None or each.heads.start == 0), "heads are counted from the first"
-    sinks, running = scores.sinks, into.running
+    sinks, running, maximum = scores.sinks, into.running, into.maximum
     live, count = each.live, T if each.live is None else each.live.count
     block = tile.consumers * ROWS
     assert GROUP_ROWS % block == 0
@@ -65,7 +86,7 @@ def forward(
             sinks=into.lse if sinks is None else sinks,
             final=_descriptor(into.final, ROWS, padded(V)),
             lse=into.lse,
-            maximum=into.lse if running is None else running.maximum,
+            maximum=into.lse if maximum is None else maximum,
             total=into.lse if running is None else running.total,
             weighted=into.lse if running is None else running.weighted,
             counter=into.counter,
@@ -81,25 +102,17 @@ def forward(
             flags=all_rows(each.first, each.last, each.begun > 0) if live is None else -1,
             heads_at_once=group * _neighbours(blocks * group, programs, first.k, first.v),
             programs=programs,
-            **_dropout(scores.dropout, keys, first.rows.row_lo),
-            q_positions=_positions(scores.dropout, first.rows.q_positions, first.rows.row_lo),
-            k_positions=_positions(scores.dropout, first.rows.k_positions, first.rows.row_lo),
-            other_k_positions=_positions(scores.dropout, (rest or [first])[0].rows.k_positions, first.rows.row_lo),
+            **_dropout(scores.dropout, [x.rows for x in keys], first.rows.row_lo),
             keys=first.k.shape[1],
-            other_keys=(rest or [first])[0].k.shape[1],
+            other_keys=keys[-1].k.shape[1],
             GROUP=group,
             D=D,
             V=V,
-            BLOCK_N=tile.block_n,
-            CONSUMERS=tile.consumers,
-            STAGES=tile.stages,
-            REGISTERS=tile.registers,
-            SLOTS=tile.slots,
+            **_of_tile(tile),
             SOFTCAP=scores.softcap > 0,
             SINKS=sinks is not None,
-            IN_TURN=tile.in_turn,
-            HALVES=tile.halves,
             TWO=bool(rest),
+            MAXIMA=into.maxima is not None,
             num_warps=4,
         ),
     )
@@ -123,7 +136,8 @@ def backward(
     blocks, wide = triton.cdiv(K, ROWS if tile.by_columns else KEYS), dkv.dk.dtype != q.dtype
     programs = min(programs, blocks * B * len(heads))
     as_they_are = wide or tile.by_columns
-    dropped = _dropout(scores.dropout, (keys,), rows.col_lo)
+    dropped = _dropout(scores.dropout, [rows], rows.col_lo)
+    del dropped["other_k_positions"]
     choices: dict[str, Any] = {} if tile.by_columns else dict(WIDE=wide, DIRECT=tile.direct)
     return Launch(
         kernel=backward_wide_kernel if tile.by_columns else backward_kernel,
@@ -159,8 +173,6 @@ def backward(
             IN_REGISTERS=tile.in_registers,
             SOFTCAP=scores.softcap > 0,
             **dropped,
-            q_positions=_positions(scores.dropout, rows.q_positions, rows.col_lo),
-            k_positions=_positions(scores.dropout, rows.k_positions, rows.col_lo),
             **choices,
             num_warps=4,
         ),
@@ -193,21 +205,33 @@ def _source(keys: Keys, rows: int) -> tuple[Any, Any, Tensor, Tensor]:
     return k, v, keys.rows.row_lo, keys.rows.row_hi
 
 
-def _dropout(dropout: Dropout | None, keys: tuple[Keys, ...], nothing: Tensor) -> dict[str, Any]:
-    """The seed and numbers of dropout, or stand-ins."""
-    if dropout is None:
-        return dict(seed=nothing, heads_before=0, threshold=0, keep_scale=1.0, DROPOUT=0)
+def _of_tile(tile: ForwardTile) -> dict[str, Any]:
     return dict(
+        BLOCK_N=tile.block_n,
+        CONSUMERS=tile.consumers,
+        STAGES=tile.stages,
+        REGISTERS=tile.registers,
+        SLOTS=tile.slots,
+        IN_TURN=tile.in_turn,
+        HALVES=tile.halves,
+    )
+
+
+def _dropout(dropout: Dropout | None, rows: Sequence[Intervals], nothing: Tensor) -> dict[str, Any]:
+    """The seed, the numbers and the positions of a pass over one source or two; or stand-ins."""
+    positions = rows[0].q_positions, rows[0].k_positions, rows[-1].k_positions
+    names = "q_positions", "k_positions", "other_k_positions"
+    if dropout is None:
+        absent = dict.fromkeys(("seed", *names), nothing)
+        return absent | dict(heads_before=0, threshold=0, keep_scale=1.0, DROPOUT=0)
+    return dict(
+        **dict(zip(names, positions, strict=True)),
         seed=dropout.seed,
         heads_before=dropout.first_head,
         threshold=dropout.threshold,
         keep_scale=dropout.keep_scale,
-        DROPOUT=of_dropout.IN_TILES.value if all(x.rows.in_tiles for x in keys) else of_dropout.ANYWHERE.value,
+        DROPOUT=of_dropout.IN_TILES.value if all(x.in_tiles for x in rows) else of_dropout.ANYWHERE.value,
     )
-
-
-def _positions(dropout: Dropout | None, positions: Tensor, nothing: Tensor) -> Tensor:
-    return nothing if dropout is None else positions
 
 
 def _neighbours(blocks: int, programs: int, *shared: Tensor) -> int:

@@ -60,6 +60,15 @@ def attend(
     return m_new, l * alpha + tl.sum(p, 1), acc
 
 
+@triton.jit
+def with_sink(m, l, acc, sink):
+    """The state with one more logit, natural and without a value."""
+    m_new = tl.maximum(m, sink * LOG2E)
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m - shift)
+    return m_new, l * alpha + tl.exp2(sink * LOG2E - shift), acc * alpha[:, None]
+
+
 @triton.jit(
     do_not_specialize=[
         "q", "k", "v", "final", "weighted",
@@ -72,11 +81,13 @@ def forward_kernel(
     slopes, sinks,  # [H], read where ALIBI and SINKS
     final, lse,  # [B, T, H, V] in q's dtype, float32 [B, H, T]: written where rows end
     maximum, total, weighted,  # float32 [B, H, T], [B, H, T], [B, T, H, V]: between passes
+    # The maximum is without sinks and written where rows end, too, if MAXIMA.
     groups, live, flags,  # int32 [N, 2] and the number of rows that they are; or flags of all rows, see `locate`
     scale, softcap, queries, keys, heads, batches, heads_at_once,
     GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
+    MAXIMA: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(live, BLOCK_M)
     block, plane = pick(tl.program_id(0), blocks, heads * batches, heads_at_once)
@@ -101,7 +112,7 @@ def forward_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     acc = tl.zeros([BLOCK_M, VP], tl.float32)
     if starts:
-        if SINKS:
+        if SINKS and not MAXIMA:
             m = tl.full([BLOCK_M], LOG2E, tl.float32) * tl.load(sinks + head).to(tl.float32)
         l = tl.where(m == float("-inf"), 0.0, 1.0)
     else:
@@ -122,6 +133,10 @@ def forward_kernel(
         )  # fmt: skip
 
     if ends:
+        if MAXIMA:
+            tl.store(maximum + at_row, m, mask=exists)
+            if SINKS:
+                m, l, acc = with_sink(m, l, acc, tl.load(sinks + head).to(tl.float32))
         acc = acc * tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]
         tl.store(lse + at_row, (m + tl.log2(l)) * LN2, mask=exists)
         store_rows(final, batch, head, first, queries, acc, V)

@@ -94,7 +94,8 @@ class Triton(Kernel):
         groups = None if each.live is None else each.live.groups
         positions = rows.q_positions, rows.k_positions
         tensors = [q, *of_keys(keys), *positions, scores.sinks, scores.alibi_slopes, *of_state(into), groups]
-        facts = self, each.facts, scores.facts, facts_of(q, of_source.k, of_source.v, scores.sinks)
+        inputs = facts_of(q, of_source.k, of_source.v, scores.sinks)
+        facts = self, each.facts, scores.facts, inputs, into.maxima is None
         with on(q.device):
             _forward.run(
                 facts, tensors, lambda: launches.forward(self._device(q, of_source.v), q, of_source, each, scores, into)

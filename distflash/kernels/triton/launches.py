@@ -55,7 +55,7 @@ def forward(device: Device, q: Tensor, keys: Keys, each: Pass, scores: Scores, i
     scale = scores.scale
     if scale < 0:  # the kernel takes the maximum before it scales
         q, scale = -q, -scale
-    sinks, running = scores.sinks, into.running
+    sinks, running, maximum = scores.sinks, into.running, into.maximum
     # Tiles for tuning may be of any size: all rows are worked on in all passes then.
     live = each.live if GROUP_ROWS % tile.block_m == 0 else None
     count = q.shape[1] if live is None else live.count
@@ -69,9 +69,10 @@ def forward(device: Device, q: Tensor, keys: Keys, each: Pass, scores: Scores, i
             row_hi=rows.row_hi,
             sinks=into.lse if sinks is None else sinks,
             SINKS=sinks is not None,
+            MAXIMA=into.maxima is not None,
             lse=into.lse,
             final=_strided(into.final),
-            maximum=into.lse if running is None else running.maximum,
+            maximum=into.lse if maximum is None else maximum,
             total=into.lse if running is None else running.total,
             weighted=_strided(into.lse if running is None else running.weighted),
             groups=rows.row_lo if live is None else live.groups,

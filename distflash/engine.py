@@ -126,5 +126,5 @@ def state_of(each: Pass, exchange: Exchange, d_v: int) -> Partial:
 def keys_of(each: Pass, exchange: Exchange) -> tuple[Keys, ...]:
     """K and V of each source of the pass."""
     return tuple(
-        Keys(*exchange.keys(source, rows.keys), rows) for source, rows in zip(each.sources, each.visible, strict=True)
+        [Keys(*exchange.keys(source, rows.keys), rows) for source, rows in zip(each.sources, each.visible, strict=True)]
     )

@@ -56,49 +56,55 @@ class Exchange:
         k, v = self.at_hand[What.KEYS, source]
         if len(rows) == k.shape[1]:
             return k, v
-        return k[:, rows.start : rows.stop], v[:, rows.start : rows.stop]
+        return k.narrow(1, rows.start, len(rows)), v.narrow(1, rows.start, len(rows))
 
     def _start(self, stage: Stage, number: int) -> None:
-        for until in sorted({transfer.until for transfer in stage.transfers}):
-            group = [transfer for transfer in stage.transfers if transfer.until == until]
-            arriving = [(t, self._receive_buffers(t)) for t in group if not t.sends]
-            sends = [message for t in group if t.sends for message in self._messages(t, self._sent_tensors(t), number)]
-            receives = [message for t, tensors in arriving for message in self._messages(t, tensors, number)]
+        for until, received, sent in stage.exchanges:
+            arriving = [(transfer, self._receive_buffers(transfer)) for transfer in received]
+            sends, receives = [], []
+            for transfer in sent:
+                sends += _messages(transfer, self._sent_tensors(transfer), number)
+            for transfer, tensors in arriving:
+                receives += _messages(transfer, tensors, number)
             self._in_flight.append((until, self.transport.exchange(sends, receives), arriving))
 
     def _finish(self, number: int) -> None:
         """Wait for the transfers that stage ``number`` needs."""
-        due = [each for each in self._in_flight if each[0] <= number]
-        self._in_flight = [each for each in self._in_flight if each[0] > number]
-        for _, pending, arriving in due:
+        in_flight, self._in_flight = self._in_flight, []
+        for each in in_flight:
+            until, pending, arriving = each
+            if until > number:
+                self._in_flight.append(each)
+                continue
             pending.wait()
             for transfer, tensors in arriving:
-                self._arrived(transfer, tensors)
-
-    def _arrived(self, transfer: Transfer, tensors: Tensors) -> None:
-        if transfer.what in self.on_arrival:
-            self.on_arrival[transfer.what](transfer, tensors)
-        else:
-            self.at_hand[transfer.what, transfer.of] = tensors
+                store = self.on_arrival.get(transfer.what)
+                if store is None:
+                    self.at_hand[transfer.what, transfer.of] = tensors
+                else:
+                    store(transfer, tensors)
 
     def _receive_buffers(self, transfer: Transfer) -> Tensors:
         """Contiguous buffers for a transfer that is received."""
-        return tuple(x.new_empty(_with_tokens(x, transfer.count)) for x in self.like[transfer.what])
+        return tuple([x.new_empty(_with_tokens(x, transfer.count)) for x in self.like[transfer.what]])
 
-    def _sent_tensors(self, transfer: Transfer) -> Tensors:
+    def _sent_tensors(self, transfer: Transfer) -> Sequence[Tensor]:
         """The tensors of a transfer that is sent, contiguous."""
         tensors = self.at_hand[transfer.what, transfer.of]
-        if transfer.what in (What.KEY_GRADIENTS, What.QUERY_GRADIENTS, What.PARTIALS):
+        if transfer.what in _SENT_ONCE:
             del self.at_hand[transfer.what, transfer.of]  # only the messages refer to them now
-        return tuple(take(x, transfer.rows) for x in tensors)
-
-    def _messages(self, transfer: Transfer, tensors: Tensors, number: int) -> Iterator[Message]:
-        # Error messages name keys by the step that reads them, and gradients by the step that computed them.
-        step = transfer.until if transfer.what in (What.KEYS, What.QUERIES) else number - 1
-        words = _words(transfer.what, step)
-        return (Message(x, transfer.peer, words) for x in tensors)
+        return tensors if transfer.rows is None else [take(x, transfer.rows) for x in tensors]
 
 
+def _messages(transfer: Transfer, tensors: Sequence[Tensor], number: int) -> list[Message]:
+    # Error messages name keys by the step that reads them, and gradients by the step that computed them.
+    step = number - 1 if transfer.what in _SENT_ONCE else transfer.until
+    words = _words(transfer.what, step)
+    return [Message(x, transfer.peer, words) for x in tensors]
+
+
+# What is computed for another rank.
+_SENT_ONCE = frozenset({What.KEY_GRADIENTS, What.QUERY_GRADIENTS, What.PARTIALS})
 _WORDS = {
     What.KEYS: "the keys",
     What.KEY_GRADIENTS: "the gradients",
@@ -129,8 +135,9 @@ def take(x: Tensor, rows: tuple[range, ...] | None) -> Tensor:
     if rows is None:
         return x
     dim = 1 if x.dim() == 4 else 2
-    pieces = [x.narrow(dim, r.start, len(r)) for r in rows]
-    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim)
+    if len(rows) == 1:
+        return x.narrow(dim, rows[0].start, len(rows[0])).contiguous()
+    return torch.cat([x.narrow(dim, r.start, len(r)) for r in rows], dim)
 
 
 def copy_of(x: Tensor, rows: tuple[range, ...]) -> Tensor:

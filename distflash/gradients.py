@@ -49,12 +49,14 @@ class GradientBuffers:
             dkv = KeyGradient(*self._buffers(*each.sources))
             self.kernel.backward(saved, keys, each, self.scores, dq, dkv)
             return
-        part = KeyGradient(*(x.new_empty(x.shape, dtype=self.accumulator) for x in (keys.k, keys.v)))
+        part = KeyGradient(*[x.new_empty(x.shape, dtype=self.accumulator) for x in (keys.k, keys.v)])
         self.kernel.backward(saved, keys, each, self.scores, dq, part)
-        heads = each.heads or range(keys.k.shape[2])
+        rows, heads = keys.rows.keys, each.heads
         for total, x in zip(self._buffers(*each.sources), (part.dk, part.dv), strict=True):
-            of_heads = x[:, :, heads.start : heads.stop]
-            total[:, keys.rows.keys.start : keys.rows.keys.stop, heads.start : heads.stop] += of_heads
+            of_rows = total.narrow(1, rows.start, len(rows))
+            if heads is not None:
+                of_rows, x = of_rows.narrow(2, heads.start, len(heads)), x.narrow(2, heads.start, len(heads))
+            of_rows.add_(x)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv, rounded once."""
@@ -78,7 +80,7 @@ class GradientBuffers:
             q = tensors[0]
             saved = self.kernel.preprocess(*tensors, *(None,) * (5 - len(tensors)))
             final = self._own if queries == self.plan.rank else q.new_empty(q.shape, dtype=self.accumulator)
-            needs_sum = self.plan.keeps_sums(queries) and saved.dq_accum is None
+            needs_sum = saved.dq_accum is None and self.plan.keeps_sums(queries)
             total = q.new_empty(q.shape, dtype=self.accumulator) if needs_sum else None
             self.exchange.derived[name] = saved, QueryGradient(final, total)
             self.exchange.at_hand[What.QUERY_GRADIENTS, queries] = (final,)
@@ -93,7 +95,7 @@ class GradientBuffers:
     def _own_keys(self) -> Tensors:
         """Buffers for dK and dV of the local keys: in the accumulator's dtype if other parts are added to them."""
         dtype = self.accumulator if self.plan.adds_to_own_keys else self.keys_dtype
-        buffers = tuple(x.new_empty(x.shape, dtype=dtype) for x in self.kv)
+        buffers = tuple([x.new_empty(x.shape, dtype=dtype) for x in self.kv])
         self.exchange.at_hand[What.KEY_GRADIENTS, self.plan.rank] = buffers
         return buffers if self.plan.works_on_own_keys else tuple(x.zero_() for x in buffers)
 
@@ -102,7 +104,7 @@ class GradientBuffers:
         name = What.KEY_GRADIENTS, source
         if name not in self.exchange.at_hand:
             keys = self.exchange.at_hand[What.KEYS, source]
-            self.exchange.at_hand[name] = tuple(x.new_empty(x.shape, dtype=self.accumulator) for x in keys)
+            self.exchange.at_hand[name] = tuple([x.new_empty(x.shape, dtype=self.accumulator) for x in keys])
         return self.exchange.at_hand[name]
 
 
@@ -140,13 +142,13 @@ class Sum:
         for own, part in zip(self.own, parts, strict=True):
             start = 0
             for r in rows:
-                own[:, r.start : r.stop] += part[:, start : start + len(r)]
+                own.narrow(1, r.start, len(r)).add_(part.narrow(1, start, len(r)))
                 start += len(r)
 
     def finish(self, dtype: torch.dtype) -> Tensors:
         """The sums, rounded once."""
         if self._last is None:
-            return tuple(own.to(dtype) for own in self.own)
+            return self.own if self.own[0].dtype is dtype else tuple([own.to(dtype) for own in self.own])
         # The last addition and the only rounding are one pass over memory.
-        outs = tuple(own.new_empty(own.shape, dtype=dtype) for own in self.own)
-        return tuple(torch.add(*pair, out=out) for *pair, out in zip(self.own, self._last, outs, strict=True))
+        outs = [own.new_empty(own.shape, dtype=dtype) for own in self.own]
+        return tuple([torch.add(*pair, out=out) for *pair, out in zip(self.own, self._last, outs, strict=True)])

@@ -14,7 +14,7 @@ the fields of `compiled.Data`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from distflash.call import Recipe, Template, templates
 from distflash.compiled import NO_DATA, Data
 from distflash.given import Given
 from distflash.partial import accumulator_dtype
-from distflash.profiling import named
+from distflash.profiling import NOTHING, named
 from distflash.transport import during
 
 
@@ -58,7 +58,12 @@ def _(
 def _no_autocast(q: Tensor) -> AbstractContextManager[object]:
     """Disable autocast, which would cast the matrix products of the plain-torch kernel to bfloat16."""
     kind = q.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else NOTHING
+
+
+def _no_grad() -> AbstractContextManager[object]:
+    """Grad mode off, which it is in a backward pass, unless this is to be differentiated."""
+    return torch.no_grad() if torch.is_grad_enabled() else NOTHING
 
 
 def _forward(
@@ -246,7 +251,7 @@ class _Eager(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * 7
         given = Given(ctx.lengths, sinks, alibi_slopes)
-        with named("attention_backward"), torch.no_grad():
+        with named("attention_backward"), _no_grad():
             found = _backward_of(dout, dlse, saved, number, given, ctx.recipe)
         if torch.is_grad_enabled():
             found = _First.apply(*found, dout, dlse, *saved, sinks)

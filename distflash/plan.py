@@ -75,6 +75,8 @@ class Gradients(Enum):
     OF_KEYS = "dK, dV"
     OF_QUERIES = "dQ"
 
+    __hash__ = object.__hash__  # as `What`: part of the key of every launch
+
 
 @dataclass(frozen=True, eq=False)
 class Pass:
@@ -147,6 +149,18 @@ class Stage:
 
     transfers: tuple[Transfer, ...] = ()
     passes: tuple[Pass, ...] = ()
+
+    @cached_property
+    def exchanges(self) -> tuple[tuple[int, tuple[Transfer, ...], tuple[Transfer, ...]], ...]:
+        """The transfers that are waited for together: ``(until, received, sent)``, the first to be read first."""
+        return tuple(
+            (
+                until,
+                tuple(t for t in self.transfers if t.until == until and not t.sends),
+                tuple(t for t in self.transfers if t.until == until and t.sends),
+            )
+            for until in sorted({t.until for t in self.transfers})
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,10 +19,13 @@ from distflash.plan import Gradients, Pass, Stage
 from distflash.transport import Exchanges, Message, Pending
 from distflash.transport.failures import ranks
 
+# A context that does nothing; it keeps no state, so one object is enough.
+NOTHING: AbstractContextManager[object] = nullcontext()
+
 
 def named(name: str) -> AbstractContextManager[object]:
     """A range ``distflash::name`` if a profiler runs, else nothing."""
-    return record_function(f"distflash::{name}") if torch.autograd._profiler_enabled() else nullcontext()
+    return record_function(f"distflash::{name}") if torch.autograd._profiler_enabled() else NOTHING
 
 
 def ranged(kernel: Kernel, transport: Exchanges, stages: Sequence[Stage], direction: str) -> tuple[Kernel, Exchanges]:

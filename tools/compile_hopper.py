@@ -204,12 +204,12 @@ def make_launch(shape: Configuration) -> Launch:
         each = Pass(0, (0,) * sources, (t.intervals,) * sources, begun=int(shape.two))
         into = replace(t.partial, maxima=t.partial.maximum if shape.maxima else None)
         return launches.forward(shape.tile, PROGRAMS, t.q, (keys,) * sources, each, scores, into)
-    sums = launches.query_sums(t.q)
+    sums, counter = launches.query_sums(t.q)
     if shape.kernel == "round":
         return launches.round_queries(sums, scores.scale, t.q)
     dtype = torch.float32 if shape.wide else shape.dtype
     share = KeyGradient(torch.empty_like(t.k, dtype=dtype), torch.empty_like(t.v, dtype=dtype))
-    saved, heads = replace(t.saved, dq_accum=sums), range(t.k.shape[2])
+    saved, heads = replace(t.saved, dq_accum=sums, counter=counter), range(t.k.shape[2])
     return launches.backward(shape.tile, PROGRAMS, saved, keys, scores, share, heads)
 
 

@@ -101,7 +101,8 @@ class BackwardContext:
         own_delta: `delta`, of a kernel without ``lse_delta``.
         lse_delta: ``[2, B * H, T']``, T' at least T: lse (in base 2) and delta in the layout that the kernel's loops
             read; None if they read ``lse`` and ``own_delta``.
-        counter: int32 ``[2]``, zeros: the atomic counter of the tile scheduler of a kernel that has one; else None.
+        counter: int32 ``[2]``, zeros from the first pass on: the atomic counter of the tile scheduler of a kernel that
+            has one; else None.
         dq_accum: the dQ accumulator in global memory, to which all passes add, in a kernel-specific memory layout and
             the accumulator's dtype; None for kernels that accumulate in `QueryGradient.sum`.
     """

@@ -45,6 +45,7 @@ class Packed:
         ]
         self._descriptors = [(n, start + offsets[at]) for at, n in slots if sizes[at] == _DESCRIPTOR]
         self._sizes = (one.kernel, *one.grid, *one.block, one.shared)
+        self._device = torch.cuda.current_device()  # of the kernel, which was loaded there
         self._launch, self._replace = driver.launcher(), driver.replace_address()
         self._addresses: Sequence[int] = ()
         # The forward of one thread and the backward of another may launch the same kernel.
@@ -62,8 +63,8 @@ class Packed:
             return None
 
     def run(self, addresses: Sequence[int]) -> None:
-        """Launch on the current stream, with these tensors."""
-        stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+        """Launch on the current stream of the kernel's device, which is the current one, with these tensors."""
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
         with self._lock:
             if addresses != self._addresses:
                 for n, pointer in self._pointers:

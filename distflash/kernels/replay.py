@@ -39,14 +39,20 @@ class Replays:
         self._known: dict[Hashable, _Replay | Packed | None] = {}
 
     def run(self, key: Hashable, tensors: Sequence[Tensor | None], build: Callable[[], Launch]) -> None:
-        """Launch what ``build`` makes of these tensors, on the current device.
+        """Launch what ``build`` makes of these tensors, on the current stream of the first one's device.
 
         Args:
             key: everything that the launch depends on, except the addresses of ``tensors`` and which of them are None.
             tensors: all tensors whose addresses are arguments of the launch. The first is not None.
             build: makes the launch; called if no launch with this key can be replayed.
         """
-        if tensors[0].is_meta:  # type: ignore[union-attr]  # no addresses: nothing is launched, see `warming`
+        first = tensors[0]
+        assert first is not None
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():  # Triton launches on the current one
+            with torch.cuda.device(first.device):
+                self.run(key, tensors, build)
+            return
+        if first.is_meta:  # no addresses: nothing is launched, see `warming`
             build().run()
             return
         addresses = tuple([0 if x is None else x.data_ptr() for x in tensors])

@@ -26,9 +26,12 @@ from distflash.transport.watch import Watch
 Direction = Literal["forward", "backward"]
 
 
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
 def during(transport: Transport, direction: Direction, q: Tensor) -> AbstractContextManager[None]:
     """A context for the part of a call in which ranks wait for one another: it reports an error to the others."""
-    return transport.during(direction, q.shape) if isinstance(transport, Guarded) else nullcontext()
+    return transport.during(direction, q.shape) if isinstance(transport, Guarded) else _NOTHING
 
 
 def preparing(transport: Transport) -> AbstractContextManager[None]:
@@ -36,7 +39,7 @@ def preparing(transport: Transport) -> AbstractContextManager[None]:
 
     A ValueError is not: it is about arguments that all ranks have, so all raise it and can continue.
     """
-    return transport.preparing() if isinstance(transport, Guarded) else nullcontext()
+    return transport.preparing() if isinstance(transport, Guarded) else _NOTHING
 
 
 @dataclass(frozen=True)

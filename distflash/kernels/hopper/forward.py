@@ -18,7 +18,6 @@ keys (`distflash.liveness`); for begun heads, some of these blocks may have no w
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -51,7 +50,7 @@ from distflash.kernels.hopper.common import (
 from distflash.kernels.hopper.compat import store_wait
 from distflash.kernels.hopper.dropout import kept, positions, stream_of
 from distflash.kernels.hopper.dropout import strips as strips_of_positions
-from distflash.kernels.hopper.forward_loads import K_FREE, V_FREE, load_tiles
+from distflash.kernels.hopper.forward_loads import K_FREE, V_FREE, load_tiles, make_gates
 from distflash.kernels.hopper.forward_state import LOWEST, begin, end
 
 # A named barrier, besides those that the compiler uses and those of `forward_loads`.
@@ -410,40 +409,20 @@ def forward_kernel(
     IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr, MAXIMA: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES <= MAX_STAGES)
-    one: gl.constexpr = mbarrier.MBarrierLayout()
     q_smem = gl.allocate_shared_memory(q.dtype, [SLOTS * CONSUMERS] + q.block_type.shape, q.layout)
     k_smem = gl.allocate_shared_memory(k.dtype, [STAGES] + k.block_type.shape, k.layout)
     v_smem = gl.allocate_shared_memory(v.dtype, [STAGES] + v.block_type.shape, v.layout)
     jobs = gl.allocate_shared_memory(
         gl.int32, [SLOTS * (JOB_2 if TWO else JOB), 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    q_ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], one)
-    q_free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], one)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    for n in gl.static_range(SLOTS):
-        mbarrier.init(q_ready.index(n), count=1)
-        mbarrier.init(q_free.index(n), count=CONSUMERS)
-    for n in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(n), count=1)
-        mbarrier.init(v_ready.index(n), count=1)
-    fence_async_shared()
+    gates = make_gates(CONSUMERS, SLOTS, STAGES)
 
-    smem, gates = (q_smem, k_smem, v_smem), (q_ready, q_free, k_ready, v_ready)
+    smem = (q_smem, k_smem, v_smem)
     owner, other = (k, v, (row_lo, row_hi)), (other_k, other_v, (other_lo, other_hi))
     ends = (row_lo, row_hi, other_lo, other_hi)
     sums, sizes = (maximum, total, weighted), (queries, heads)
-    dropping = (
-        seed,
-        heads_before,
-        threshold,
-        keep_scale,
-        q_positions,
-        k_positions,
-        other_k_positions,
-        keys,
-        other_keys,
-    )
+    positions_of = (q_positions, k_positions, other_k_positions)
+    dropping = (seed, heads_before, threshold, keep_scale) + positions_of + (keys, other_keys)
     grid = (queries, heads, head_count, done, batches, heads_at_once, programs, groups, blocks, flags)
     if CONSUMERS == 2:
         gl.warp_specialize([

@@ -5,7 +5,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from distflash.kernels.hopper.common import (
     BEGUN_BITS,
@@ -29,6 +29,24 @@ from distflash.kernels.hopper.dropout import IN_TILES
 # Named barriers, besides those that the compiler uses; there is one per stage.
 K_FREE = gl.constexpr(8)
 V_FREE = gl.constexpr(12)
+
+
+@gluon.jit
+def make_gates(CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr):
+    """The mbarriers between the producer warp and the consumers: of Q's slots, and of the stages of K and V."""
+    one: gl.constexpr = mbarrier.MBarrierLayout()
+    q_ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], one)
+    q_free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], one)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+    for n in gl.static_range(SLOTS):
+        mbarrier.init(q_ready.index(n), count=1)
+        mbarrier.init(q_free.index(n), count=CONSUMERS)
+    for n in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(n), count=1)
+        mbarrier.init(v_ready.index(n), count=1)
+    fence_async_shared()
+    return q_ready, q_free, k_ready, v_ready
 
 
 @gluon.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 from distflash.kernels.base import Abilities, BackwardContext, Kernel, KeyGradient, Keys, Problem, QueryGradient, Scores
 from distflash.kernels.decoding import Decoding
 from distflash.kernels.hopper.tiles import KEYS, BackwardTile, ForwardTile, backward_tile, forward_tile, padded
-from distflash.kernels.launch import Launch, on
+from distflash.kernels.launch import Launch
 from distflash.kernels.machine import Machine, machine_of
 from distflash.kernels.replay import Replays, facts_of, of_dropout, of_keys, of_state
 from distflash.kernels.triton import Triton
@@ -113,21 +113,18 @@ class Hopper(Kernel):
         tile = self.forward_tile or forward_tile(q.shape[-1], keys[0].v.shape[-1], seen)
         programs = self._programs(q.device)
         tensors = [q, *of_keys(keys), scores.sinks, *of_state(into), None if each.live is None else each.live.groups]
-        inputs = facts_of(q, *(x for of_source in keys for x in (of_source.k, of_source.v)), scores.sinks)
+        inputs = facts_of(q, *[x for of_source in keys for x in (of_source.k, of_source.v)], scores.sinks)
         key: tuple[Hashable, ...] = (tile, programs, each.facts, scores.facts, inputs, into.maxima is None)
         if scores.dropout is not None:
             tensors += of_dropout(scores.dropout, keys)
-            key += tuple(x.rows.in_tiles for x in keys)
-        with on(q.device):
-            _forward.run(key, tensors, lambda: launches.forward(tile, programs, q, keys, each, scores, into))
+            key += tuple([x.rows.in_tiles for x in keys])
+        _forward.run(key, tensors, lambda: launches.forward(tile, programs, q, keys, each, scores, into))
 
     def preprocess(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> BackwardContext:
-        saved = self._portable.preprocess(q, out, lse, dout, dlse)
-        if not self._fused(q, out):
-            return saved
         from distflash.kernels.hopper import launches
 
-        return replace(saved, counter=q.new_zeros(2, dtype=torch.int32), dq_accum=launches.query_sums(saved.q))
+        sums, counter = launches.query_sums(q) if self._fused(q, out) else (None, None)
+        return self._portable.preprocess(q, out, lse, dout, dlse, sums, counter)
 
     def backward(
         self, saved: BackwardContext, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
@@ -138,18 +135,17 @@ class Hopper(Kernel):
         from distflash.kernels.hopper import launches
 
         sums = saved.dq_accum
-        with on(saved.q.device):
-            if each.first:
-                sums.zero_()
-            if each.heads is None and self._few(saved.q, keys.k):
-                self._backward_spread(saved, keys, scores, dkv)
-            else:
-                self._backward(saved, keys, scores, dkv, each.heads or range(keys.k.shape[2]))
-            if each.last:
-                tensors = [sums, dq.final]
-                facts = scores.facts, facts_of(dq.final)
-                scale = scores.scale if scores.dropout is None else scores.scale * scores.dropout.keep_scale
-                _rounding.run(facts, tensors, lambda: launches.round_queries(sums, scale, dq.final))
+        if each.first:
+            sums.zero_()  # with the counter
+        if each.heads is None and self._few(saved.q, keys.k):
+            self._backward_spread(saved, keys, scores, dkv)
+        else:
+            self._backward(saved, keys, scores, dkv, each.heads or range(keys.k.shape[2]))
+        if each.last:
+            tensors = [sums, dq.final]
+            facts = scores.facts, facts_of(dq.final)
+            scale = scores.scale if scores.dropout is None else scores.scale * scores.dropout.keep_scale
+            _rounding.run(facts, tensors, lambda: launches.round_queries(sums, scale, dq.final))
 
     def _few(self, q: Tensor, k: Tensor) -> bool:
         """Whether work tiles (key blocks x key heads) are so few that three of four multiprocessors would idle."""

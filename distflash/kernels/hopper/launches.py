@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,9 +129,10 @@ def backward(
     heads: range,
 ) -> Launch:
     """Of these key heads; adds to ``saved.dq_accum``."""
-    q, stats, sums = saved.q, saved.lse_delta, saved.dq_accum
+    q, stats = saved.q, saved.lse_delta
     k, v, rows = keys.k, keys.v, keys.rows
-    assert stats is not None and sums is not None
+    assert stats is not None and saved.dq_accum is not None
+    sums = _in_fragments(saved.dq_accum, q)
     B, T, H, D = q.shape
     _, K, G, V = v.shape
     blocks, wide = triton.cdiv(K, ROWS if tile.by_columns else KEYS), dkv.dk.dtype != q.dtype
@@ -179,17 +181,30 @@ def backward(
     )
 
 
-def query_sums(q: Tensor) -> Tensor:
-    """Room for float32 sums of dQ in fragment order, see `fragments`: ``[B * H * tiles, PARTS, ROWS, N]``."""
+def query_sums(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for the float32 sums of dQ, see `_in_fragments`, and its end: the counter of the tile scheduler, int32
+    ``[2]``. Both start from zero, so one launch fills them.
+    """
+    sums = q.new_empty(math.prod(_fragments(q)) + 2, dtype=torch.float32)
+    return sums, sums[-2:].view(torch.int32)
+
+
+def _fragments(q: Tensor) -> tuple[int, int, int, int]:
     B, T, H, D = q.shape
     blocks = -(-D // 64)
     parts = max(2, blocks)
-    return q.new_empty(B * H * -(-T // QUERIES), parts, QUERIES, 64 * blocks // parts, dtype=torch.float32)
+    return B * H * -(-T // QUERIES), parts, QUERIES, 64 * blocks // parts
+
+
+def _in_fragments(sums: Tensor, q: Tensor) -> Tensor:
+    """The sums of `query_sums` in fragment order, see `fragments`: ``[B * H * tiles, PARTS, ROWS, N]``."""
+    return sums[:-2].view(_fragments(q))
 
 
 def round_queries(sums: Tensor, scale: float, out: Tensor) -> Launch:
-    """``out [B, T, H, D] = sums * scale``."""
+    """``out [B, T, H, D] = sums * scale``, of the memory of `query_sums`."""
     _, T, H, D = out.shape
+    sums = _in_fragments(sums, out)
     tiles, parts, _, columns = sums.shape
     assert out.is_contiguous()
     return Launch(

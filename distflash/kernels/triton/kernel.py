@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distflash.kernels.base import Abilities, BackwardContext, Kernel, KeyGradient, Keys, Problem, QueryGradient, Scores
-from distflash.kernels.launch import aligned, on
+from distflash.kernels.launch import aligned
 from distflash.kernels.machine import Machine, machine_of
 from distflash.kernels.replay import Replays, facts_of, of_keys, of_state
 from distflash.kernels.triton.tiles import Tiles
@@ -96,19 +96,27 @@ class Triton(Kernel):
         tensors = [q, *of_keys(keys), *positions, scores.sinks, scores.alibi_slopes, *of_state(into), groups]
         inputs = facts_of(q, of_source.k, of_source.v, scores.sinks)
         facts = self, each.facts, scores.facts, inputs, into.maxima is None
-        with on(q.device):
-            _forward.run(
-                facts, tensors, lambda: launches.forward(self._device(q, of_source.v), q, of_source, each, scores, into)
-            )
+        _forward.run(
+            facts, tensors, lambda: launches.forward(self._device(q, of_source.v), q, of_source, each, scores, into)
+        )
 
-    def preprocess(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> BackwardContext:
+    def preprocess(
+        self,
+        q: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        dq_accum: Tensor | None = None,
+        counter: Tensor | None = None,
+    ) -> BackwardContext:
+        """As `Kernel.preprocess`; ``dq_accum, counter``: of the context, where other kernels' passes follow."""
         from distflash.kernels.triton import launches
 
-        saved = launches.saved_of(q, out, lse, dout)
+        saved = launches.saved_of(q, out, lse, dout, dq_accum, counter)
         out = aligned(out, True)
         tensors = [out, saved.dout, saved.lse, dlse, saved.lse_delta]
-        with on(q.device):
-            _statistics.run(facts_of(out, saved.dout, dlse), tensors, lambda: launches.statistics(saved, out, dlse))
+        _statistics.run(facts_of(out, saved.dout, dlse), tensors, lambda: launches.statistics(saved, out, dlse))
         return saved
 
     def backward(
@@ -120,19 +128,18 @@ class Triton(Kernel):
         ends = rows.row_lo, rows.row_hi, rows.col_lo, rows.col_hi, rows.q_positions, rows.k_positions
         shared = [saved.q, saved.dout, saved.lse_delta, keys.k, keys.v, *ends, scores.alibi_slopes]
         facts = self, each.facts, scores.facts, facts_of(saved.q, saved.dout, keys.k, keys.v)
-        with on(saved.q.device):
-            if each.gradients is not Gradients.OF_QUERIES:
-                tensors = [*shared, dkv.dk, dkv.dv]
-                _of_keys.run(
-                    (facts, facts_of(dkv.dk)), tensors, lambda: launches.backward_keys(device, saved, keys, scores, dkv)
-                )
-            if each.gradients is not Gradients.OF_KEYS:
-                tensors = [*shared, dq.final, dq.sum]
-                _of_queries.run(
-                    (facts, facts_of(dq.final)),
-                    tensors,
-                    lambda: launches.backward_queries(device, saved, keys, each, scores, dq),
-                )
+        if each.gradients is not Gradients.OF_QUERIES:
+            tensors = [*shared, dkv.dk, dkv.dv]
+            _of_keys.run(
+                (facts, facts_of(dkv.dk)), tensors, lambda: launches.backward_keys(device, saved, keys, scores, dkv)
+            )
+        if each.gradients is not Gradients.OF_KEYS:
+            tensors = [*shared, dq.final, dq.sum]
+            _of_queries.run(
+                (facts, facts_of(dq.final)),
+                tensors,
+                lambda: launches.backward_queries(device, saved, keys, each, scores, dq),
+            )
 
     def _device(self, q: Tensor, v: Tensor) -> Device:
         from distflash.kernels.triton import launches

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distflash import masks
+from distflash.dropout import Dropout
 from distflash.geometry import Geometry
 from distflash.intervals import build
 from distflash.kernels.base import Kernel, KeyGradient, Keys, QueryGradient, Scores
@@ -43,6 +44,7 @@ class Case:
     alibi: bool = False
     sinks: bool = False
     dlse: bool = False
+    dropout: Dropout | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -154,6 +156,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
             softcap=case.softcap,
             alibi_slopes=0.5 ** torch.arange(1, H + 1, device=device, dtype=torch.float32) if case.alibi else None,
             sinks=normal(H, dtype=torch.float32) if case.sinks else None,
+            dropout=case.dropout and replace(case.dropout, seed=case.dropout.seed.to(device)),
         ),
         visible=visible.to(device),
         q_positions=positions.to(device),
@@ -189,17 +192,27 @@ def dense(x: Inputs, compute: torch.dtype, stored: torch.dtype | None = None) ->
     if x.scores.sinks is not None:
         lse = torch.logaddexp(lse, x.scores.sinks.to(compute)[None, :, None])
     p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    out = rounded(rounded(p) @ v)
+    factor = dropout_factor(x, k.shape[:3]).to(compute)
+    out = rounded(rounded(p * factor) @ v)
     delta = (out * dout).sum(-1)
     if x.dlse is not None:
         delta = delta - x.dlse.to(compute)
-    ds = p * (dout @ v.mT - delta[..., None]) * slope_of_cap
+    ds = p * (factor * (dout @ v.mT) - delta[..., None]) * slope_of_cap
     dq = rounded(ds) @ k * x.scores.scale
     dk = (rounded(ds).mT @ q * x.scores.scale).unflatten(1, (-1, group)).sum(2)
-    dv = (rounded(p).mT @ dout).unflatten(1, (-1, group)).sum(2)
+    dv = (rounded(p * factor).mT @ dout).unflatten(1, (-1, group)).sum(2)
     gradients = {"dq": rounded(dq), "dk": rounded(dk), "dv": rounded(dv)}
     results = {"out": out.transpose(1, 2), "lse": lse, "max_logits": maxima}
     return results | {n: t.transpose(1, 2) for n, t in gradients.items()}
+
+
+def dropout_factor(x: Inputs, size: torch.Size) -> Tensor:
+    """What probabilities are multiplied by after the softmax. size: B, H, S."""
+    dropout = x.scores.dropout
+    if dropout is None:
+        return torch.ones((), device=x.q.device)
+    keys = torch.arange(size[2], device=x.q.device)
+    return dropout.kept(size[0], range(size[1]), x.q_positions, keys).double() * dropout.keep_scale
 
 
 def run(

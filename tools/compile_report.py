@@ -15,7 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from distflash.dropout import Dropout
 from distflash.kernels.base import KeyGradient, Keys, QueryGradient, Scores
 from distflash.kernels.decoding import Store, Table
 from distflash.kernels.launch import Launch
@@ -65,6 +66,7 @@ class CompiledPass:
     dtype: torch.dtype
     group: int = 1
     features: bool = False
+    dropout: bool = False
 
     @property
     def must_be_clean(self) -> bool:
@@ -103,6 +105,8 @@ def shapes(quick: bool) -> Iterator[CompiledPass]:
             for d in (64, 128):
                 yield CompiledPass(kernel, d, d, dtype)
                 yield CompiledPass(kernel, d, d, dtype, group=4)
+        for d in (64, 128):
+            yield CompiledPass(kernel, d, d, torch.bfloat16, group=4, dropout=True)
         if quick:
             continue
         for d_qk, d_v in ((32, 32), (80, 80), (192, 128), (256, 256)):
@@ -123,9 +127,11 @@ def make_launch(shape: CompiledPass, family: str) -> Launch:
         return decoding_launch(shape, family)
     t = Tensors.of(shape.d_qk, shape.d_v, shape.dtype, shape.group)
     per_head = t.per_head if shape.features else None
-    scores = Scores(0.1, 30.0 if shape.features else 0.0, alibi_slopes=per_head, sinks=per_head)
-    device = launches.device(family, shape.dtype.itemsize, max(shape.d_qk, shape.d_v))
-    keys, each = Keys(t.k, t.v, t.intervals), Pass(0, (0,), (t.intervals,))
+    dropout = Dropout(6554, torch.empty((), dtype=torch.int64, device="meta")) if shape.dropout else None
+    scores = Scores(0.1, 30.0 if shape.features else 0.0, alibi_slopes=per_head, sinks=per_head, dropout=dropout)
+    device = launches.device(family, shape.dtype.itemsize, max(shape.d_qk, shape.d_v), has_dropout=shape.dropout)
+    rows = replace(t.intervals, in_tiles=shape.dropout)
+    keys, each = Keys(t.k, t.v, rows), Pass(0, (0,), (rows,))
     if shape.kernel == "forward":
         return launches.forward(device, t.q, keys, each, scores, t.partial)
     if shape.kernel == "dkdv":
@@ -171,7 +177,9 @@ def compile_shape(shape: CompiledPass, target: Target) -> Compiled:
         dims=f"{shape.d_qk}/{shape.d_v}",
         dtype=str(shape.dtype).removeprefix("torch."),
         tile=f"{a['BLOCK_M']}x{a.get('BLOCK_N', '-')} w{a['num_warps']} s{a.get('num_stages', '-')}",
-        special=" ".join(["group"] * (shape.group > 1) + ["softcap", "alibi", "sinks"] * shape.features),
+        special=" ".join(
+            ["group"] * (shape.group > 1) + ["softcap", "alibi", "sinks"] * shape.features + ["dropout"] * shape.dropout
+        ),
         shared=shared,
         over=shared > target.shared_limit,
         # Where there are no loads by descriptor, there are none in place either.

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from distflash.kernels.triton.common import LOG2E, bias, border, load_column, load_rows, pick, span, store_rows, tanh
+from distflash.kernels.triton.dropout import keep_share, kept, places, stream_of
 
 
 @triton.jit
@@ -40,7 +41,10 @@ def softmax_and_slope(
 
 @triton.jit
 def score_gradient(p, dp, delta, slope_of_cap, SOFTCAP: tl.constexpr):
-    """dS, as the gradient of the scaled product: what remains to be multiplied by is the scale."""
+    """dS, as the gradient of the scaled product: what remains to be multiplied by is the scale.
+
+    Under dropout also the keep scale: there dP is 0 where it is dropped, and delta is multiplied by the share kept.
+    """
     ds = p * (dp - delta)
     if SOFTCAP:
         ds *= slope_of_cap
@@ -50,9 +54,9 @@ def score_gradient(p, dp, delta, slope_of_cap, SOFTCAP: tl.constexpr):
 @triton.jit
 def attend_keys(
     dk, dv, key, value, q, dout, stats, batch, head, heads, planes, start, length, q_positions, k_pos, lo, hi,
-    slopes, scale, softcap,
+    slopes, scale, softcap, dropout, k_places,
     D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BLOCK_M: tl.constexpr, TMA: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, IN_TILES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the tile of queries at ``start`` to dK and dV.
 
@@ -76,10 +80,17 @@ def attend_keys(
     gradient = load_rows(dout, batch, head, start, length, BLOCK_M, V, VP, TMA)
     dp = tl.dot(value, gradient.T, input_precision="ieee")
     row_sum = load_column(stats, 1, planes, plane, start, length, BLOCK_M, TMA)
+    dropped_p = p
+    if DROPOUT:
+        q_places = places(q_positions, start, length, BLOCK_M, 1, IN_TILES)
+        stream = stream_of(dropout, batch, head)
+        keeps = kept(stream, q_places, k_places)
+        dropped_p, dp = tl.where(keeps, p, stream[3]), tl.where(keeps, dp, 0.0)
+        row_sum *= keep_share(dropout)
     ds = score_gradient(p, dp, row_sum[None, :], slope_of_cap, SOFTCAP)
     # Both left operands are ready before either product starts: the hardware takes them from registers, which must not
     # change while products are in flight, and the assembler would wait after every single one.
-    p, ds = p.to(gradient.dtype), ds.to(query.dtype)
+    p, ds = dropped_p.to(gradient.dtype), ds.to(query.dtype)
     dv = tl.dot(p, gradient, dv, input_precision="ieee")
     dk = tl.dot(ds, query, dk, input_precision="ieee")
     return dk, dv
@@ -98,22 +109,25 @@ def seat(i, tiles, GROUP: tl.constexpr):
         return i // tiles, i % tiles
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "batches", "heads_at_once"])
+@triton.jit(do_not_specialize=["dropout", "queries", "keys", "batches", "heads_at_once"])
 def dkdv_kernel(
     q, k, v, dout,  # [B, T, H, D], [B, K, G, D], [B, K, G, V], [B, T, H, V], as `load_rows` takes them
     stats,  # float32 [2, B * H, T], as `load_column` takes it
     col_lo, col_hi, q_positions, k_positions,  # int32 [K], [K], [T], [K]
     slopes,  # [H], read where ALIBI
+    dropout,  # read where DROPOUT, see `dropout`
     dk, dv,  # [B, K, G, D], [B, K, G, V]
     scale, softcap, queries, keys, heads, batches, heads_at_once,
     GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, IN_TILES: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(keys, BLOCK_N)
     block, plane = pick(tl.program_id(0), blocks, heads // GROUP * batches, heads_at_once)
     batch, kv_head = plane // (heads // GROUP), plane % (heads // GROUP)
     first = block * BLOCK_N  # under causal masks earlier keys are seen by more: longest first
-    begin, before, full, tiles = span(col_lo, col_hi, first, tl.minimum(first + BLOCK_N, keys) - 1, BLOCK_M, 4)
+    ALIGN: tl.constexpr = BLOCK_M if IN_TILES else 4
+    begin, before, full, tiles = span(col_lo, col_hi, first, tl.minimum(first + BLOCK_N, keys) - 1, BLOCK_M, ALIGN)
 
     columns = first + tl.arange(0, BLOCK_N)
     exists = columns < keys
@@ -122,6 +136,9 @@ def dkdv_kernel(
     k_pos = columns
     if ALIBI:
         k_pos = tl.load(k_positions + columns, mask=exists, other=0)
+    k_places = 0
+    if DROPOUT:
+        k_places = places(k_positions, first, keys, BLOCK_N, 0, IN_TILES)
 
     key = load_rows(k, batch, kv_head, first, keys, BLOCK_N, D, DP, TMA)
     value = load_rows(v, batch, kv_head, first, keys, BLOCK_N, V, VP, TMA)
@@ -134,15 +151,20 @@ def dkdv_kernel(
         sum_k, sum_v = attend_keys(
             sum_k, sum_v, key, value, q, dout, stats, batch, kv_head * GROUP + member, heads, heads * batches,
             begin + border(tile, before, full) * BLOCK_M, queries, q_positions, k_pos, lo, hi,
-            slopes, scale, softcap, D, V, DP, VP, BLOCK_M, TMA, SOFTCAP, ALIBI, True,
+            slopes, scale, softcap, dropout, k_places,
+            D, V, DP, VP, BLOCK_M, TMA, SOFTCAP, ALIBI, DROPOUT, IN_TILES, True,
         )  # fmt: skip
     for i in range(GROUP * full):
         member, tile = seat(i, full, GROUP)
         sum_k, sum_v = attend_keys(
             sum_k, sum_v, key, value, q, dout, stats, batch, kv_head * GROUP + member, heads, heads * batches,
             begin + (before + tile) * BLOCK_M, queries, q_positions, k_pos, lo, hi,
-            slopes, scale, softcap, D, V, DP, VP, BLOCK_M, TMA, SOFTCAP, ALIBI, False,
+            slopes, scale, softcap, dropout, k_places,
+            D, V, DP, VP, BLOCK_M, TMA, SOFTCAP, ALIBI, DROPOUT, IN_TILES, False,
         )  # fmt: skip
+    if DROPOUT:
+        keep_scale = tl.div_rn(1.0, keep_share(dropout))
+        sum_v, sum_k = sum_v * keep_scale, sum_k * keep_scale
     store_rows(dv, batch, kv_head, first, keys, sum_v, V)
     store_rows(dk, batch, kv_head, first, keys, sum_k * scale, D)
 
@@ -150,9 +172,9 @@ def dkdv_kernel(
 @triton.jit
 def attend_queries(
     dq, query, gradient, k, v, batch, kv_head, start, length, log_sum, row_sum, k_positions, q_pos, lo, hi,
-    slope, scale, softcap,
+    slope, scale, softcap, stream, q_places,
     D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, IN_TILES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the tile of keys at ``start`` to dQ."""
     columns = start + tl.arange(0, BLOCK_N)
@@ -168,13 +190,16 @@ def attend_queries(
     p, slope_of_cap = softmax_and_slope(
         s, log_sum[:, None], visible, q_pos[:, None], k_pos[None, :], slope, scale, softcap, SOFTCAP, ALIBI, MASKED
     )
+    if DROPOUT:
+        k_places = places(k_positions, start, length, BLOCK_N, 1, IN_TILES)
+        dp = tl.where(kept(stream, q_places, k_places), dp, 0.0)
     ds = score_gradient(p, dp, row_sum[:, None], slope_of_cap, SOFTCAP)
     return tl.dot(ds.to(key.dtype), key, dq, input_precision="ieee")
 
 
 @triton.jit(
     do_not_specialize=[
-        "q", "k", "v", "dout", "stats", "sum", "final",
+        "q", "k", "v", "dout", "stats", "sum", "final", "dropout",
         "queries", "keys", "batches", "first_hop", "last_hop", "heads_at_once",
     ]
 )  # fmt: skip
@@ -183,16 +208,19 @@ def dq_kernel(
     stats,  # float32 [2, B * H, T], as `load_column` takes it
     row_lo, row_hi, q_positions, k_positions,  # int32 [T], [T], [T], [K]
     slopes,  # [H], read where ALIBI
+    dropout,  # read where DROPOUT, see `dropout`
     sum, final,  # [B, T, H, D], float32 and in q's dtype
     scale, softcap, queries, keys, heads, batches, first_hop, last_hop, heads_at_once,
     GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, IN_TILES: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(queries, BLOCK_M)
     block, plane = pick(tl.program_id(0), blocks, heads * batches, heads_at_once)
     batch, head = plane // heads, plane % heads
     first = (blocks - 1 - block) * BLOCK_M  # longest first, as in the forward kernel
-    begin, before, full, tiles = span(row_lo, row_hi, first, tl.minimum(first + BLOCK_M, queries) - 1, BLOCK_N, 1)
+    ALIGN: tl.constexpr = BLOCK_N if IN_TILES else 1
+    begin, before, full, tiles = span(row_lo, row_hi, first, tl.minimum(first + BLOCK_M, queries) - 1, BLOCK_N, ALIGN)
     if (tiles == 0) & (first_hop + last_hop == 0):
         return  # nothing to add, and what there is stays where it is
 
@@ -206,6 +234,11 @@ def dq_kernel(
         slope = tl.load(slopes + head).to(tl.float32)
     log_sum = load_column(stats, 0, heads * batches, plane, first, queries, BLOCK_M, False)
     row_sum = load_column(stats, 1, heads * batches, plane, first, queries, BLOCK_M, False)
+    stream, q_places = 0, 0
+    if DROPOUT:
+        stream = stream_of(dropout, batch, head)
+        q_places = places(q_positions, first, queries, BLOCK_M, 0, IN_TILES)
+        row_sum *= keep_share(dropout)
 
     query = load_rows(q, batch, head, first, queries, BLOCK_M, D, DP, TMA)
     gradient = load_rows(dout, batch, head, first, queries, BLOCK_M, V, VP, TMA)
@@ -213,16 +246,18 @@ def dq_kernel(
     for i in range(tiles - full):
         dq = attend_queries(
             dq, query, gradient, k, v, batch, head // GROUP, begin + border(i, before, full) * BLOCK_N, keys,
-            log_sum, row_sum, k_positions, q_pos, lo, hi, slope, scale, softcap,
-            D, V, DP, VP, BLOCK_N, TMA, SOFTCAP, ALIBI, True,
+            log_sum, row_sum, k_positions, q_pos, lo, hi, slope, scale, softcap, stream, q_places,
+            D, V, DP, VP, BLOCK_N, TMA, SOFTCAP, ALIBI, DROPOUT, IN_TILES, True,
         )  # fmt: skip
     for start in range(begin + before * BLOCK_N, begin + (before + full) * BLOCK_N, BLOCK_N):
         dq = attend_queries(
             dq, query, gradient, k, v, batch, head // GROUP, start, keys,
-            log_sum, row_sum, k_positions, q_pos, lo, hi, slope, scale, softcap,
-            D, V, DP, VP, BLOCK_N, TMA, SOFTCAP, ALIBI, False,
+            log_sum, row_sum, k_positions, q_pos, lo, hi, slope, scale, softcap, stream, q_places,
+            D, V, DP, VP, BLOCK_N, TMA, SOFTCAP, ALIBI, DROPOUT, IN_TILES, False,
         )  # fmt: skip
     dq *= scale
+    if DROPOUT:
+        dq *= tl.div_rn(1.0, keep_share(dropout))
     if first_hop == 0:
         dq += load_rows(sum, batch, head, first, queries, BLOCK_M, D, DP, False)
     if last_hop != 0:

@@ -24,13 +24,14 @@ from distflash.kernels.triton.common import (
     store_rows,
     tanh,
 )
+from distflash.kernels.triton.dropout import keep_share, kept, places, stream_of
 
 
 @triton.jit
 def attend(
-    state, q, k, v, batch, kv_head, start, length, k_positions, q_pos, lo, hi, slope, scale, softcap,
+    state, q, k, v, batch, kv_head, start, length, k_positions, q_pos, lo, hi, slope, scale, softcap, stream, q_places,
     D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, IN_TILES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take the tile of keys at ``start`` into the state ``(maximum, sum, accumulator)``."""
     m, l, acc = state
@@ -55,8 +56,12 @@ def attend(
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s * factor - shift[:, None])
     alpha = tl.exp2(m - shift)
+    dropped_p = p
+    if DROPOUT:
+        k_places = places(k_positions, start, length, BLOCK_N, 1, IN_TILES)
+        dropped_p = tl.where(kept(stream, q_places, k_places), p, stream[3])
     value = load_rows(v, batch, kv_head, start, length, BLOCK_N, V, VP, TMA)
-    acc = tl.dot(p.to(value.dtype), value, acc * alpha[:, None], input_precision="ieee")
+    acc = tl.dot(dropped_p.to(value.dtype), value, acc * alpha[:, None], input_precision="ieee")
     return m_new, l * alpha + tl.sum(p, 1), acc
 
 
@@ -71,7 +76,7 @@ def with_sink(m, l, acc, sink):
 
 @triton.jit(
     do_not_specialize=[
-        "q", "k", "v", "final", "weighted",
+        "q", "k", "v", "final", "weighted", "dropout",
         "queries", "keys", "batches", "live", "flags", "heads_at_once",
     ]
 )  # fmt: skip
@@ -79,6 +84,7 @@ def forward_kernel(
     q, k, v,  # [B, T, H, D], [B, K, G, D], [B, K, G, V], as `load_rows` takes them
     row_lo, row_hi, q_positions, k_positions,  # int32 [T], [T], [T], [K]
     slopes, sinks,  # [H], read where ALIBI and SINKS
+    dropout,  # read where DROPOUT, see `dropout`
     final, lse,  # [B, T, H, V] in q's dtype, float32 [B, H, T]: written where rows end
     maximum, total, weighted,  # float32 [B, H, T], [B, H, T], [B, T, H, V]: between passes
     # The maximum is without sinks and written where rows end, too, if MAXIMA.
@@ -87,7 +93,7 @@ def forward_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr,
-    MAXIMA: tl.constexpr,
+    MAXIMA: tl.constexpr, DROPOUT: tl.constexpr, IN_TILES: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(live, BLOCK_M)
     block, plane = pick(tl.program_id(0), blocks, heads * batches, heads_at_once)
@@ -95,7 +101,8 @@ def forward_kernel(
     # Under causal masks later rows see more: longest first.
     first, flags = locate((blocks - 1 - block) * BLOCK_M, groups, flags, BLOCK_M)
     starts, ends = (flags & STARTS) != 0, (flags & ENDS) != 0
-    begin, before, full, tiles = span(row_lo, row_hi, first, tl.minimum(first + BLOCK_M, queries) - 1, BLOCK_N, 1)
+    ALIGN: tl.constexpr = BLOCK_N if IN_TILES else 1
+    begin, before, full, tiles = span(row_lo, row_hi, first, tl.minimum(first + BLOCK_M, queries) - 1, BLOCK_N, ALIGN)
     if (tiles == 0) & ((flags & (STARTS | ENDS)) == 0):
         return  # nothing to add, and what there is stays where it is
 
@@ -107,6 +114,10 @@ def forward_kernel(
     if ALIBI:
         q_pos = tl.load(q_positions + rows, mask=exists, other=0)
         slope = tl.load(slopes + head).to(tl.float32)
+    stream, q_places, keep = 0, 0, 1.0
+    if DROPOUT:
+        stream, keep = stream_of(dropout, batch, head), keep_share(dropout)
+        q_places = places(q_positions, first, queries, BLOCK_M, 0, IN_TILES)
 
     at_row = plane.to(tl.int64) * queries + rows
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -118,20 +129,24 @@ def forward_kernel(
     else:
         m = tl.load(maximum + at_row, mask=exists, other=float("-inf"))
         l = tl.load(total + at_row, mask=exists, other=0.0)
-        acc = load_rows(weighted, batch, head, first, queries, BLOCK_M, V, VP, False)
+        acc = load_rows(weighted, batch, head, first, queries, BLOCK_M, V, VP, False) * keep  # without the keep scale
 
     query = load_rows(q, batch, head, first, queries, BLOCK_M, D, DP, TMA)
     for i in range(tiles - full):
         m, l, acc = attend(
             (m, l, acc), query, k, v, batch, head // GROUP, begin + border(i, before, full) * BLOCK_N, keys,
-            k_positions, q_pos, lo, hi, slope, scale, softcap, D, V, DP, VP, BLOCK_N, TMA, SOFTCAP, ALIBI, True,
+            k_positions, q_pos, lo, hi, slope, scale, softcap, stream, q_places,
+            D, V, DP, VP, BLOCK_N, TMA, SOFTCAP, ALIBI, DROPOUT, IN_TILES, True,
         )  # fmt: skip
     for start in range(begin + before * BLOCK_N, begin + (before + full) * BLOCK_N, BLOCK_N):
         m, l, acc = attend(
             (m, l, acc), query, k, v, batch, head // GROUP, start, keys,
-            k_positions, q_pos, lo, hi, slope, scale, softcap, D, V, DP, VP, BLOCK_N, TMA, SOFTCAP, ALIBI, False,
+            k_positions, q_pos, lo, hi, slope, scale, softcap, stream, q_places,
+            D, V, DP, VP, BLOCK_N, TMA, SOFTCAP, ALIBI, DROPOUT, IN_TILES, False,
         )  # fmt: skip
 
+    if DROPOUT:
+        acc *= tl.div_rn(1.0, keep)
     if ends:
         if MAXIMA:
             tl.store(maximum + at_row, m, mask=exists)

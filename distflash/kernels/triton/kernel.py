@@ -93,11 +93,14 @@ class Triton(Kernel):
         rows = of_source.rows
         groups = None if each.live is None else each.live.groups
         positions = rows.q_positions, rows.k_positions
-        tensors = [q, *of_keys(keys), *positions, scores.sinks, scores.alibi_slopes, *of_state(into), groups]
+        seed = None if scores.dropout is None else scores.dropout.seed
+        tensors = [q, *of_keys(keys), *positions, scores.sinks, scores.alibi_slopes, seed, *of_state(into), groups]
         inputs = facts_of(q, of_source.k, of_source.v, scores.sinks)
-        facts = self, each.facts, scores.facts, inputs, into.maxima is None
+        facts = self, each.facts, scores.facts, rows.in_tiles, inputs, into.maxima is None
         _forward.run(
-            facts, tensors, lambda: launches.forward(self._device(q, of_source.v), q, of_source, each, scores, into)
+            facts,
+            tensors,
+            lambda: launches.forward(self._device(q, of_source.v, scores), q, of_source, each, scores, into),
         )
 
     def preprocess(
@@ -124,10 +127,11 @@ class Triton(Kernel):
     ) -> None:
         from distflash.kernels.triton import launches
 
-        device, rows = self._device(saved.q, keys.v), keys.rows
+        device, rows = self._device(saved.q, keys.v, scores), keys.rows
         ends = rows.row_lo, rows.row_hi, rows.col_lo, rows.col_hi, rows.q_positions, rows.k_positions
-        shared = [saved.q, saved.dout, saved.lse_delta, keys.k, keys.v, *ends, scores.alibi_slopes]
-        facts = self, each.facts, scores.facts, facts_of(saved.q, saved.dout, keys.k, keys.v)
+        seed = None if scores.dropout is None else scores.dropout.seed
+        shared = [saved.q, saved.dout, saved.lse_delta, keys.k, keys.v, *ends, scores.alibi_slopes, seed]
+        facts = self, each.facts, scores.facts, rows.in_tiles, facts_of(saved.q, saved.dout, keys.k, keys.v)
         if each.gradients is not Gradients.OF_QUERIES:
             tensors = [*shared, dkv.dk, dkv.dv]
             _of_keys.run(
@@ -141,11 +145,12 @@ class Triton(Kernel):
                 lambda: launches.backward_queries(device, saved, keys, each, scores, dq),
             )
 
-    def _device(self, q: Tensor, v: Tensor) -> Device:
+    def _device(self, q: Tensor, v: Tensor, scores: Scores) -> Device:
         from distflash.kernels.triton import launches
 
         name = family(q.device) if self.machine is None else self.machine.family
-        return launches.device(name, q.element_size(), max(q.shape[-1], v.shape[-1]), self.tiles)
+        has_dropout = scores.dropout is not None
+        return launches.device(name, q.element_size(), max(q.shape[-1], v.shape[-1]), self.tiles, has_dropout)
 
 
 @functools.cache

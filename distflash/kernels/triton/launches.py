@@ -14,11 +14,12 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from distflash.intervals import Intervals
+from distflash.intervals import POSITION_TILE, Intervals
 from distflash.kernels.base import BackwardContext, KeyGradient, Keys, QueryGradient, Scores
 from distflash.kernels.launch import Launch, aligned, heads_at_once, is_aligned, is_packed, steps
 from distflash.kernels.triton import backward as of_backward
 from distflash.kernels.triton import common
+from distflash.kernels.triton import dropout as of_dropout
 from distflash.kernels.triton import forward as of_forward
 from distflash.kernels.triton.backward import dkdv_kernel, dq_kernel, statistics_kernel
 from distflash.kernels.triton.forward import forward_kernel
@@ -28,7 +29,7 @@ from distflash.liveness import GROUP_ROWS, all_rows
 from distflash.partial import Partial
 from distflash.plan import Pass
 
-settle(common, of_forward, of_backward)
+settle(common, of_dropout, of_forward, of_backward)
 
 LOG2E = 1.4426950408889634
 # Families whose hardware copies whole tiles given a descriptor. The interpreter does, as a test of the same path.
@@ -43,11 +44,13 @@ class Device:
     descriptors: bool
 
 
-def device(family: str, itemsize: int, largest_dim: int, tiles: Tiles | None = None) -> Device:
+def device(
+    family: str, itemsize: int, largest_dim: int, tiles: Tiles | None = None, has_dropout: bool = False
+) -> Device:
     """A device of a family (see `tiles`) with the shipped tiles for elements and head dims of this size, or others."""
     # float32 products take operands from registers: tiles laid out for tensor cores would only make that harder.
     descriptors = family in DESCRIPTORS and itemsize == 2
-    return Device(tiles or choose(family, itemsize, _padded(largest_dim)), descriptors)
+    return Device(tiles or choose(family, itemsize, _padded(largest_dim), has_dropout), descriptors)
 
 
 def forward(device: Device, q: Tensor, keys: Keys, each: Pass, scores: Scores, into: Partial) -> Launch:
@@ -64,7 +67,7 @@ def forward(device: Device, q: Tensor, keys: Keys, each: Pass, scores: Scores, i
         programs=triton.cdiv(count, tile.block_m) * q.shape[0] * q.shape[2],
         arguments=dict(
             **_inputs(device, tile, q=q, k=k, v=v),
-            **_scores(rows, scores, scale, into.lse),
+            **_scores(tile, rows, scores, scale, into.lse),
             row_lo=rows.row_lo,
             row_hi=rows.row_hi,
             sinks=into.lse if sinks is None else sinks,
@@ -145,7 +148,7 @@ def backward_keys(device: Device, saved: BackwardContext, keys: Keys, scores: Sc
         programs=triton.cdiv(k.shape[1], tile.block_n) * k.shape[0] * k.shape[2],
         arguments=dict(
             **_inputs(device, tile, q=q, k=k, v=v, dout=dout),
-            **_scores(rows, scores, scores.scale, stats),
+            **_scores(tile, rows, scores, scores.scale, stats),
             stats=_columns(stats, q.shape[1], tile.block_m) if device.descriptors else stats,
             col_lo=rows.col_lo,
             col_hi=rows.col_hi,
@@ -168,7 +171,7 @@ def backward_queries(
         programs=triton.cdiv(q.shape[1], tile.block_m) * q.shape[0] * q.shape[2],
         arguments=dict(
             **_inputs(device, tile, q=q, k=k, v=v, dout=saved.dout),
-            **_scores(rows, scores, scores.scale, stats),
+            **_scores(tile, rows, scores, scores.scale, stats),
             stats=stats,
             row_lo=rows.row_lo,
             row_hi=rows.row_hi,
@@ -215,17 +218,26 @@ def _strided(x: Tensor) -> tuple[Tensor, int, int]:
     return (x, head, row)
 
 
-def _scores(rows: Intervals, scores: Scores, scale: float, nothing: Tensor) -> dict[str, Any]:
-    slopes = scores.alibi_slopes
+def _scores(tile: Tile, rows: Intervals, scores: Scores, scale: float, nothing: Tensor) -> dict[str, Any]:
+    slopes, dropout = scores.alibi_slopes, scores.dropout
     return dict(
         scale=scale,
         softcap=scores.softcap,
         SOFTCAP=scores.softcap > 0,
         slopes=nothing if slopes is None else slopes,
         ALIBI=slopes is not None,
+        dropout=None if dropout is None else (dropout.seed, dropout.threshold, dropout.first_head),
+        DROPOUT=dropout is not None,
+        IN_TILES=dropout is not None and _is_in_tiles(tile, rows),
         q_positions=rows.q_positions,
         k_positions=rows.k_positions,
     )
+
+
+def _is_in_tiles(tile: Tile, rows: Intervals) -> bool:
+    """Whether each block of queries and of keys has consecutive positions from a multiple of 16 on."""
+    blocks = tile.block_m, tile.block_n
+    return rows.in_tiles and all(block % 16 == 0 and POSITION_TILE % block == 0 for block in blocks)
 
 
 def _sizes(tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Nothing is tuned at run time: ranks that time candidates for themselves come to 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,20 @@ _SINGLE: dict[int, Tiles] = {
     256: Tiles(forward=Tile(16, 16, 4, 1), dkdv=Tile(16, 16, 4, 1), dq=Tile(16, 16, 4, 1)),
 }
 FAMILIES = tuple(_HALF)
+# Under dropout: where the random numbers of a tile as above do not fit into registers.
+_HALF_OF_DROPOUT: dict[str, dict[int, dict[str, Tile]]] = {
+    "sm_90": {64: dict(dq=Tile(64, 64, 4, 3)), 128: dict(dkdv=Tile(32, 64, 4, 2))},
+    "sm_80": {
+        64: dict(dkdv=Tile(32, 64, 4, 2), dq=Tile(64, 32, 4, 2)),
+        128: dict(forward=Tile(64, 64, 4, 2), dkdv=Tile(32, 64, 8, 2)),
+    },
+}
 
 
-def choose(family: str, itemsize: int, d_padded: int) -> Tiles:
+def choose(family: str, itemsize: int, d_padded: int, has_dropout: bool = False) -> Tiles:
     """The shipped tiles for a device family, 2- or 4-byte elements, and the larger padded head dim."""
-    rows = _HALF[family] if itemsize == 2 or family == "interpreter" else _SINGLE
-    return rows[min(d for d in rows if d >= d_padded)]
+    is_half = itemsize == 2 or family == "interpreter"
+    rows = _HALF[family] if is_half else _SINGLE
+    row = min(d for d in rows if d >= d_padded)
+    others = _HALF_OF_DROPOUT.get(family, {}).get(row, {}) if is_half and has_dropout else {}
+    return replace(rows[row], **others)

@@ -13,6 +13,7 @@ from torch import Tensor
 from distflash import keywords, lengths, ops, prefill, transforms, validation
 from distflash.cache import Cache
 from distflash.context import ALONE, ContextParallel, as_given
+from distflash.dropout import as_seed
 from distflash.given import Numbers
 from distflash.integers import as_int
 from distflash.layouts import Layout
@@ -34,6 +35,7 @@ class _Keywords(TypedDict, total=False):
     alibi_slopes: Tensor | None
     sinks: Tensor | None
     dropout_p: float
+    dropout_seed: int | Tensor | None
 
 
 # fmt: off
@@ -85,6 +87,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
     return_max_logits: bool = False,
     **unknown: Never,
@@ -115,7 +118,11 @@ def attention(
             (https://arxiv.org/abs/2108.12409). No gradient.
         sinks: ``[heads]``, one extra logit per head in the softmax's denominator, without a value vector.
             Differentiable: each rank's gradient is partial, as for any replicated parameter; sum it over ranks.
-        dropout_p: must be 0; attention dropout is not supported.
+        dropout_p: attention dropout: each probability of the softmax is dropped with this probability, a multiple of
+            2^-16, and those that are kept are multiplied by ``1 / (1 - dropout_p)``. lse is that of all scores.
+        dropout_seed: with global positions, head and batch it decides which are dropped (`dropout_mask`): an int, or an
+            int64 tensor ``[]`` on q's device, which the host does not read. Required if ``dropout_p`` is not 0: the
+            same on all ranks, and new in each layer and step. Do not change the tensor in place before backward.
         return_lse: also return the log-sum-exp of the scores. Differentiable.
         return_max_logits: also return the largest score of each head, for QK-clip (docs/numerics.md). No gradient. Not
             with a cache.
@@ -147,11 +154,13 @@ def attention(
     problem = (
         keywords.problem(unknown)
         or transforms.problem(q=q, k=k, v=v, sinks=sinks, scale=scale, softcap=softcap)
-        or validation.call_problem(q, k, v, mask, sinks, alibi_slopes, scale, softcap, dropout_p, self_attention)
+        or validation.call_problem(
+            q, k, v, mask, sinks, alibi_slopes, scale, softcap, dropout_p, self_attention, dropout_seed
+        )
         or validation.device_problem(q, cp.transport)
         or (None if seq_len is None else lengths.seq_len_problem(seq_len))
         or lengths.queries_problem(q_start, q_len, kv_layout)
-        or (None if cache is None else prefill.cache_problem(cache, self_attention, return_max_logits))
+        or (None if cache is None else prefill.cache_problem(cache, self_attention, return_max_logits, dropout_p))
     )
     if problem is not None:
         cp.refuse(problem, in_attention=True)
@@ -164,8 +173,9 @@ def attention(
         forward = prefill.Forward(cp, cache, mask, tokens_of_chunk, numbers, sinks, alibi_slopes)
         out, lse = prefill.prefill(q, k, v, forward)
         return (out, lse) if return_lse else out
+    seed = as_seed(dropout_seed, q.device) if dropout_p and dropout_seed is not None else None
     recipe_id, data = cp.recipe(mask, Numbers(scale, softcap, dropout_p, kv_layout, max_logits=return_max_logits))
-    out, lse, max_logits = ops.call(q, k, v, sinks, alibi_slopes, tokens, recipe_id, data)
+    out, lse, max_logits = ops.call(q, k, v, sinks, alibi_slopes, seed, tokens, recipe_id, data)
     if return_max_logits:
         assert max_logits is not None
         return (out, lse, max_logits) if return_lse else (out, max_logits)

@@ -11,7 +11,7 @@ numbers may be inputs of a compiled graph. Ops find both by an integer id, in `t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import count
 from typing import NoReturn
@@ -25,6 +25,7 @@ from distflash.agreement import Agreement, Fields
 from distflash.attend import PlacedCall
 from distflash.chunks import Chunk
 from distflash.compiled import Data, Form, join
+from distflash.dropout import dropout_of, in_steps
 from distflash.engine import Call
 from distflash.exact import Exact, Same
 from distflash.folding import Folding
@@ -180,7 +181,7 @@ class Calls:
         return self.recipe_of_new(mask.value, numbers)
 
     def _recipe_of(self, mask: Exact, numbers: Numbers) -> Recipe:
-        return Recipe(self, mask, numbers)
+        return Recipe(self, mask, replace(numbers, dropout_p=in_steps(numbers.dropout_p)))
 
     def _template(self, form: Form) -> Template:
         return Template(self, form)
@@ -223,7 +224,9 @@ class Prepared:
         """The call."""
         specification, heads = self.specification, self.sizes.heads
         problem = specification.problem
-        scores = scores_of(problem.d_qk, specification.scale, problem.softcap, given.alibi_slopes, given.sinks)
+        seed = given.dropout_seed
+        dropout = None if seed is None else dropout_of(problem.dropout_p, seed)
+        scores = Scores.of(problem.d_qk, specification.scale, problem.softcap, given.alibi_slopes, given.sinks, dropout)
         call = Call(
             plan=self.plan,
             transport=self.calls.among,
@@ -343,7 +346,7 @@ class Recipe(_Numbered):
         return calls.refuse(problem) if problem is not None else tokens
 
     def _call(self, prepared: Prepared, given: Given) -> PlacedCall:
-        if given.sinks is None and given.alibi_slopes is None:
+        if given.sinks is None and given.alibi_slopes is None and given.dropout_seed is None:
             return prepared.plain
         return prepared.attention(given)
 
@@ -359,6 +362,7 @@ class Recipe(_Numbered):
             "kernel": prepared.kernel,
             "the values of sinks": _values(given.sinks),
             "the values of alibi_slopes": _values(given.alibi_slopes),
+            "the value of dropout_seed": _values(given.dropout_seed),
         }
 
 
@@ -380,15 +384,6 @@ class Template(_Numbered):
         return self.calls.recipe_of_new(
             mask, Numbers(scale, softcap, dropout_p, kv_layout, layout, self.form.max_logits)
         )
-
-
-def scores_of(
-    d_qk: int, scale: float | None, softcap: float, alibi_slopes: Tensor | None, sinks: Tensor | None
-) -> Scores:
-    """The `Scores` of a call, with tensors made contiguous for the kernels."""
-    slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
-    sinks = None if sinks is None else sinks.contiguous()
-    return Scores(d_qk**-0.5 if scale is None else scale, softcap, slopes, sinks)
 
 
 def _values(x: Tensor | None) -> str:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from distflash import lengths, validation
 from distflash.cache import Cache, mask_of
-from distflash.call import scores_of
 from distflash.chunks import dropped_problem
 from distflash.exact import Same
 from distflash.horizon import Horizon
 from distflash.kernels import Kernel, Problem
+from distflash.kernels.base import Scores
 from distflash.masks import Causal, Mask
 from distflash.profiling import named
 from distflash.transport import during
@@ -139,7 +139,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, step: DecodeStep) -> tuple[Tensor, 
         cache.raise_fault(late=True)
     _agree(q, asked, kernel, step)
     horizon = _known(step) if capturing else _ready(step, tokens)
-    scores = scores_of(q.shape[3], step.scale, step.softcap, step.alibi_slopes, None)  # sinks are merged in last
+    scores = Scores.of(q.shape[3], step.scale, step.softcap, step.alibi_slopes, None)  # sinks are merged in last
     decoding, transport = cache.cp.calls.decoding(kernel, q.device), cache.cp.transport
     if cache.cp.world_size == 1:
         with named("decode"):

@@ -32,6 +32,7 @@ ROUNDS = 7
 LEVELS = 1 << 16  # of the random number of a pair
 
 _WORD = 0xFFFFFFFF
+_STEP_BITS = 40  # of a seed; those above are the layer's, see `of_layer`
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,77 @@ class Dropout:
         return numbers(self.seed, batch, heads_of_call, q_positions, k_positions) >= self.threshold
 
 
+def dropout_mask(
+    seed: int | Tensor, p: float, batch: int, heads: int, q_positions: Tensor, k_positions: Tensor
+) -> Tensor:
+    """Which probabilities `attention` keeps under dropout, on any number of ranks, layout, schedule and kernel.
+
+    Every pair of a query and a key has a random number of the generator Philox-2x32-10 of Salmon et al. 2011
+    (https://doi.org/10.1145/2063384.2063405), which depends on the seed, the head, the index in the batch and the two
+    global positions. A pair is dropped if the number is below ``p``.
+
+    Args:
+        seed: ``dropout_seed`` of the call.
+        p: ``dropout_p`` of the call.
+        batch, heads: how many sequences and query heads; the mask is of the first ones.
+        q_positions: ``[T]``, global positions of queries.
+        k_positions: ``[K]``, global positions of keys, on the same device.
+
+    Returns:
+        bool ``[batch, heads, T, K]``, True where the probability is kept. Under `Rows` the sequence ``n`` of ``S`` keys
+        has ``dropout_mask(seed, p, 1, heads, q_positions + n * S, k_positions + n * S)``.
+
+    Raises:
+        ValueError: ``p`` is no probability below 1, or positions are no one-dimensional tensors of integers.
+
+    Examples:
+        >>> q, k, v = torch.randn(3, 1, 6, 2, 8)
+        >>> out = df.attention(q, k, v, dropout_p=0.25, dropout_seed=7)
+        >>> i = torch.arange(6)
+        >>> kept = df.dropout_mask(7, 0.25, 1, 2, i, i)
+        >>> probability = (torch.einsum("bihd,bjhd->bhij", q, k) * 8**-0.5).softmax(-1)
+        >>> torch.allclose(out, torch.einsum("bhij,bjhd->bihd", probability * kept / 0.75, v), atol=1e-6)
+        True
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"p: expected a probability of at least 0 and below 1, got {p!r}")
+    for name, x in (("q_positions", q_positions), ("k_positions", k_positions)):
+        if x.dim() != 1 or x.is_floating_point() or x.dtype == torch.bool:
+            raise ValueError(f"{name}: expected integers [tokens], got {x.dtype} with shape {tuple(x.shape)}")
+    device = q_positions.device
+    return numbers(as_seed(seed, device), batch, range(heads), q_positions, k_positions) >= threshold_of(p)
+
+
 def threshold_of(p: float) -> int:
     """The probability ``p`` in steps of 2^-16. 0 for no dropout."""
     return min(round(p * LEVELS), LEVELS - 1)
+
+
+def in_steps(p: float) -> float:
+    """The probability that pairs are dropped with where ``p`` is asked for: a multiple of 2^-16."""
+    return threshold_of(p) / LEVELS
+
+
+def dropout_of(p: float, seed: Tensor) -> Dropout | None:
+    """Dropout of the probability ``p``; None if that is 0."""
+    return Dropout(threshold_of(p), seed) if p else None
+
+
+def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    """A seed as kernels read it: an int is written to the device, which waits for nothing."""
+    return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def of_layer(seed: int, layer: int) -> int:
+    """The seed of a layer in a step: no two layers and steps share one.
+
+    Args:
+        seed: of the step, from 0 to 2^40 - 1.
+        layer: its number, below 2^23.
+    """
+    if not isinstance(seed, int) or not 0 <= seed < 1 << _STEP_BITS:
+        raise ValueError(f"dropout_seed: expected an int from 0 to 2**{_STEP_BITS} - 1, such as the step, got {seed!r}")
+    return seed + (layer << _STEP_BITS)
 
 
 def numbers(seed: Tensor, batch: int, heads: range, q_positions: Tensor, k_positions: Tensor) -> Tensor:

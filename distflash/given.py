@@ -23,11 +23,13 @@ class Given:
         lengths: ``(seq_len, q_start, q_len)``, with -1 for None.
         sinks: ``[H]`` or None.
         alibi_slopes: ``[H]`` or None.
+        dropout_seed: int64 ``[]``, on the call's device, or None.
     """
 
     lengths: Sequence[int]
     sinks: Tensor | None = None
     alibi_slopes: Tensor | None = None
+    dropout_seed: Tensor | None = None
 
 
 @dataclass(frozen=True)

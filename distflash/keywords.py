@@ -10,8 +10,7 @@ from difflib import get_close_matches
 
 KNOWN = (
     *("mask", "cp", "seq_len", "q_start", "q_len", "kv_layout", "cache"),
-    *("scale", "softcap", "alibi_slopes", "sinks", "dropout_p", "return_lse"),
-    "return_max_logits",
+    *("scale", "softcap", "alibi_slopes", "sinks", "dropout_p", "dropout_seed", "return_lse", "return_max_logits"),
 )
 
 _MASKS = (
@@ -49,7 +48,12 @@ _INSTEAD = {
     ("segment_ids", "document_ids", "position_ids"): "write mask=df.Documents(cu_seqlens)",
     ("softmax_scale", "sm_scale", "scaling"): "write scale=",
     ("logits_soft_cap", "logit_cap", "soft_cap", "logits_softcap"): "write softcap=",
-    ("dropout", "attn_dropout", "attention_dropout", "p_dropout"): "attention dropout is not supported; leave it out",
+    (
+        "dropout",
+        "attn_dropout",
+        "attention_dropout",
+        "p_dropout",
+    ): "write dropout_p=, and dropout_seed=, the same on all ranks",
     ("score_mod",): "scores change by scale=, softcap= and alibi_slopes= only",
     ("enable_gqa", "num_kv_groups"): "leave it out: k and v may have fewer heads, which have to divide q's",
     ("s_aux", "sink", "learnable_sink"): "write sinks=, one number per query head",

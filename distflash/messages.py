@@ -12,7 +12,7 @@ from distflash.exact import code
 
 FORWARD, BACKWARD = "attention forward", "attention backward"
 
-FIELDS = 24
+FIELDS = 32
 _WORDS, _BYTES = 6, 7  # a kind of call is words of so many bytes, which fit an int64
 WIDTH = 3 + _WORDS + FIELDS
 

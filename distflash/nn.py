@@ -106,6 +106,7 @@ class SelfAttention(nn.Module):
         head_dim: by default ``dim // heads``.
         rope_theta: base of the rotary embedding; None for none.
         mask: which keys a query sees; `forward` can override it.
+        dropout_p: attention dropout, in training mode; `forward` then needs a ``dropout_seed``.
         cp: the group that holds the sequence; None: this device holds all of it.
 
     Raises:
@@ -126,13 +127,15 @@ class SelfAttention(nn.Module):
         head_dim: int | None = None,
         rope_theta: float | None = 10000.0,
         mask: Mask = Causal(),
+        dropout_p: float = 0.0,
         cp: ContextParallel | None = None,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         for name, count in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads)):
             _require_count(name, count)
-        if (problem := validation.mask_problem(mask)) is not None:
+        problem = validation.mask_problem(mask) or validation.numbers_problem(None, None, dropout_p)
+        if problem is not None:
             raise ValueError(problem)
         if cp is not None and not isinstance(cp, ContextParallel):
             raise ValueError(f"cp: expected a ContextParallel or None, got {cp!r}; make one: df.ContextParallel(group)")
@@ -143,7 +146,7 @@ class SelfAttention(nn.Module):
         self.heads, self.kv_heads = heads, kv_heads
         self.head_dim = dim // heads if head_dim is None else head_dim
         _require_count("head_dim", self.head_dim)
-        self.mask, self.cp = mask, cp
+        self.mask, self.dropout_p, self.cp = mask, dropout_p, cp
         self.q_proj = nn.Linear(dim, heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
@@ -151,7 +154,13 @@ class SelfAttention(nn.Module):
         self.rope = None if rope_theta is None else RotaryEmbedding(self.head_dim, rope_theta)
 
     def forward(
-        self, x: Tensor, *, mask: Mask | None = None, seq_len: int | None = None, cache: Cache | None = None
+        self,
+        x: Tensor,
+        *,
+        mask: Mask | None = None,
+        seq_len: int | None = None,
+        cache: Cache | None = None,
+        dropout_seed: int | Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -162,6 +171,8 @@ class SelfAttention(nn.Module):
                 knows it.
             cache: this layer's keys and values of earlier tokens. x is then the next chunk of every sequence, sharded
                 on its own, and ``seq_len`` the number of its tokens; see `attention`. No gradient.
+            dropout_seed: as in `attention`: the same on all ranks, new in each layer and step. Not read in evaluation
+                mode.
 
         Returns:
             ``[B, T, dim]``.
@@ -178,7 +189,9 @@ class SelfAttention(nn.Module):
             local = self._positions(x, mask if cache is None else Full(), seq_len)
             q, k = self.rope(q, k, local if cache is None else cache.store.lengths[:, None] + local)
         cp = self.cp if cache is None else None  # that of the cache, which fits
-        return self._join(attention(q, k, v, mask=mask, cp=cp, seq_len=seq_len, cache=cache))
+        p = self.dropout_p if self.training else 0.0
+        out = attention(q, k, v, mask=mask, cp=cp, seq_len=seq_len, cache=cache, dropout_p=p, dropout_seed=dropout_seed)
+        return self._join(out)
 
     def decode(self, x: Tensor, *, cache: Cache, mask: Mask | None = None) -> Tensor:
         """Attention of a few new tokens, which every rank has, over the cache and themselves.

@@ -101,6 +101,7 @@ def attention(
     v: Tensor,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    dropout_seed: Tensor | None,
     lengths: Sequence[int],
     needs_grad: bool,
     recipe: int,
@@ -113,7 +114,7 @@ def attention(
 
     See [Note: arguments]. needs_grad: whether a backward may follow; the same on all ranks.
     """
-    given = Given(lengths, sinks, alibi_slopes)
+    given = Given(lengths, sinks, alibi_slopes, dropout_seed)
     made = templates[recipe].filled(Data(ints, boundaries, numbers))
     out, lse, number, max_logits = _forward(q, k, v, given, needs_grad, made)
     number = q.new_empty(0, dtype=torch.int64) if number is None else number
@@ -127,6 +128,7 @@ def _(
     v: Tensor,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    dropout_seed: Tensor | None,
     lengths: Sequence[int],
     needs_grad: bool,
     recipe: int,
@@ -161,6 +163,7 @@ def attention_backward(
     number: Tensor,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    dropout_seed: Tensor | None,
     lengths: Sequence[int],
     recipe: int,
     ints: Sequence[int],
@@ -168,7 +171,10 @@ def attention_backward(
     numbers: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv, dsinks)`` of `attend.backward`; dsinks is empty without sinks."""
-    given, made = Given(lengths, sinks, alibi_slopes), templates[recipe].filled(Data(ints, boundaries, numbers))
+    given, made = (
+        Given(lengths, sinks, alibi_slopes, dropout_seed),
+        templates[recipe].filled(Data(ints, boundaries, numbers)),
+    )
     dq, dk, dv, dsinks = _backward_of(dout, dlse, (q, k, v, out, lse), number, given, made)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
@@ -185,6 +191,7 @@ def _(
     number: Tensor,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    dropout_seed: Tensor | None,
     lengths: Sequence[int],
     recipe: int,
     ints: Sequence[int],
@@ -196,7 +203,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, sinks, alibi_slopes, ctx.lengths, _, ctx.recipe, ctx.ints, boundaries, numbers = inputs
+    q, k, v, sinks, alibi_slopes, dropout_seed, ctx.lengths, _, ctx.recipe, ctx.ints, boundaries, numbers = inputs
     # A missing gradient of lse stays None: usually lse is not used, and a tensor of zeros would cost time.
     ctx.set_materialize_grads(False)
     # The recipe must outlive the graph even if its ContextParallel does not.
@@ -204,19 +211,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # The number is saved as a tensor, because a recomputed forward is another call with another number.
     *kept, max_logits = output
     ctx.mark_non_differentiable(max_logits)
-    ctx.save_for_backward(q, k, v, *kept, sinks, alibi_slopes, boundaries, numbers)
+    ctx.save_for_backward(q, k, v, *kept, sinks, alibi_slopes, dropout_seed, boundaries, numbers)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, number, sinks, alibi_slopes, boundaries, numbers = ctx.saved_tensors
+    q, k, v, out, lse, number, sinks, alibi_slopes, dropout_seed, boundaries, numbers = ctx.saved_tensors
     if dout is None and dlse is None:
-        return (None,) * 11
+        return (None,) * 12
     dout = torch.zeros_like(out) if dout is None else dout
     data = ctx.ints, boundaries, numbers
     dq, dk, dv, dsinks = attention_backward(
-        dout, dlse, q, k, v, out, lse, number, sinks, alibi_slopes, ctx.lengths, ctx.recipe, *data
+        dout, dlse, q, k, v, out, lse, number, sinks, alibi_slopes, dropout_seed, ctx.lengths, ctx.recipe, *data
     )
-    return dq, dk, dv, None if sinks is None else dsinks, *(None,) * 7
+    return dq, dk, dv, None if sinks is None else dsinks, *(None,) * 8
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
@@ -233,29 +240,32 @@ class _Eager(torch.autograd.Function):
         v: Tensor,
         sinks: Tensor | None,
         alibi_slopes: Tensor | None,
+        dropout_seed: Tensor | None,
         lengths: Sequence[int],
         recipe: Recipe,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.lengths, ctx.recipe = lengths, recipe
         ctx.set_materialize_grads(False)
         with named("attention"):
-            out, lse, number, max_logits = _forward(q, k, v, Given(lengths, sinks, alibi_slopes), True, recipe)
-        ctx.save_for_backward(q, k, v, out, lse, number, sinks, alibi_slopes)
+            out, lse, number, max_logits = _forward(
+                q, k, v, Given(lengths, sinks, alibi_slopes, dropout_seed), True, recipe
+            )
+        ctx.save_for_backward(q, k, v, out, lse, number, sinks, alibi_slopes, dropout_seed)
         if max_logits is not None:
             ctx.mark_non_differentiable(max_logits)
         return out, lse, max_logits
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        *saved, number, sinks, alibi_slopes = ctx.saved_tensors
+        *saved, number, sinks, alibi_slopes, dropout_seed = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * 7
-        given = Given(ctx.lengths, sinks, alibi_slopes)
+            return (None,) * 8
+        given = Given(ctx.lengths, sinks, alibi_slopes, dropout_seed)
         with named("attention_backward"), _no_grad():
             found = _backward_of(dout, dlse, saved, number, given, ctx.recipe)
         if torch.is_grad_enabled():
             found = _First.apply(*found, dout, dlse, *saved, sinks)
-        return *found, None, None, None
+        return *found, None, None, None, None
 
 
 class _First(torch.autograd.Function):
@@ -284,6 +294,7 @@ def call(
     v: Tensor,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    dropout_seed: Tensor | None,
     lengths: Sequence[int],
     recipe: int,
     data: Data,
@@ -295,14 +306,14 @@ def call(
     tensors = q, k, v, sinks, alibi_slopes
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if _is_watched(tensors):
-        out, lse, _, max_logits = attention(*tensors, lengths, needs_grad, recipe, *data)
+        out, lse, _, max_logits = attention(*tensors, dropout_seed, lengths, needs_grad, recipe, *data)
         return out, lse, max_logits
     made = templates[recipe].filled(data)
     if needs_grad:
-        out, lse, max_logits = _Eager.apply(*tensors, lengths, made)
+        out, lse, max_logits = _Eager.apply(*tensors, dropout_seed, lengths, made)
     else:
         with named("attention"):
-            out, lse, _, max_logits = _forward(q, k, v, Given(lengths, sinks, alibi_slopes), False, made)
+            out, lse, _, max_logits = _forward(q, k, v, Given(lengths, sinks, alibi_slopes, dropout_seed), False, made)
     return out, lse, max_logits
 
 

@@ -36,11 +36,15 @@ class Softmax:
     weighted: Tensor
 
     @staticmethod
-    def of_scores(scores: Tensor, values: Tensor) -> Softmax:
-        """The state of the keys of ``scores [..., t, n]`` and ``values [..., n, V]``. Overwrites the scores."""
+    def of_scores(scores: Tensor, values: Tensor, dropped: Tensor | None = None) -> Softmax:
+        """The state of the keys of ``scores [..., t, n]`` and ``values [..., n, V]``. Overwrites the scores.
+
+        dropped: ``[..., t, n]``, what dropout multiplies the exponentials of `weighted` by.
+        """
         maximum = scores.amax(-1)
         p = scores.sub_(_finite(maximum)[..., None]).exp_()
-        return Softmax(maximum, p.sum(-1), p @ values)
+        total = p.sum(-1)
+        return Softmax(maximum, total, (p if dropped is None else p.mul_(dropped)) @ values)
 
     def merge(self, other: Softmax, base: float = math.e) -> Softmax:
         """The state of the keys of both, which must be disjoint. base: of the exponentials, see `maximum`."""

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from distflash import engine, lengths
 from distflash.cache import Cache, mask_of
-from distflash.call import scores_of
 from distflash.chunks import Chunk
 from distflash.context import ContextParallel
 from distflash.engine import Call
 from distflash.exact import Same
 from distflash.given import Numbers
 from distflash.kernels import Kernel, Problem
+from distflash.kernels.base import Scores
 from distflash.ledger import Ledger, Move
 from distflash.masks import Mask
 from distflash.plan import Plan
@@ -92,7 +92,7 @@ def _one(
     """Sequence ``n`` alone: the messages about its keys are then pieces of memory as they are."""
     store, numbers, count = forward.cache.store, forward.numbers, ledger.counts[forward.cp.rank]
     _keep(n, kv, ledger, forward)
-    scores = scores_of(q.shape[3], numbers.scale, numbers.softcap, forward.alibi_slopes, forward.sinks)
+    scores = Scores.of(q.shape[3], numbers.scale, numbers.softcap, forward.alibi_slopes, forward.sinks)
     call = Call(plan, forward.cp.transport, kernel, scores)
     out, lse, _ = engine.forward(q, store.k[n : n + 1, :count], store.v[n : n + 1, :count], call)
     return out, lse
@@ -146,7 +146,7 @@ def _ledgers(forward: Forward) -> tuple[list[Ledger], list[Ledger]]:
     return before, list(map(more, before))
 
 
-def cache_problem(cache: object, self_attention: bool, max_logits: bool = False) -> str | None:
+def cache_problem(cache: object, self_attention: bool, max_logits: bool = False, dropout_p: float = 0.0) -> str | None:
     """Whether it is a cache, in a call whose queries are the keys' tokens and that asks for what a cache can give."""
     if not isinstance(cache, Cache):
         return f"cache: expected a df.Cache, got {came(cache)}"
@@ -160,6 +160,8 @@ def cache_problem(cache: object, self_attention: bool, max_logits: bool = False)
             "return_max_logits: expected False with a cache, which serves generation, got True; leave it out, or make "
             "the call without the cache"
         )
+    if dropout_p:
+        return f"dropout_p: expected 0 with a cache, which is for inference, got {came(dropout_p)}; leave it out"
     return None
 
 

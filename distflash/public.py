@@ -8,6 +8,7 @@ from distflash.checkpointing import checkpoint_policy, keep_attention
 from distflash.context import ContextParallel
 from distflash.decode_step import decode
 from distflash.differences import Report
+from distflash.dropout import dropout_mask
 from distflash.layouts import Contiguous, Layout, Striped, WholeChunks, Zigzag
 from distflash.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Window
 from distflash.patterns import BlockCausal, FirstTokens, ImageBlocks, Tree
@@ -48,6 +49,7 @@ __all__ = [
     "attention",
     "checkpoint_policy",
     "decode",
+    "dropout_mask",
     "keep_attention",
     "kernels",
     "nn",

@@ -78,6 +78,7 @@ class Specification:
             "softcap": problem.softcap,
             "sinks": problem.sinks,
             "alibi_slopes": problem.alibi,
+            "dropout_p": problem.dropout_p,
             "needs a gradient": self.needs_grad,
             "return_max_logits": problem.max_logits,
         }

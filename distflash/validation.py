@@ -123,6 +123,7 @@ def call_problem(
     softcap: float | Tensor | None,
     dropout_p: float,
     self_attention: bool,
+    dropout_seed: int | Tensor | None = None,
 ) -> str | None:
     """What is wrong with a call's arguments, but for their length; None if nothing is."""
     problem = mask_problem(mask) or tensors_problem(q, k, v, self_attention)
@@ -130,14 +131,35 @@ def call_problem(
         return problem
     problem = per_head_problem("sinks", sinks, q, grad=True)
     problem = problem or per_head_problem("alibi_slopes", alibi_slopes, q, grad=False)
-    return problem or numbers_problem(scale, softcap, dropout_p)
+    problem = problem or numbers_problem(scale, softcap, dropout_p)
+    if problem is None and (dropout_p or dropout_seed is not None):
+        problem = seed_problem(dropout_p, dropout_seed, q)
+    return problem
+
+
+def seed_problem(dropout_p: float, seed: object, q: Tensor) -> str | None:
+    """What is wrong with the seed of dropout."""
+    remedy = "pass an int, or an int64 tensor [] on q's device: the same on all ranks, and new in each call and step"
+    if seed is None:
+        return f"dropout_seed: is missing, but dropout_p is {came(dropout_p)}; {remedy}"
+    if not isinstance(seed, Tensor):
+        if isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63:
+            return None
+        return f"dropout_seed: expected an int that fits int64, got {came(seed)}; {remedy}"
+    if (problem := _kind_problem("dropout_seed", seed)) is not None:
+        return problem
+    if seed.dtype != torch.int64 or seed.dim() != 0:
+        return f"dropout_seed: expected an int64 tensor [], got {came(seed)}; {remedy}"
+    if seed.device != q.device:
+        return f"dropout_seed: is on {seed.device} but q is on {q.device}; move it to q's device, or pass an int"
+    return None
 
 
 def numbers_problem(scale: object, softcap: object, dropout_p: object) -> str | None:
     """What is wrong with the numbers that form scores."""
     problem = _real_problem("scale", scale, "multiply q by it instead, and pass scale=1.0")
     problem = problem or _real_problem("softcap", softcap, "softcap is not differentiable here; pass float(softcap)")
-    problem = problem or _real_problem("dropout_p", dropout_p, "attention dropout is not supported; leave it out")
+    problem = problem or _real_problem("dropout_p", dropout_p, "one probability is for all heads")
     if problem is not None:
         return problem
     # At 0 a masked score would be -inf * 0.

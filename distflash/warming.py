@@ -72,7 +72,12 @@ class Rehearsal:
                 (T, H, problem.d_v),
             )
         )
-        given = Given(_lengths(specification), *(_of_heads(H, there) for there in (problem.sinks, problem.alibi)))
+        given = Given(
+            _lengths(specification),
+            _of_heads(H, problem.sinks),
+            _of_heads(H, problem.alibi),
+            torch.empty((), dtype=torch.int64, device=_META) if problem.dropout_p else None,
+        )
         layouts = tokens.kv_layout, tokens.layout
         numbers = Numbers(specification.scale, problem.softcap, problem.dropout_p, *layouts, problem.max_logits)
         recipe = calls.recipe_of_new(specification.mask.value, numbers)

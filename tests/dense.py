@@ -43,6 +43,8 @@ class Problem:
     softcap: float = 0.0
     alibi: bool = False
     sinks: bool = False
+    dropout_p: float = 0.0
+    dropout_seed: int = 1
     seed: int = 0
     q_start: int = 0
     q_len: int | None = None
@@ -101,7 +103,7 @@ def dense(p: Problem, x: Inputs) -> Results:
     blind = (s == -torch.inf).all(-1)
     s = s.masked_fill(blind[..., None], 0.0)
     probability = s.softmax(-1)[..., :-1].masked_fill(blind[..., None], 0.0)
-    out = torch.einsum("bhij,bjhd->bihd", probability, per_query_head(p, v))
+    out = torch.einsum("bhij,bjhd->bihd", dropped(p, probability), per_query_head(p, v))
     lse = s.logsumexp(-1).masked_fill(blind, -torch.inf)
     torch.autograd.backward((out, lse), (x.dout.double(), x.dlse.double()))
     return _results(out, lse, q, k, v, sinks)
@@ -116,6 +118,23 @@ def scores(p: Problem, q: Tensor, k: Tensor, slopes: Tensor | None) -> Tensor:
     if slopes is not None:
         s = s - slopes.double()[:, None, None] * (queries[:, None] - keys).abs()
     return s.masked_fill(~visible(p, q.device), -torch.inf)
+
+
+def dropped(p: Problem, probability: Tensor) -> Tensor:
+    """Probabilities ``[B, H, Q, S]`` after dropout."""
+    if not p.dropout_p:
+        return probability
+    device = probability.device
+    queries, keys = torch.arange(p.queries, device=device) + p.q_start, torch.arange(p.seq_len, device=device)
+    seed = torch.tensor(p.dropout_seed, device=device)
+    if isinstance(p.mask, df.Rows):  # one sequence of all rows
+        rows = [n * p.seq_len for n in range(p.batch)]
+        of_rows = [df.dropout_mask(seed, p.dropout_p, 1, p.heads, queries + n, keys + n) for n in rows]
+        kept = torch.cat(of_rows) if rows else probability.bool()
+    else:
+        kept = df.dropout_mask(seed, p.dropout_p, p.batch, p.heads, queries, keys)
+    share = 1 - round(p.dropout_p * 2**16) / 2**16
+    return probability * kept / share
 
 
 def visible(p: Problem, device: torch.device) -> Tensor:
@@ -142,7 +161,7 @@ def on_rank(p: Problem, x: Inputs, cp: df.ContextParallel | None) -> Results:
 
 def options(p: Problem) -> dict[str, Any]:
     """The keywords of a call that are no tensors."""
-    names = ("mask", "seq_len", "q_start", "q_len", "kv_layout", "scale", "softcap")
+    names = ("mask", "seq_len", "q_start", "q_len", "kv_layout", "scale", "softcap", "dropout_p", "dropout_seed")
     return {name: getattr(p, name) for name in names}
 
 

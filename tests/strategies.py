@@ -154,6 +154,13 @@ def problems(draw, max_seq_len: int = 40) -> Problem:
 
 
 @st.composite
+def dropped(draw, problem: st.SearchStrategy[Problem]) -> Problem:
+    """Problems with attention dropout."""
+    seed = draw(st.sampled_from([0, 1, -(2**63), 2**63 - 1, 0x123456789ABCDEF0]))
+    return replace(draw(problem), dropout_p=draw(st.sampled_from([0.1, 0.5, 0.99])), dropout_seed=seed)
+
+
+@st.composite
 def problems_of_rows(draw) -> Problem:
     """Batches whose sequences have masks of their own."""
     p = draw(problems(max_seq_len=20))

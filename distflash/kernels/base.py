@@ -66,6 +66,20 @@ class Scores:
     sinks: Tensor | None = None
     dropout: Dropout | None = None
 
+    @staticmethod
+    def of(
+        d_qk: int,
+        scale: float | None,
+        softcap: float,
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
+        dropout: Dropout | None = None,
+    ) -> Scores:
+        """Those of a call, with tensors made contiguous for the kernels."""
+        slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
+        sinks = None if sinks is None else sinks.contiguous()
+        return Scores(d_qk**-0.5 if scale is None else scale, softcap, slopes, sinks, dropout)
+
     @property
     def facts(self) -> tuple[float, ...]:
         """The scalars' part of the cache key of a kernel launch; see `Pass.facts`."""

@@ -47,8 +47,6 @@ class Reference(Kernel):
         reasons = []
         if not problem.dtype.is_floating_point:
             reasons.append(f"dtype {problem.dtype} is not a floating-point dtype")
-        if problem.dropout_p:
-            reasons.append(f"dropout_p={problem.dropout_p} is not supported, only 0")
         return reasons
 
     def abilities(self, device: torch.device) -> Abilities:
@@ -84,7 +82,8 @@ class Reference(Kernel):
             queries = sources[0].tiles.queries(q, block) * scores.scale
             for source, tile in seen:
                 s, _ = source.tiles.scores(queries, source.k, block, tile)
-                softmax = softmax.merge(Softmax.of_scores(s, source.v[:, :, None, tile]))
+                dropped = source.tiles.dropped(len(q), block, tile)
+                softmax = softmax.merge(Softmax.of_scores(s, source.v[:, :, None, tile], dropped))
             _store(sources[0].tiles, block, bool(flags & ENDS), softmax, scores, into)
 
     def preprocess(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> BackwardContext:
@@ -130,8 +129,12 @@ class Reference(Kernel):
             for tile in self._tiles(source, block):
                 s, slope = tiles.scores(queries, k, block, tile)
                 p = s.sub_(lse).exp_()
-                dv[:, :, tile] += tiles.transposed_matmul(p, dout)
-                ds = p * (tiles.matmul(dout, v[:, :, tile].mT) - delta)
+                dp = tiles.matmul(dout, v[:, :, tile].mT)
+                dropped = tiles.dropped(len(saved.q), block, tile)
+                if dropped is not None:
+                    dp *= dropped
+                dv[:, :, tile] += tiles.transposed_matmul(p if dropped is None else p * dropped, dout)
+                ds = p * (dp - delta)
                 if slope is not None:
                     ds *= slope
                 dk[:, :, tile] += tiles.transposed_matmul(ds, queries)
@@ -233,6 +236,14 @@ class _Tiles:
         key = torch.arange(keys.start, keys.stop, device=s.device)
         lo, hi = self.rows.row_lo[block, None], self.rows.row_hi[block, None]
         return s.masked_fill_((key < lo) | (key >= hi), -torch.inf), slope
+
+    def dropped(self, batch: int, block: slice, keys: slice) -> Tensor | None:
+        """What dropout multiplies probabilities by, ``[B, G, R, t, n]``: the keep scale, or 0. None without dropout."""
+        dropout = self.from_scores.dropout
+        if dropout is None:
+            return None
+        kept = dropout.kept(batch, range(self.heads), self.rows.q_positions[block], self.rows.k_positions[keys])
+        return kept.unflatten(1, (self.kv_heads, -1)).to(self.dtype).mul_(dropout.keep_scale)
 
 
 def _start(tiles: _Tiles, block: slice, first: bool, scores: Scores, into: Partial) -> Softmax:

@@ -20,8 +20,8 @@ BY_ALL = [
 ]  # fmt: skip
 BY_ONE = [
     "q is None", "heads no multiple of kv_heads", "complex numbers", "a DTensor", "scale as a string", "softcap a head",
-    "dropout", "sinks of the wrong length", "is_causal", "a slip", "no mask", "another length", "a learned count",
-    "no reduction", "cross-attention under a mask", "masks for no sequence", "kv_layout as a string",
+    "dropout without a seed", "sinks of the wrong length", "is_causal", "a slip", "no mask", "another length",
+    "a learned count", "no reduction", "cross-attention under a mask", "masks for no sequence", "kv_layout as a string",
 ]  # fmt: skip
 
 

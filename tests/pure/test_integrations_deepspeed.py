@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
 
 import distflash as df
 
@@ -218,17 +219,20 @@ class Core(nn.Module):
 class Layer(nn.Module):
     """Somebody's attention layer, with its core in a module or called directly."""
 
-    def __init__(self, core: nn.Module | None, is_causal: bool = True, attn_mask: Tensor | None = None) -> None:
+    def __init__(
+        self, core: nn.Module | None, is_causal: bool = True, attn_mask: Tensor | None = None, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.qkv, self.out = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
-        self.core, self.is_causal, self.attn_mask = core, is_causal, attn_mask
+        self.core, self.is_causal, self.attn_mask, self.dropout = core, is_causal, attn_mask, dropout
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).unbind(2)
         if self.core is not None:
             return self.out(self.core(q, k, v).flatten(2))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.attn_mask, is_causal=self.is_causal)
+        p = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.attn_mask, dropout_p=p, is_causal=self.is_causal)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -267,6 +271,56 @@ def test_wrapped_layers_compute_over_all_ranks_what_they_were(core: bool, wrap: 
         torch.testing.assert_close(out, expected[:, df.Zigzag().positions(S, 3, rank)].detach())
     for n, p in enumerate(plain.parameters()):
         torch.testing.assert_close(torch.stack([grads[n] for _, grads in parts]).sum(0), p.grad)
+
+
+def dropping(cp: df.ContextParallel, seed: int | None) -> nn.Sequential:
+    """Two equal layers with attention dropout."""
+    model = nn.Sequential(*(Layer(None, dropout=0.3) for _ in range(2))).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(p.numel()))
+    order = dfd.Order(batch=0, heads=1, tokens=2)
+    attention = dfd.DistributedAttention(cp, df.Causal(), seq_len=S, order=order)
+    attention.dropout_seed = seed
+    dfd.redirect_attention(model, Layer, attention)
+    return model
+
+
+def test_dropout_of_redirected_layers_is_that_of_one_rank_and_differs_between_layers() -> None:
+    x = torch.randn(2, S, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def work(cp: df.ContextParallel) -> tuple[Tensor, list[Tensor]]:
+        model = dropping(cp, 5)
+        out = checkpoint_sequential(model, 2, cp.shard(x), use_reentrant=False)
+        out.square().sum().backward()
+        return out.detach(), [p.grad for p in model.parameters()]
+
+    one = dropping(ALONE, 5)
+    expected = one(x)
+    expected.square().sum().backward()
+    parts = on_ranks(work, 3)
+    for rank, (out, _) in enumerate(parts):
+        torch.testing.assert_close(out, expected[:, df.Zigzag().positions(S, 3, rank)].detach())
+    for n, p in enumerate(one.parameters()):
+        torch.testing.assert_close(torch.stack([grads[n] for _, grads in parts]).sum(0), p.grad)
+    first, second = dropping(ALONE, 5)
+    assert not torch.equal(first(x), second(x))
+    assert not torch.equal(dropping(ALONE, 6)(x), expected)
+    assert torch.equal(dropping(ALONE, None).eval()(x), dropping(ALONE, 5).eval()(x))
+
+
+def test_dropout_of_redirected_layers_needs_a_seed_of_the_step() -> None:
+    x = torch.zeros(1, S, DIM, dtype=torch.float64)
+    with pytest.raises(ValueError, match="dropout_p: the layer has attention dropout, for which all ranks need one"):
+        dropping(ALONE, None)(x)
+    with pytest.raises(ValueError, match=r"dropout_seed: expected an int from 0 to 2\*\*40 - 1, such as the step"):
+        dropping(ALONE, 2**40)(x)
+
+
+def test_attention_takes_dropout_and_a_seed() -> None:
+    q = torch.randn(2, S, HEADS, 8)
+    attend = dfd.DistributedAttention(ALONE, df.Causal(), seq_len=S)
+    options = dict(dropout_p=0.3, dropout_seed=4)
+    assert torch.equal(attend(q, q, q, **options), df.attention(q, q, q, mask=df.Causal(), **options))
 
 
 def test_a_redirection_ends_with_the_forward_and_can_be_taken_back() -> None:

@@ -1,5 +1,6 @@
 """Without processes: parts of batches over simulated ranks, models over one rank, and everything that is refused."""
 
+import itertools
 import math
 import pickle
 import subprocess
@@ -23,6 +24,7 @@ from transformers import (
 
 import distflash as df
 from distflash.integrations import transformers as tf
+from distflash.integrations.transformers.batch import require_same_batch
 from distflash.transport import Alone, Simulator
 from tests.counting import Counting
 from tests.tiny_models import CONFIGS, SMALL, Case, eager, enable_checkpointing, relative, results
@@ -340,13 +342,69 @@ def test_a_cache_of_the_library_is_refused(cp):
         model(**part, past_key_values=DynamicCache())
 
 
-def test_attention_dropout_is_refused_in_training_only(cp):
-    config = LlamaConfig(**SMALL, attention_dropout=0.1)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="distflash")
-    part = tf.shard_batch(whole_batch(), cp)
-    model.eval()(**part)
-    with pytest.raises(ValueError, match=r"dropout: attention dropout is not supported, got 0.1; set config"):
-        model.train()(**part)
+def dropping_model(attention):
+    """In training mode."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL, attention_dropout=0.3)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
+
+
+def with_gradients(model, batch):
+    out = model(**batch)
+    out.loss.backward()
+    return results(model, out.logits, out.loss)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_attention_dropout_is_eagers_with_the_oracles_masks(cp, checkpointed, monkeypatch):
+    model = dropping_model("distflash")
+    if checkpointed:
+        enable_checkpointing(model, {"use_reentrant": False})
+    got = with_gradients(model, tf.shard_batch({**whole_batch(), "dropout_seed": 7}, cp))
+    layers, here = itertools.count(), torch.arange(S)
+
+    def dropped(x, p, training):
+        kept = df.dropout_mask(7 + (next(layers) << 40), p, *x.shape[:2], here, here)
+        return x * kept / (1 - round(p * 2**16) / 2**16)
+
+    eager_model = dropping_model("eager")
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropped)
+    expected = with_gradients(eager_model, whole_batch())
+    assert next(layers) == SMALL["num_hidden_layers"]
+    assert max(relative(got[name], x) for name, x in expected.items()) <= 1e-5
+
+
+def test_attention_dropout_is_of_training_and_of_the_batchs_seed(cp):
+    model = dropping_model("distflash")
+    first, again, other = (model(**tf.shard_batch({**whole_batch(), "dropout_seed": n}, cp)).logits for n in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    evaluated = model.eval()(**tf.shard_batch(whole_batch(), cp)).logits
+    assert relative(evaluated, dropping_model("eager").eval()(**whole_batch()).logits) <= 1e-5
+
+
+def test_attention_dropout_without_a_seed_is_refused_in_training(cp):
+    with pytest.raises(ValueError, match=r"dropout: attention dropout of 0.3 needs a seed .*put dropout_seed into the"):
+        dropping_model("distflash")(**tf.shard_batch(whole_batch(), cp))
+    for seed in (-1, 2**40, 1.5, "1"):
+        with pytest.raises(ValueError, match=r"dropout_seed: expected an int from 0 to 2\*\*40 - 1, such as the step"):
+            tf.shard_batch({**whole_batch(), "dropout_seed": seed}, cp)
+
+
+def test_attention_dropout_of_layers_without_a_number_is_refused(cp):
+    model = dropping_model("distflash")
+    del model.model.layers[1].self_attn.layer_idx
+    with pytest.raises(ValueError, match="dropout: LlamaAttention has no layer_idx"):
+        model(**tf.shard_batch({**whole_batch(), "dropout_seed": 7}, cp))
+
+
+def test_batches_of_different_seeds_are_different_batches():
+    def work(transport):
+        cp = df.ContextParallel(transport)
+        shard = tf.shard_batch({**whole_batch(), "dropout_seed": transport.rank}, cp)["distflash"]
+        with pytest.raises(ValueError, match="dropout_seed differs between rank 0 and rank 1"):
+            require_same_batch(shard, cp)
+
+    Simulator(2).run(work)
 
 
 def test_a_part_for_other_ranks_is_refused(cp):

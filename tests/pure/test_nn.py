@@ -46,6 +46,28 @@ def test_the_mask_of_the_call_goes_before_the_modules():
     assert not torch.equal(module(mask=df.Full())(x), module()(x))
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_dropout_is_that_of_one_rank_and_of_training(world_size):
+    x, dout = torch.randn(2, 2, S, DIM, dtype=torch.float64)
+    seed = torch.tensor(5)
+    expected, expected_parameters = forward_and_backward(module(dropout_p=0.3), x, dout, dropout_seed=5)
+
+    def work(transport):
+        cp = df.ContextParallel(transport)
+        attention = module(cp, dropout_p=0.3)
+        return forward_and_backward(attention, cp.shard(x), cp.shard(dout), seq_len=S, dropout_seed=seed)
+
+    parts, parameters = zip(*Simulator(world_size).run(work), strict=True)
+    got = join(parts, df.Zigzag(), S)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, **CLOSE)
+    for total, value in zip(map(sum, zip(*parameters, strict=True)), expected_parameters, strict=True):
+        torch.testing.assert_close(total, value, **CLOSE)
+    plain = module()
+    assert torch.equal(module(dropout_p=0.3).eval()(x), plain(x))
+    assert not torch.equal(expected["out"], plain(x))
+
+
 def rotate(x, *positions, theta=10000.0):
     """``x [B, T, heads, D]`` as queries; as keys it must be turned alike."""
     q, k = df.nn.RotaryEmbedding(x.shape[-1], theta)(x, x, torch.tensor(positions))
@@ -88,6 +110,10 @@ def test_rope_takes_positions_of_each_sequence():
     [
         (lambda: df.nn.SelfAttention(10, 4), "heads: 4 does not divide dim=10"),
         (lambda: df.nn.SelfAttention(16, 4, 3), "kv_heads: 3 does not divide heads=4"),
+        (
+            lambda: df.nn.SelfAttention(16, 4, dropout_p=1.0),
+            "dropout_p: expected a probability of at least 0 and below 1",
+        ),
         (lambda: df.nn.SelfAttention(12, 4), "head_dim: rotary embedding needs an even head_dim, got 3"),
     ],
 )

@@ -21,20 +21,22 @@ def recipe_of(cp, **numbers):
     return cp.recipe(df.Causal(), Numbers(**numbers))[0]
 
 
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "sinks and slopes"])
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "sinks, slopes and dropout"])
 def test_opcheck(extras):
     q, k, v = (torch.randn(2, S, heads, 8, requires_grad=True) for heads in (4, 2, 2))
     sinks = torch.randn(4, requires_grad=True) if extras else None
     slopes = torch.rand(4) if extras else None
+    seed = torch.tensor(3) if extras else None
     cp = df.ContextParallel(Alone())
-    options = (sinks, slopes, LENGTHS, True, recipe_of(cp), [], None, None)
+    recipe, _ = cp.recipe(df.Causal(), Numbers(dropout_p=0.3 if extras else 0.0))
+    options = (sinks, slopes, seed, LENGTHS, True, recipe, [], None, None)
     arguments = (q, k, v, *options)
     torch.library.opcheck(torch.ops.distflash.attention.default, arguments)
     out, lse, number, _ = torch.ops.distflash.attention(*arguments)
     plain = [t if t is None else t.detach() for t in (torch.ones_like(out), None, q, k, v, out, lse, number)]
     torch.library.opcheck(
         torch.ops.distflash.attention_backward.default,
-        (*plain, None if sinks is None else sinks.detach(), slopes, LENGTHS, *options[4:]),
+        (*plain, None if sinks is None else sinks.detach(), slopes, seed, LENGTHS, *options[5:]),
     )
 
 

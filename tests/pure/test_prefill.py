@@ -123,7 +123,7 @@ WRONG = {
     "q_start": (dict(q_start=9, q_len=4), "cache: with a cache queries are the tokens of the chunk"),
     "kv_layout": (dict(kv_layout=df.Striped()), "cache: with a cache queries are the tokens of the chunk"),
     "no cache": (dict(cache="dynamic"), "cache: expected a df.Cache, got 'dynamic'"),
-    "dropout": (dict(dropout_p=0.1), ".*dropout"),
+    "dropout": (dict(dropout_p=0.1, dropout_seed=1), "dropout_p: expected 0 with a cache, .*got 0.1"),
 }  # fmt: skip
 
 

@@ -23,8 +23,11 @@ from torch.utils.hooks import RemovableHandle
 
 from distflash.api import attention
 from distflash.context import ContextParallel
+from distflash.dropout import of_layer
 from distflash.masks import Mask
 from distflash.rows import Rows
+
+_LAYERS = 1 << 16  # more than a model has
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,36 @@ class DistributedAttention(nn.Module):
         mask: which keys a query sees.
         seq_len: the global length; a batch that was not sharded, or twice, has another and is refused.
         order: of the dimensions of q, k, v and out.
+
+    Attributes:
+        dropout_seed: of layers that are redirected to it and have attention dropout: an int from 0 to 2^40 - 1, such as
+            the step. To be set before each forward, to the same on all ranks of cp; each layer makes its own of it.
     """
+
+    dropout_seed: int | None = None
 
     def __init__(self, cp: ContextParallel, mask: Mask, *, seq_len: int, order: Order = Order()) -> None:
         super().__init__()
         self.cp, self.mask, self.seq_len, self.order = cp, mask, seq_len, order
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int | None = None, *others: Any, **named: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch_dim_idx: int | None = None,
+        *others: Any,
+        dropout_p: float = 0.0,
+        dropout_seed: int | Tensor | None = None,
+        **named: Any,
     ) -> Tensor:
         """Attend.
 
         Args:
             query, key, value: this rank's tokens, four dimensions in ``order``; key and value may have fewer heads.
             batch_dim_idx: as DeepSpeed's attention has it; must agree with ``order``.
-            others, named: must be None: masks, dropout and rotary embeddings of a caller are not dropped silently.
+            dropout_p, dropout_seed: as in `distflash.attention`.
+            others, named: must be None: masks and rotary embeddings of a caller are not dropped silently.
 
         Returns:
             Four dimensions, in the same order.
@@ -82,7 +100,9 @@ class DistributedAttention(nn.Module):
             self.refuse(f"batch_dim_idx: got {batch_dim_idx}, but {order} was given; make it with another Order")
         there = (order.batch, order.tokens, order.heads, 3)
         q, k, v = (x.permute(there) for x in self.four(query=query, key=key, value=value))
-        out = attention(q, k, v, mask=self.mask, cp=self.cp, seq_len=self.seq_len)
+        out = attention(
+            q, k, v, mask=self.mask, cp=self.cp, seq_len=self.seq_len, dropout_p=dropout_p, dropout_seed=dropout_seed
+        )
         back = sorted(range(4), key=there.__getitem__)
         return out.permute(back)
 
@@ -133,8 +153,9 @@ def redirect_attention(
     Args:
         model: its submodules get hooks.
         kind: modules in whose forward torch's function is called, with ``[batch, heads, tokens, head_dim]``, without
-            attn_mask and dropout, and with is_causal as the mask of ``attention`` is.
-        attention: what it then means, in the order that torch's function has.
+            attn_mask, and with is_causal as the mask of ``attention`` is.
+        attention: what it then means, in the order that torch's function has. If the modules have attention dropout,
+            set its ``dropout_seed`` before each forward.
 
     Returns:
         Handles: ``remove()`` of all of them undoes it.
@@ -148,8 +169,8 @@ def redirect_attention(
     found = [module for module in model.modules() if isinstance(module, kind)]
     _require_some(found, model, kind)
     causal, handles = _is_causal(attention.mask, attention.seq_len), []
-    for module in found:
-        redirection = _Redirection(attention, causal)
+    for n, module in enumerate(found):
+        redirection = _Redirection(attention, causal, n)
         handles.append(module.register_forward_pre_hook(redirection.enter))
         handles.append(module.register_forward_hook(redirection.leave, always_call=True))
     return handles
@@ -158,12 +179,12 @@ def redirect_attention(
 class _Redirection:
     """A module's hooks: a mode is entered before its forward and left after it, whatever happens in between."""
 
-    def __init__(self, attention: DistributedAttention, causal: bool) -> None:
-        self.attention, self.causal = attention, causal
+    def __init__(self, attention: DistributedAttention, causal: bool, layer: int) -> None:
+        self.attention, self.causal, self.layer = attention, causal, layer
         self.running: list[_Mode] = []
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
-        mode = _Mode(self.attention, self.causal)
+        mode = _Mode(self.attention, self.causal, self.layer)
         mode.__enter__()
         self.running.append(mode)
 
@@ -178,9 +199,9 @@ class _Redirection:
 
 
 class _Mode(TorchFunctionMode):
-    def __init__(self, attention: DistributedAttention, causal: bool) -> None:
+    def __init__(self, attention: DistributedAttention, causal: bool, layer: int) -> None:
         super().__init__()
-        self.attention, self.causal, self.calls = attention, causal, 0
+        self.attention, self.causal, self.layer, self.calls = attention, causal, layer, 0
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is not F.scaled_dot_product_attention:
@@ -212,8 +233,20 @@ class _Mode(TorchFunctionMode):
                 "the mask that it has, df.Causal() or df.Full(), by itself or & another"
             )
         q, k, v = (x.transpose(1, 2) for x in own.four(query=query, key=key, value=value))
-        out = attention(q, k, v, mask=own.mask, cp=own.cp, seq_len=own.seq_len, scale=scale, dropout_p=dropout_p)
+        seed = self._seed() if dropout_p else None
+        placed = dict[str, Any](mask=own.mask, cp=own.cp, seq_len=own.seq_len)
+        out: Tensor = attention(q, k, v, scale=scale, dropout_p=dropout_p, dropout_seed=seed, **placed)
         return out.transpose(1, 2)
+
+    def _seed(self) -> int:
+        """Of this call in the module: the same when a checkpointed module is computed again."""
+        seed = self.attention.dropout_seed
+        if seed is None:
+            self.attention.refuse(
+                "dropout_p: the layer has attention dropout, for which all ranks need one seed; before each forward "
+                "set dropout_seed of the DistributedAttention to the step, or set the layer's dropout to 0"
+            )
+        return of_layer(seed, self.layer + (self.calls - 1) * _LAYERS)
 
 
 def _is_causal(mask: Mask, seq_len: int) -> bool:

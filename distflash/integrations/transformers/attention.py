@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distflash.api import attention
 from distflash.context import ContextParallel
+from distflash.dropout import of_layer
 from distflash.integrations.transformers.batch import (
     KIND,
     OUR_CACHE,
@@ -75,7 +76,9 @@ class Attention:
         layer = layer_of(key)
         if layer is not None:
             layer.awaits_attention = False
-        problem = _layer_problem(query, key, attention_mask, dropout, others, layer)
+        problem = _layer_problem(query, key, attention_mask, others, layer)
+        if dropout:
+            problem = problem or _dropout_problem(module, dropout, distflash, layer)
         if problem is None and isinstance(distflash, Shard):
             problem = attention_mask.problem_with(distflash)
         if layer is not None and distflash is None:
@@ -93,8 +96,10 @@ class Attention:
         if layer is not None:
             return layer.attend(q, k, v, mask, seq_len, scale=scaling, softcap=softcap, sinks=s_aux), None
         cp = self.cp if distflash is None else self.cp.with_layout(distflash.layout)
-        out = attention(q, k, v, mask=mask, cp=cp, seq_len=seq_len, scale=scaling, softcap=softcap, sinks=s_aux)
-        return out, None
+        numbers = dict[str, Any](scale=scaling, softcap=softcap, dropout_p=dropout)
+        if dropout:  # the same when a checkpointed layer is computed again
+            numbers["dropout_seed"] = of_layer(distflash.dropout_seed, _number_of(module))
+        return attention(q, k, v, mask=mask, cp=cp, seq_len=seq_len, sinks=s_aux, **numbers), None
 
     @torch.compiler.disable
     def _check_step(
@@ -182,7 +187,7 @@ def _no_shard(module: nn.Module) -> str:
 
 
 def _layer_problem(
-    query: Tensor, key: Tensor, mask: Any, dropout: float, others: Mapping[str, Any], layer: CachedLayer | None
+    query: Tensor, key: Tensor, mask: Any, others: Mapping[str, Any], layer: CachedLayer | None
 ) -> str | None:
     """What a layer asks for that is not done here; None if nothing."""
     if not isinstance(mask, LayerMask):
@@ -202,11 +207,29 @@ def _layer_problem(
             continue
         reason = _REFUSED.get(name, "it is not known here and may change the attention; leave it out of the call")
         return f"{name}: not supported; {reason}"
-    if dropout:
-        return f"dropout: attention dropout is not supported, got {dropout}; set config.attention_dropout = 0.0"
     if key.shape[2] != query.shape[2]:
         return f"key: {key.shape[2]} keys for {query.shape[2]} queries; a KV cache is not supported, except {OUR_CACHE}"
     return None
+
+
+def _number_of(module: nn.Module) -> Any:
+    """Of a layer, by which masks of layers differ; None if it has none."""
+    return getattr(module, "layer_idx", None)
+
+
+def _dropout_problem(module: nn.Module, dropout: float, shard: Any, layer: CachedLayer | None) -> str | None:
+    """Why a layer cannot have attention dropout; None if it can."""
+    off = "or set config.attention_dropout = 0.0"
+    if layer is not None:
+        return f"dropout: attention dropout of {dropout} is not supported with a cache; call model.eval(), {off}"
+    if _number_of(module) is None:
+        return f"dropout: {type(module).__name__} has no layer_idx, by which masks of layers differ; {off}"
+    if isinstance(shard, Shard) and shard.dropout_seed is not None:
+        return None
+    return (
+        f"dropout: attention dropout of {dropout} needs a seed that all ranks of the group share; put dropout_seed "
+        f"into the batch that shard_batch is given, an int such as the step, another in each step; {off}"
+    )
 
 
 def _asks_for_weights(module: nn.Module) -> bool:

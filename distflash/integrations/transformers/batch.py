@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distflash.context import ContextParallel
+from distflash.dropout import of_layer
 from distflash.integrations.labels import IGNORED, are_shifted, are_tokens, digest, shift
 from distflash.integrations.transformers.shifting import as_shifts, shard_shifted
 from distflash.layouts import Layout
@@ -36,7 +37,7 @@ _BOUNDARIES = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 _DERIVED = ("max_length_q", "max_length_k", "seq_idx")
 # Prefixes of the names of images, video and audio.
 _MEDIA = ("pixel", "image", "video", "audio", "input_features", "mm_")
-_KNOWN = (*_PER_TOKEN, *_WHOLE, *_BOUNDARIES, *_DERIVED, "position_ids", "num_items_in_batch")
+_KNOWN = (*_PER_TOKEN, *_WHOLE, *_BOUNDARIES, *_DERIVED, "position_ids", "num_items_in_batch", "dropout_seed")
 
 # The kind of the agreement that compares a batch over the ranks.
 KIND = "Transformers batch"
@@ -85,7 +86,8 @@ class Shard:
     """Which part of a batch a rank has, and what the layers need to know of the whole batch.
 
     documents: the packed documents; None for one. contents: by name, digests of what has to be equal on all ranks.
-    start: the position of the first token, after those in a cache. trace: which layers have used it.
+    start: the position of the first token, after those in a cache. dropout_seed: of attention dropout, see
+    `of_layer`. trace: which layers have used it.
     """
 
     layout: Layout
@@ -95,6 +97,7 @@ class Shard:
     documents: Documents | None
     contents: tuple[tuple[str, str], ...] = ()
     start: int = 0
+    dropout_seed: int | None = None
     trace: _Trace = field(default_factory=_Trace, compare=False, repr=False)
 
     @property
@@ -163,8 +166,9 @@ def shard_batch(
             by name. ``input_ids``, and optionally: ``labels`` (not shifted, as the library expects) or ``shift_labels``
             (shifted); ``position_ids`` that restart at 0 at each packed document, or ``cu_seqlens`` (also
             ``cu_seq_lens_q``) ``[documents + 1]``; ``attention_mask`` of ones; ``token_type_ids`` or
-            ``mm_token_type_ids``; and ``num_items_in_batch``, which divides the sum of the losses instead of the number
-            of this batch's labels.
+            ``mm_token_type_ids``; ``num_items_in_batch``, which divides the sum of the losses instead of the number of
+            this batch's labels; and ``dropout_seed``, which attention dropout needs in training: an int from 0 to
+            2^40 - 1, such as the step, and another one for each data-parallel rank.
         cp: the group that `register` was given.
         whole: ``("token_type_ids",)`` for models that make their mask of them (images in Gemma 3, the prefix in
             PaliGemma), since a mask needs the types of all tokens. Models that look them up in an embedding (BERT) need
@@ -195,8 +199,10 @@ def shard_batch(
     labels = _shifted_labels(given)
     compared = {"input_ids": ids, "labels": labels, **{name: given.get(name) for name in _TYPES}}
     contents = tuple((name, "" if x is None else digest(x)) for name, x in compared.items())
-    contents = (*contents, ("shifts", str(shifts)))
-    shard = Shard(cp.layout, cp.world_size, cp.rank, S, documents, contents)
+    seed = given.get("dropout_seed")
+    seed = None if seed is None else of_layer(seed, 0)
+    contents = (*contents, ("shifts", str(shifts)), ("dropout_seed", str(seed)))
+    shard = Shard(cp.layout, cp.world_size, cp.rank, S, documents, contents, dropout_seed=seed)
     per_token = {name: given[name] for name in _PER_TOKEN if given.get(name) is not None}
     part: dict[str, Any] = {name: x if name in as_is else cp.shard(x) for name, x in per_token.items()}
     part |= {

@@ -46,6 +46,8 @@ def without_padding(batch: Mapping[str, Any]) -> dict[str, Any]:
         "input_ids": batch["input_ids"][kept][None],
         "cu_seqlens": torch.cat([ends.new_zeros(1), ends]),
     }
+    if "dropout_seed" in batch:
+        flat["dropout_seed"] = batch["dropout_seed"]
     labels = batch.get("labels")
     if labels is None:
         return flat

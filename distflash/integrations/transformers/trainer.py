@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,7 @@ class ContextParallelMixin(_Trainer):
     """
 
     accelerator: Any
+    _seeded: tuple[int, int] = (-1, 0)  # the step, and which of its micro-batches was the last
 
     def __init__(self, *args: Any, context_parallel: ContextParallel, **kwargs: Any) -> None:
         if (problem := class_problem(type(self))) is not None:  # before the trainer makes batches, or runs a model
@@ -89,7 +91,16 @@ class ContextParallelMixin(_Trainer):
 
     def shard_batch(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of a batch: `shard_batch`, after which nothing is padded. Override for ``whole=``."""
-        return shard_batch(unpadded(inputs), self.context_parallel)
+        return shard_batch(self.seeded(unpadded(inputs)), self.context_parallel)
+
+    def seeded(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """In training with a ``dropout_seed``, the same on all ranks of a group and in a resumed run."""
+        if not self.model.training or "dropout_seed" in inputs:
+            return inputs
+        step = self.state.global_step
+        self._seeded = step, (self._seeded[1] + 1 if self._seeded[0] == step else 0)
+        key = repr((self.args.seed, self.data_ranks.rank, *self._seeded))
+        return {**inputs, "dropout_seed": int.from_bytes(blake2b(key.encode(), digest_size=5).digest(), "big")}
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         inputs = super()._prepare_inputs(inputs)

@@ -74,6 +74,28 @@ def with_sink(m, l, acc, sink):
     return m_new, l * alpha + tl.exp2(sink * LOG2E - shift), acc * alpha[:, None]
 
 
+@triton.jit
+def store_state(
+    state, final, lse, sums, sinks, batch, head, first, queries, at_row, exists, ends,
+    V: tl.constexpr, SINKS: tl.constexpr, MAXIMA: tl.constexpr,
+):  # fmt: skip
+    """Write the result where rows end, and otherwise the running state for the next pass."""
+    m, l, acc = state
+    maximum, total, weighted = sums
+    if ends:
+        if MAXIMA:
+            tl.store(maximum + at_row, m, mask=exists)
+            if SINKS:
+                m, l, acc = with_sink(m, l, acc, tl.load(sinks + head).to(tl.float32))
+        acc = acc * tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]
+        tl.store(lse + at_row, (m + tl.log2(l)) * LN2, mask=exists)
+        store_rows(final, batch, head, first, queries, acc, V)
+    else:
+        tl.store(maximum + at_row, m, mask=exists)
+        tl.store(total + at_row, l, mask=exists)
+        store_rows(weighted, batch, head, first, queries, acc, V)
+
+
 @triton.jit(
     do_not_specialize=[
         "q", "k", "v", "final", "weighted", "dropout",
@@ -147,15 +169,7 @@ def forward_kernel(
 
     if DROPOUT:
         acc *= tl.div_rn(1.0, keep)
-    if ends:
-        if MAXIMA:
-            tl.store(maximum + at_row, m, mask=exists)
-            if SINKS:
-                m, l, acc = with_sink(m, l, acc, tl.load(sinks + head).to(tl.float32))
-        acc = acc * tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]
-        tl.store(lse + at_row, (m + tl.log2(l)) * LN2, mask=exists)
-        store_rows(final, batch, head, first, queries, acc, V)
-    else:
-        tl.store(maximum + at_row, m, mask=exists)
-        tl.store(total + at_row, l, mask=exists)
-        store_rows(weighted, batch, head, first, queries, acc, V)
+    store_state(
+        (m, l, acc), final, lse, (maximum, total, weighted), sinks, batch, head, first, queries, at_row, exists, ends,
+        V, SINKS, MAXIMA,
+    )  # fmt: skip

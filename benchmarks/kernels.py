@@ -25,13 +25,14 @@ from distflash.kernels.base import Kernel, KeyGradient, Keys, QueryGradient, Sco
 from distflash.partial import Partial
 
 OURS, PORTABLE, BARE = "distflash", "distflash, portable", "distflash, bare"
+REPEATS = "distflash, deterministic"
 # Whose figures ours are held against.
 RIVALS = (local.CUDNN, local.FLASH4)
 COLORS = {
-    OURS: "#1f5fa8", PORTABLE: "#7fb2e5", local.CUDNN: "#2ca02c", local.FLASH4: "#d9541e", local.FLASH: "#8c6d4f",
-    local.FLEX: "#b565b5",
+    OURS: "#1f5fa8", PORTABLE: "#7fb2e5", REPEATS: "#12406e", local.CUDNN: "#2ca02c", local.FLASH4: "#d9541e",
+    local.FLASH: "#8c6d4f", local.FLEX: "#b565b5",
 }  # fmt: skip
-MARKERS = {local.CUDNN: "s", local.FLASH4: "D", local.FLASH: "v", local.FLEX: "^"}
+MARKERS = {REPEATS: "P", local.CUDNN: "s", local.FLASH4: "D", local.FLASH: "v", local.FLEX: "^"}
 MASKS: dict[str, df.Mask] = {"full": df.Full(), "causal": df.Causal()}
 TABLE = [
     *((Shape(1, 16384, 16, 16, 128, 128), mask) for mask in MASKS),
@@ -91,6 +92,9 @@ class Bench:
         if self.with_portable and not isinstance(kernel, df.kernels.Triton):
             portable = df.ContextParallel(df.transport.Alone(), kernel=df.kernels.Triton())
             contest.enter(PORTABLE, lambda: ours(portable, shape.S).run(inputs, mask), right)
+        if self.with_portable and isinstance(kernel, df.kernels.Hopper):
+            repeats = df.ContextParallel(df.transport.Alone(), kernel=df.kernels.Hopper(deterministic=True))
+            contest.enter(REPEATS, lambda: ours(repeats, shape.S).run(inputs, mask), right)
         for name in self.peers:
             contest.enter(name, lambda make=local.MAKERS[name]: make().run(inputs, mask), right)
         work = common.flops(shape, common.pairs_of(mask, shape.S))

@@ -131,6 +131,8 @@ def on_rank(case: Case, x: Inputs, transport: df.transport.Transport) -> Results
         softcap=p.softcap or None,
         alibi_slopes=None if x.slopes is None else STRIDES[case.strides["slopes"]](x.slopes),
         sinks=sinks,
+        dropout_p=p.dropout_p,
+        dropout_seed=p.dropout_seed,
         return_lse=True,
     )
     results = dict(zip(("out", "lse"), got, strict=True))

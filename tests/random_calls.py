@@ -122,6 +122,8 @@ def draw(seed: int, number: int, *, ranks: int | None = None, interpreter: bool 
         softcap=random.choice((0.0, 0.0, 2.0, random.uniform(0.5, 30.0))),
         sinks=random.random() < 0.3,
         alibi=random.random() < 0.3,
+        dropout_p=random.choice((0.0, 0.0, 0.3)) if dtype == torch.float64 else 0.0,
+        dropout_seed=random.randrange(-(2**63), 2**63),
     )
     return _case(random, kernel, ranks, dtype, shape, options)
 

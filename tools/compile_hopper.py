@@ -31,6 +31,7 @@ from distflash.dropout import Dropout
 from distflash.kernels.base import KeyGradient, Keys, Scores
 from distflash.kernels.hopper import launches
 from distflash.kernels.hopper.tiles import BackwardTile, ForwardTile, backward_tile, forward_tile
+from distflash.kernels.hopper.turns import turns_of
 from distflash.kernels.launch import Launch
 from distflash.plan import Pass
 from tools.offline import Assembly, TargetOnly, Tensors, assemble, count_local, table
@@ -54,6 +55,7 @@ class Configuration:
         wide: dK and dV in float32, as the passes of a ring write them.
         dropout: of tokens whose positions are consecutive within tiles, or ``anywhere``.
         maxima: the largest score of each row is written, too.
+        ordered: dQ is added in order.
     """
 
     kernel: str
@@ -69,6 +71,7 @@ class Configuration:
     dropout: bool = False
     anywhere: bool = False
     maxima: bool = False
+    ordered: bool = False
 
     @property
     def in_quick(self) -> bool:
@@ -76,14 +79,16 @@ class Configuration:
 
     @property
     def special(self) -> str:
-        special = "softcap", "sinks", "long", "two", "wide", "dropout", "anywhere", "maxima"
+        special = "softcap", "sinks", "long", "two", "wide", "dropout", "anywhere", "maxima", "ordered"
         names = {n: getattr(self, n) for n in special}
         return " ".join([f"group {self.group}"] * (self.group > 1) + [name for name, has in names.items() if has])
 
     @property
     def tile(self) -> ForwardTile | BackwardTile:
         dims = self.d_qk, self.d_v
-        return forward_tile(*dims, MANY * self.long) if self.kernel == "forward" else backward_tile(*dims)
+        if self.kernel == "forward":
+            return forward_tile(*dims, MANY * self.long)
+        return backward_tile(*dims, ordered=self.ordered)
 
     @property
     def dims(self) -> str:
@@ -175,6 +180,8 @@ def shapes() -> Iterator[Configuration]:
             for wide in (False, True):
                 for special in ({}, {"group": 4}, {"softcap": True}):
                     yield Configuration("backward", d, d, dtype, wide=wide, **special)
+            for special in ({}, {"group": 4}, {"softcap": True}, {"wide": True}):
+                yield Configuration("backward", d, d, dtype, ordered=True, **special)
             yield Configuration("round", d, d, dtype)
         for dims in ((192, 128), (256, 256)):
             for two in (False, True):
@@ -209,8 +216,9 @@ def make_launch(shape: Configuration) -> Launch:
         return launches.round_queries(sums, scores.scale, t.q)
     dtype = torch.float32 if shape.wide else shape.dtype
     share = KeyGradient(torch.empty_like(t.k, dtype=dtype), torch.empty_like(t.v, dtype=dtype))
-    saved, heads = replace(t.saved, dq_accum=sums, counter=counter), range(t.k.shape[2])
-    return launches.backward(shape.tile, PROGRAMS, saved, keys, scores, share, heads)
+    saved = replace(t.saved, dq_accum=sums, counter=counter, semaphores=launches.semaphores(t.q))
+    earlier = turns_of(t.intervals).earlier if shape.ordered else None
+    return launches.backward(shape.tile, PROGRAMS, saved, keys, scores, share, range(t.k.shape[2]), earlier)
 
 
 def compile_shape(shape: Configuration) -> Row:

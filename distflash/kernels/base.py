@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -80,7 +81,7 @@ class Scores:
         sinks = None if sinks is None else sinks.contiguous()
         return Scores(d_qk**-0.5 if scale is None else scale, softcap, slopes, sinks, dropout)
 
-    @property
+    @cached_property
     def facts(self) -> tuple[float, ...]:
         """The scalars' part of the cache key of a kernel launch; see `Pass.facts`."""
         if self.dropout is None:
@@ -119,6 +120,8 @@ class BackwardContext:
             has one; else None.
         dq_accum: the dQ accumulator in global memory, to which all passes add, in a kernel-specific memory layout and
             the accumulator's dtype; None for kernels that accumulate in `QueryGradient.sum`.
+        semaphores: int32 ``[B * H, tiles]``, of the tiles of ``dq_accum``, for a kernel that adds to these in an order;
+            else None.
     """
 
     q: Tensor
@@ -128,6 +131,7 @@ class BackwardContext:
     lse_delta: Tensor | None = None
     counter: Tensor | None = None
     dq_accum: Tensor | None = None
+    semaphores: Tensor | None = None
 
     @property
     def delta(self) -> Tensor:

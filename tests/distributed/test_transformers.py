@@ -49,6 +49,36 @@ def forward_and_backward(case, cp):
     return results(model, out.logits, out.loss)
 
 
+def dropped_on_rank(case, checkpointed):
+    """Runs as a rank: as `forward_and_backward`, with attention dropout in training."""
+    tf = integration()
+    cp = df.ContextParallel(dist.group.WORLD)
+    tf.register(cp)
+    try:
+        model = case.model("distflash").train()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.3
+        if checkpointed:
+            enable_checkpointing(model, {"use_reentrant": False})
+        out = model(**tf.shard_batch({**case.inputs(), "dropout_seed": 3}, cp))
+        out.loss.backward()
+        return results(model, out.logits, out.loss)
+    finally:
+        tf.unregister()
+
+
+@pytest.mark.timeout(120)
+def test_attention_dropout_over_ranks_is_that_of_one(ranks_of):
+    """One rank is compared with eager attention and the oracle's masks in tests/pure."""
+    for case in (Case("llama", (1, 11, 25)), Case("mistral")):
+        (one,) = ranks_of(1).run(dropped_on_rank, case, False)
+        for world_size, checkpointed in ((2, False), (3, True)):
+            parts = ranks_of(world_size).run(dropped_on_rank, case, checkpointed)
+            got = joined(parts, df.Zigzag(), case.seq_len)
+            assert max(relative(got[name], x) for name, x in one.items()) <= 1e-5
+        assert relative(one["logits"], eager(case)["logits"]) > 0.01
+
+
 def joined(parts, layout, seq_len):
     """What ranks have together: tokens in order, and the mean of losses and gradients, as DDP and FSDP take it."""
     order = torch.cat([layout.positions(seq_len, len(parts), rank) for rank in range(len(parts))]).argsort()

@@ -14,7 +14,7 @@ from distflash.intervals import build
 from distflash.kernels import Hopper
 from distflash.kernels.base import KeyGradient, Keys, QueryGradient, Scores
 from distflash.kernels.hopper.tiles import backward_tile, forward_tile
-from distflash.layouts import Contiguous
+from distflash.layouts import Contiguous, Zigzag
 from distflash.partial import Partial
 from distflash.plan import Pass
 from tests import oracle
@@ -161,8 +161,67 @@ def test_a_maximum_that_moves(sign):
         oracle.assert_as_exact(name, got[name], plain[name], truth[name], dtype)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_as_exact_in_order(case):
+    oracle.check(Hopper(deterministic=True), oracle.scaled(case, 9), "cuda")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.world_size > 1], ids=lambda case: case.name)
+def test_some_heads_in_order(case):
+    """Passes over some of the key heads, of which each has semaphores of its own."""
+    oracle.check(Hopper(deterministic=True), oracle.scaled(case, 9), "cuda", held_back=1)
+
+
+ORDERED = oracle.Case("ordered", seq_len=1501, heads=4, kv_heads=2, d_qk=64, d_v=64, dtype=torch.bfloat16, batch=2)
+IN_ORDER = {
+    "causal": ORDERED,
+    "full": replace(ORDERED, mask=masks.Full()),
+    "window": replace(ORDERED, mask=masks.Window(300, 100)),
+    "documents": replace(ORDERED, mask=masks.Causal() & masks.Documents((0, 3, 700, 701, 1501))),
+    "keys that nobody sees": replace(ORDERED, mask=oracle.Blind(300, 900)),
+    "softcap": replace(ORDERED, softcap=9.0, sinks=True),
+    "one head": replace(ORDERED, heads=1, kv_heads=1, batch=1),
+    "one source of two": replace(ORDERED, world_size=2, rank=1),
+    "zigzag": replace(ORDERED, layout=Zigzag(), world_size=3, rank=2, seq_len=4001),
+}
+
+
+@pytest.mark.parametrize("name", IN_ORDER)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("programs", [1, 7, 0])
+def test_in_order_on_any_number_of_programs(name, dim, programs):
+    """Also where few programs work on many blocks: none waits for a block that none has."""
+    margin = torch.cuda.get_device_properties(0).multi_processor_count - programs if programs else 0
+    case = replace(IN_ORDER[name], d_qk=dim, d_v=dim)
+    oracle.check(Hopper(deterministic=True, margin=margin), case, "cuda")
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.125])
+@pytest.mark.parametrize("mask", [masks.Full(), masks.Causal()], ids=repr)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_same_bits_in_a_hundred_runs(dim, mask, lag):
+    kernel = Hopper(deterministic=True, backward_tile=replace(backward_tile(dim, dim, ordered=True), lag=lag))
+    case = replace(ORDERED, mask=mask, seq_len=2048, heads=16, kv_heads=4, d_qk=dim, d_v=dim)
+    x = oracle.make_inputs(case, "cuda")
+    first = oracle.run(kernel, case, x)
+    for _ in range(100):
+        for name, value in oracle.run(kernel, case, x).items():
+            assert torch.equal(value, first[name]), name
+
+
+def test_the_same_bits_on_other_grids():
+    """What a program works on, and when, changes nothing."""
+    case = replace(ORDERED, seq_len=2048)
+    x = oracle.make_inputs(case, "cuda")
+    kernels = [Hopper(deterministic=True, margin=margin) for margin in (0, 1, 100, 131)]
+    first, *others = (oracle.run(kernel, case, x) for kernel in kernels)
+    for other in others:
+        assert torch.equal(other["dq"], first["dq"])
+
+
 @pytest.mark.parametrize("case", CASES[::9], ids=lambda case: case.name)
 def test_the_same_bits_every_time_if_asked(case):
+    """Also by the portable backward, at other head dims."""
     case = oracle.scaled(case, 5)
     x = oracle.make_inputs(case, "cuda")
     kernel = Hopper(deterministic=True)
@@ -179,9 +238,11 @@ def test_any_number_of_programs(margin):
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("programs", [2, 0])
-def test_few_keys_that_many_queries_share(dim: int, programs: int):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_few_keys_that_many_queries_share(dim: int, programs: int, deterministic: bool):
     """They are copied for each query head where there are programs enough; not where there are two."""
-    kernel = Hopper(margin=torch.cuda.get_device_properties(0).multi_processor_count - programs if programs else 0)
+    margin = torch.cuda.get_device_properties(0).multi_processor_count - programs if programs else 0
+    kernel = Hopper(deterministic=deterministic, margin=margin)
     sizes = (2, 1500, 4, dim), (2, 100, 2, dim), (2, 100, 2, dim), (2, 1500, 4, dim)
     q, k, v, dout = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for size in sizes)
     assert kernel._few(q, k) is not bool(programs)

@@ -45,6 +45,13 @@ LANGUAGE = types.SimpleNamespace(
 )
 
 
+CALLEES = {
+    common.visited: dict(nth=common.nth),
+    backward_parts.place_of: dict(visited=common.visited),
+    backward_parts.is_masked: dict(visited=common.visited),
+}
+
+
 def in_python(function):
     """A device function as one of Python's, with integers for its scalars."""
     body = function.fn
@@ -52,14 +59,15 @@ def in_python(function):
         gl=LANGUAGE,
         tl=LANGUAGE,
         GROUP_ROWS=GROUP_ROWS,
-        nth=in_python(common.nth) if function is backward_parts.place_of else None,
+        **{name: in_python(callee) for name, callee in CALLEES.get(function, {}).items()},
     )
     return types.FunctionType(body.__code__, known, body.__name__, body.__defaults__)
 
 
 locate, portable_locate = in_python(common.locate), in_python(portable.locate)
-span, nth = in_python(common.span), in_python(common.nth)
-place_of, at_least_one = in_python(backward_parts.place_of), in_python(forward.at_least_one)
+span, nth, visited = in_python(common.span), in_python(common.nth), in_python(common.visited)
+place_of, is_masked = in_python(backward_parts.place_of), in_python(backward_parts.is_masked)
+at_least_one = in_python(forward.at_least_one)
 
 
 @st.composite
@@ -92,6 +100,10 @@ def test_backward_adds_to_tiles_of_its_own_head(block_m, block_n, rows, plane):
         }
         assert needed <= set(starts) and len(set(starts)) == len(starts)
         assert all(0 <= start < queries for start in starts)
+        in_order = [begin + visited(i, before, full, tiles, True) * block_m for i in range(tiles)]
+        assert in_order == sorted(starts, reverse=True)
+        masked = {start for i, start in enumerate(in_order) if is_masked(i, before, full, tiles, True)}
+        assert masked == {start for i, start in enumerate(starts) if is_masked(i, before, full, tiles, False)}
         places = [place_of(i, plane, (begin, before, full, tiles), queries, block_m) for i in range(tiles)]
         assert all(plane * tiles_of_a_head <= place < (plane + 1) * tiles_of_a_head for place in places)
         if not tiles:

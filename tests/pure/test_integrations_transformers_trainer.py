@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -62,6 +63,40 @@ def test_one_rank_is_one_process(cp, tmp_path):
     exact, nudged = (train(run, tmp_path, nudged, compute_metrics=measured) for nudged in (False, True))
     trainer = make_trainer(dft.Trainer, run, "distflash", tmp_path, context_parallel=cp, compute_metrics=measured)
     assert_as_alone([finish(trainer)], exact, nudged)
+
+
+class Seeding(dft.Trainer):
+    """Keeps the seeds of its batches, of training and of evaluation."""
+
+    def shard_batch(self, inputs):
+        part = super().shard_batch(inputs)
+        self.seeds = [*getattr(self, "seeds", []), part["distflash"].dropout_seed]
+        return part
+
+
+@pytest.mark.timeout(120)
+def test_every_batch_of_training_has_a_seed_of_its_own_and_a_resumed_run_the_same(cp, tmp_path):
+    run = Run(steps=4, batch=2, accumulation=2, context=1, padded=True)
+    options = dict(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2)
+
+    def made():
+        seeding = replace(run, options=tuple(options.items()))
+        trainer = make_trainer(Seeding, seeding, "distflash", tmp_path, context_parallel=cp)
+        for layer in trainer.model.model.layers:
+            layer.self_attn.attention_dropout = 0.3
+        return trainer
+
+    trainer = made()
+    trainer.train()
+    seeds = [seed for seed in trainer.seeds if seed is not None]
+    assert len(set(seeds)) == len(seeds) == 8 and None in trainer.seeds
+    again = made()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [seed for seed in again.seeds if seed is not None] == seeds[4:]
+    other = made()
+    other.data_ranks = replace(other.data_ranks, rank=1)
+    assert other.model.train() and other.seeded({})["dropout_seed"] not in seeds
+    assert other.seeded({"dropout_seed": 3}) == {"dropout_seed": 3}
 
 
 # Padding

@@ -29,6 +29,7 @@ from distflash.kernels.hopper.backward_parts import (
     JOB,
     MAX_STAGES,
     following,
+    is_masked,
     load_tiles,
     make_gates,
     place_of,
@@ -36,10 +37,11 @@ from distflash.kernels.hopper.backward_parts import (
     seen_by,
     store,
 )
-from distflash.kernels.hopper.common import ROWS, advance, arrive, nth, product, read, sync
+from distflash.kernels.hopper.common import ROWS, advance, arrive, product, read, sync, visited
 from distflash.kernels.hopper.compat import async_add, async_store, barrier, store_wait
 from distflash.kernels.hopper.dropout import keys_found, rounded, score_gradient, thinned
 from distflash.kernels.hopper.fragments import add, fragments
+from distflash.kernels.hopper.ordered import await_turn, pass_turn
 
 # Named barriers, besides those of `backward_parts`; one per warpgroup.
 DQ_READY = gl.constexpr(9)
@@ -49,12 +51,50 @@ ONE_AND_WARP = gl.constexpr(160)
 
 
 @gluon.jit
+def add_in_order(
+    dq, dq_smem, jobs, job_ready, job_free, turns, queries, kv_heads,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """The dQ warp, adding to each tile after all earlier blocks of keys of the head; see `ordered`."""
+    semaphores, earlier = turns
+    for w in gl.static_range(2):
+        arrive(DQ_FREE + w, ONE_AND_WARP)
+    slot, slot_phase = 0, 0
+    mbarrier.wait(job_ready.index(slot), slot_phase)
+    first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB, JOB)
+    while tiles > 0:
+        job = (begin, before, full, tiles)
+        turn = gl.load(earlier + first // (2 * ROWS))
+        i, plane = 0, (batch * kv_heads + kv_head) * GROUP
+        place = place_of(i, plane, job, queries, BLOCK_M, True)
+        await_turn(semaphores + place, turn)
+        for n in range(GROUP * tiles):
+            for w in gl.static_range(2):
+                sync(DQ_READY + w, ONE_AND_WARP)
+                async_add(dq, [(2 * place + w) * ROWS, 0], dq_smem.index(w))
+            store_wait(0)
+            for w in gl.static_range(2):
+                arrive(DQ_FREE + w, ONE_AND_WARP)
+            more = n + 1 < GROUP * tiles
+            i, plane = following(i, plane, tiles, GROUP)
+            coming = gl.where(more, place_of(i, plane, job, queries, BLOCK_M, True), place)
+            pass_turn(semaphores + place, semaphores + coming, turn, more)
+            place = coming
+        mbarrier.arrive(job_free.index(slot))
+        slot, slot_phase = advance(slot, slot_phase, 2)
+        mbarrier.wait(job_ready.index(slot), slot_phase)
+        first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB, JOB)
+
+
+@gluon.jit
 def add_queries(
-    dq, dq_smem, jobs, job_ready, job_free, queries, kv_heads,
-    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, DIRECT: gl.constexpr,
+    dq, dq_smem, jobs, job_ready, job_free, turns, queries, kv_heads,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, DIRECT: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """The dQ warp: add the two parts of each block's dQ, one of each warpgroup, to the accumulator in global memory."""
-    if not DIRECT:
+    if ORDERED:
+        add_in_order(dq, dq_smem, jobs, job_ready, job_free, turns, queries, kv_heads, GROUP, BLOCK_M)
+    elif not DIRECT:
         for w in gl.static_range(2):
             arrive(DQ_FREE + w, ONE_AND_WARP)
         slot, slot_phase = 0, 0
@@ -201,7 +241,7 @@ def consume(
     k_positions, dropping,
     GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
     SOFTCAP: gl.constexpr, IN_REGISTERS: gl.constexpr, WIDE: gl.constexpr, DIRECT: gl.constexpr,
-    DROPOUT: gl.constexpr,
+    ORDERED: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``w``: dK and dV of 64 keys of every block."""
     kv_ready, kv_free, job_ready, job_free = gates[0], gates[1], gates[2], gates[3]
@@ -231,22 +271,24 @@ def consume(
         plane, place = (batch * kv_heads + kv_head) * GROUP, 0
         dk, dv = attend(
             w, dk, dv, key, value, stage, phase, turn, smem, exchange, gates, sums, place,
-            begin + nth(0, before, full, tiles - full) * BLOCK_M, tiles > full, lo, length, scale, softcap,
+            begin + visited(0, before, full, tiles, ORDERED) * BLOCK_M,
+            is_masked(0, before, full, tiles, True) if ORDERED else tiles > full, lo, length, scale, softcap,
             k_found, plane, dropping, BLOCK_M, SOFTCAP, IN_REGISTERS, DIRECT, True, DROPOUT,
         )  # fmt: skip
         i = 0
         for _n in range(1, GROUP * tiles):
-            place = place_of(i, plane, job, queries, BLOCK_M)
+            place = place_of(i, plane, job, queries, BLOCK_M, ORDERED)
             i, plane = following(i, plane, tiles, GROUP)
             turn ^= 1
             stage, phase = advance(stage, phase, STAGES)
             dk, dv = attend(
                 w, dk, dv, key, value, stage, phase, turn, smem, exchange, gates, sums, place,
-                begin + nth(i, before, full, tiles - full) * BLOCK_M, i < tiles - full, lo, length, scale, softcap,
+                begin + visited(i, before, full, tiles, ORDERED) * BLOCK_M,
+                is_masked(i, before, full, tiles, ORDERED), lo, length, scale, softcap,
                 k_found, plane, dropping, BLOCK_M, SOFTCAP, IN_REGISTERS, DIRECT, False, DROPOUT,
             )  # fmt: skip
         dq = warpgroup_mma_wait(0, [query_part(w, exchange[0], smem[1], turn, 0, DP // 2)])
-        hand_over(w, dq, exchange[1], sums, place_of(i, plane, job, queries, BLOCK_M), DIRECT)
+        hand_over(w, dq, exchange[1], sums, place_of(i, plane, job, queries, BLOCK_M, ORDERED), DIRECT)
         turn ^= 1
         stage, phase = advance(stage, phase, STAGES)
         if DROPOUT != 0:
@@ -280,6 +322,7 @@ def backward_kernel(
     dq,  # float32 [B * H * tiles, 2, ROWS, D / 2], added to; a pointer if DIRECT, else a descriptor of rows
     dk, dv,  # float32 [B, K, G, D], [B, K, G, V] if WIDE, else descriptors of [B, G, K, D], [B, G, K, V] in q's dtype
     counter,  # int32 [2], zeros, and zeros again afterwards
+    semaphores, earlier,  # if ORDERED int32 [B * H * tiles] and [blocks], see `turns`; else None
     scale, softcap, queries, keys, kv_heads,
     first_head, head_count,  # the key heads of this launch
     batches, heads_at_once, programs,
@@ -287,8 +330,9 @@ def backward_kernel(
     q_positions, k_positions,  # int32 [T], [K]
     GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, IN_REGISTERS: gl.constexpr, WIDE: gl.constexpr, DIRECT: gl.constexpr,
-    SOFTCAP: gl.constexpr, DROPOUT: gl.constexpr,
+    SOFTCAP: gl.constexpr, ORDERED: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
+    gl.static_assert(not (ORDERED and DIRECT))
     gl.static_assert(STAGES <= MAX_STAGES)
     gl.static_assert(BLOCK_M == ROWS)  # a part of dQ is a product of 64 rows
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q.dtype)
@@ -312,15 +356,20 @@ def backward_kernel(
     gl.warp_specialize([
         (consume, (
             0, smem, exchange, gates, jobs, block_ends, dq, dk, dv, scale, softcap, queries,
-            k_positions, dropping, GROUP, D, V, BLOCK_M, STAGES, SOFTCAP, IN_REGISTERS, WIDE, DIRECT, DROPOUT,
+            k_positions, dropping,
+            GROUP, D, V, BLOCK_M, STAGES, SOFTCAP, IN_REGISTERS, WIDE, DIRECT, ORDERED, DROPOUT,
         )),
         (consume, (
             1, smem, exchange, gates, jobs, block_ends, dq, dk, dv, scale, softcap, queries,
-            k_positions, dropping, GROUP, D, V, BLOCK_M, STAGES, SOFTCAP, IN_REGISTERS, WIDE, DIRECT, DROPOUT,
+            k_positions, dropping,
+            GROUP, D, V, BLOCK_M, STAGES, SOFTCAP, IN_REGISTERS, WIDE, DIRECT, ORDERED, DROPOUT,
         )),
         (load_tiles, (
             q, k, v, dout, stats, smem, gates, jobs, counter, block_ends, heads, batches, heads_at_once, programs,
-            GROUP, BLOCK_M, STAGES,
+            GROUP, BLOCK_M, STAGES, ORDERED,
         )),
-        (add_queries, (dq, dq_smem, jobs, job_ready, job_free, queries, kv_heads, GROUP, BLOCK_M, DIRECT)),
+        (add_queries, (
+            dq, dq_smem, jobs, job_ready, job_free, (semaphores, earlier), queries, kv_heads,
+            GROUP, BLOCK_M, DIRECT, ORDERED,
+        )),
     ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip

@@ -15,12 +15,12 @@ from distflash.kernels.hopper.common import (
     inside,
     leave,
     next_job,
-    nth,
     pick,
     post,
     span,
     sync,
     tanh,
+    visited,
 )
 from distflash.kernels.hopper.compat import async_load
 
@@ -58,7 +58,7 @@ def make_gates(STAGES: gl.constexpr, JOB_READERS: gl.constexpr):
 @gluon.jit
 def load_tiles(
     q, k, v, dout, stats, smem, gates, jobs, counter, block_ends, heads, batches, heads_at_once, programs,
-    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr = False,
 ):  # fmt: skip
     """The loading warp: a block's keys and values, then the queries, their dout and statistics, tile by tile.
 
@@ -73,7 +73,11 @@ def load_tiles(
     BLOCK_N: gl.constexpr = PARTS * ROWS
     blocks = gl.cdiv(keys, BLOCK_N)
     slot, slot_phase, kv_phase, stage, loaded = 0, 1, 1, 0, 0
+    issued: gl.constexpr = 0 if ORDERED else 1
     program = gl.program_id(0)
+    if ORDERED:
+        # Work tiles wait for earlier ones. So none belongs to a program that may not run yet: the counter deals all.
+        program = next_job(counter, 0)
     while program < blocks * head_count * batches:
         block, nth_head = pick(program, blocks, head_count * batches, heads_at_once)
         first = block * BLOCK_N  # under causal masks earlier keys are seen by more: longest first
@@ -95,7 +99,7 @@ def load_tiles(
                 head = kv_head * GROUP + member
                 plane = (batch * kv_heads + kv_head) * GROUP + member
                 for i in range(tiles):
-                    start = begin + nth(i, before, full, tiles - full) * BLOCK_M
+                    start = begin + visited(i, before, full, tiles, ORDERED) * BLOCK_M
                     if loaded >= STAGES:
                         sync(FREE + stage, BOTH_AND_WARP)
                     mbarrier.expect(q_ready.index(stage), q.block_type.nbytes + stats.block_type.nbytes)
@@ -106,7 +110,7 @@ def load_tiles(
                     async_load(stats, [1, plane, start], dout_ready.index(stage), stats_smem.index(2 * stage + 1))
                     loaded += 1
                     stage, _ = advance(stage, 0, STAGES)
-        program = next_job(counter, programs)
+        program = next_job(counter, issued * programs)
     mbarrier.wait(job_free.index(slot), slot_phase)
     post(jobs, slot, (0, 0, 0, 0, 0, 0, 0))
     mbarrier.arrive(job_ready.index(slot))
@@ -133,10 +137,20 @@ def following(i, plane, tiles, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def place_of(i, plane, job, queries, BLOCK_M: gl.constexpr):
+def is_masked(i, before, full, tiles, ORDERED: gl.constexpr):
+    """Whether the tile that is visited as ``i``-th is not inside all intervals."""
+    if ORDERED:
+        n = visited(i, before, full, tiles, True)
+        return (n < before) | (n >= before + full)
+    else:
+        return i < tiles - full
+
+
+@gluon.jit
+def place_of(i, plane, job, queries, BLOCK_M: gl.constexpr, ORDERED: gl.constexpr = False):
     """Where the tile that is visited as ``i``-th for the head ``plane`` lies among the sums of dQ."""
     begin, before, full, tiles = job
-    return plane * gl.cdiv(queries, BLOCK_M) + begin // BLOCK_M + nth(i, before, full, tiles - full)
+    return plane * gl.cdiv(queries, BLOCK_M) + begin // BLOCK_M + visited(i, before, full, tiles, ORDERED)
 
 
 @gluon.jit

@@ -99,6 +99,19 @@ def nth(i, before, full, masked):
     return gl.where(i >= masked, i - masked + before, gl.where(i < before, i, i + full))
 
 
+@gluon.jit
+def visited(i, before, full, tiles, ORDERED: gl.constexpr):
+    """Which of its tiles a block of keys visits as the ``i``-th: `nth`, or if ORDERED the last one first.
+
+    Under a causal mask all blocks of a head see the last queries. So from the last one on, each can follow the block
+    before it at a small distance; from the first one on, it would wait until that block has come down to the diagonal.
+    """
+    if ORDERED:
+        return tiles - 1 - i
+    else:
+        return nth(i, before, full, tiles - full)
+
+
 @gluon.constexpr_function
 def pack_asm(dtype):
     return f"cvt.rn.{'bf16' if dtype == gl.bfloat16 else 'f16'}x2.f32 $0, $2, $1;"

@@ -16,13 +16,14 @@ from torch import Tensor
 from distflash.kernels.base import Abilities, BackwardContext, Kernel, KeyGradient, Keys, Problem, QueryGradient, Scores
 from distflash.kernels.decoding import Decoding
 from distflash.kernels.hopper.tiles import KEYS, BackwardTile, ForwardTile, backward_tile, forward_tile, padded
+from distflash.kernels.hopper.turns import turns_of
 from distflash.kernels.launch import Launch
 from distflash.kernels.machine import Machine, machine_of
 from distflash.kernels.replay import Replays, facts_of, of_dropout, of_keys, of_state
 from distflash.kernels.triton import Triton
 from distflash.kernels.versions import gluon_reasons
 from distflash.partial import Partial
-from distflash.plan import Pass
+from distflash.plan import Gradients, Pass
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257, 8)
@@ -40,8 +41,9 @@ class Hopper(Kernel):
     columns with wider keys, the backward pass is the portable kernel's.
 
     Args:
-        deterministic: the same bits in every run, by the portable kernel's backward pass, which computes seven products
-            per tile instead of five.
+        deterministic: the same bits in every run. Up to a head dim of 128, blocks of keys add to dQ in ascending order:
+            each waits for the block before it. Above, and where values and keys do not have the same padded width, the
+            backward pass is the portable kernel's, which computes seven products per tile instead of five.
         margin: the number of multiprocessors (SMs) that the persistent grid leaves free for communication kernels.
         forward_tile, backward_tile: tile sizes in place of the shipped ones, for tuning.
         machine: see `Kernel.rehearsing`.
@@ -123,13 +125,17 @@ class Hopper(Kernel):
     def preprocess(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> BackwardContext:
         from distflash.kernels.hopper import launches
 
-        sums, counter = launches.query_sums(q) if self._fused(q, out) else (None, None)
-        return self._portable.preprocess(q, out, lse, dout, dlse, sums, counter)
+        if not self._fused(q, out):
+            return self._portable.preprocess(q, out, lse, dout, dlse)
+        saved = self._portable.preprocess(q, out, lse, dout, dlse, *launches.query_sums(q))
+        return replace(saved, semaphores=launches.semaphores(q)) if self.deterministic else saved
 
     def backward(
         self, saved: BackwardContext, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
     ) -> None:
-        if saved.dq_accum is None:
+        # dQ of few queries in order, or dQ, dK and dV for one of them: the portable kernel's two are faster.
+        separate = self.deterministic and each.gradients is not Gradients.ALL and each.first and each.last
+        if saved.dq_accum is None or separate:
             self._portable.backward(saved, keys, each, scores, dq, dkv)
             return
         from distflash.kernels.hopper import launches
@@ -173,13 +179,18 @@ class Hopper(Kernel):
             for gradient in (dkv.dk, dkv.dv):
                 gradient[:, unseen.start : unseen.stop, heads.start : heads.stop].zero_()
 
-        def build() -> Launch:
-            tile = self.backward_tile or backward_tile(keys.k.shape[-1], keys.v.shape[-1])
-            return launches.backward(tile, self._programs(saved.q.device), saved, keys, scores, dkv, heads)
+        rows, earlier = keys.rows, None
+        if saved.semaphores is not None:
+            turns = rows.kept(turns_of)
+            saved.semaphores.copy_(turns.ended)  # of every head
+            earlier = turns.earlier
 
-        rows = keys.rows
+        def build() -> Launch:
+            tile = self._backward_tile(keys.k.shape[-1], keys.v.shape[-1])
+            return launches.backward(tile, self._programs(saved.q.device), saved, keys, scores, dkv, heads, earlier)
+
         of_queries = saved.q, saved.dout, saved.lse_delta, saved.dq_accum, saved.counter
-        tensors = [*of_queries, keys.k, keys.v, rows.col_lo, rows.col_hi, dkv.dk, dkv.dv]
+        tensors = [*of_queries, keys.k, keys.v, rows.col_lo, rows.col_hi, dkv.dk, dkv.dv, saved.semaphores, earlier]
         inputs = facts_of(saved.q, saved.dout, keys.k, keys.v, dkv.dk)
         key: tuple[Hashable, ...] = (self, heads, scores.facts, inputs)
         if scores.dropout is not None:
@@ -189,7 +200,13 @@ class Hopper(Kernel):
 
     def _fused(self, q: Tensor, out: Tensor) -> bool:
         d_qk, d_v = padded(q.shape[-1]), padded(out.shape[-1])
-        return not self.deterministic and (d_qk == d_v or (d_qk, d_v) == (256, 128))
+        if self.deterministic:
+            return d_qk == d_v <= 128
+        return d_qk == d_v or (d_qk, d_v) == (256, 128)
+
+    def _backward_tile(self, d_qk: int, d_v: int) -> BackwardTile:
+        tile = self.backward_tile or backward_tile(d_qk, d_v, self.deterministic)
+        return replace(tile, direct=tile.direct and not self.deterministic, ordered=self.deterministic)
 
     def _programs(self, device: torch.device) -> int:
         return self._machine(device).multiprocessors - self.margin

@@ -27,6 +27,7 @@ from distflash.kernels.hopper import (
     forward_loads,
     forward_state,
     fragments,
+    ordered,
 )
 from distflash.kernels.hopper import dropout as of_dropout
 from distflash.kernels.hopper import forward as of_forward
@@ -45,6 +46,7 @@ settle(
     common,
     compat,
     fragments,
+    ordered,
     of_dropout,
     forward_loads,
     forward_state,
@@ -127,8 +129,9 @@ def backward(
     scores: Scores,
     dkv: KeyGradient,
     heads: range,
+    earlier: Tensor | None = None,
 ) -> Launch:
-    """Of these key heads; adds to ``saved.dq_accum``."""
+    """Of these key heads; adds to ``saved.dq_accum``. If ``tile.ordered``, earlier: see `Turns`."""
     q, stats = saved.q, saved.lse_delta
     k, v, rows = keys.k, keys.v, keys.rows
     assert stats is not None and saved.dq_accum is not None
@@ -140,7 +143,14 @@ def backward(
     as_they_are = wide or tile.by_columns
     dropped = _dropout(scores.dropout, [rows], rows.col_lo)
     del dropped["other_k_positions"]
-    choices: dict[str, Any] = {} if tile.by_columns else dict(WIDE=wide, DIRECT=tile.direct)
+    choices: dict[str, Any] = {}
+    if not tile.by_columns:
+        semaphores = saved.semaphores if tile.ordered else None
+        choices = dict(semaphores=semaphores, earlier=earlier, WIDE=wide, DIRECT=tile.direct)
+        choices |= dict(ORDERED=tile.ordered)
+    # The blocks of a head add to dQ one after the other, so few of them are at work at a time.
+    visits = H // G * max(1, triton.cdiv(T, QUERIES))
+    spread = programs / (tile.lag * visits) if tile.lag else 0.0
     return Launch(
         kernel=backward_wide_kernel if tile.by_columns else backward_kernel,
         programs=programs,
@@ -164,7 +174,7 @@ def backward(
             first_head=heads.start,
             head_count=len(heads),
             batches=B,
-            heads_at_once=_neighbours(blocks, programs, *[q, saved.dout] * (H // G)),
+            heads_at_once=_neighbours(blocks, programs, *[q, saved.dout] * (H // G), least=spread),
             programs=programs,
             GROUP=H // G,
             D=D,
@@ -199,6 +209,12 @@ def _fragments(q: Tensor) -> tuple[int, int, int, int]:
 def _in_fragments(sums: Tensor, q: Tensor) -> Tensor:
     """The sums of `query_sums` in fragment order, see `fragments`: ``[B * H * tiles, PARTS, ROWS, N]``."""
     return sums[:-2].view(_fragments(q))
+
+
+def semaphores(q: Tensor) -> Tensor:
+    """Room for one for each tile of each head's queries: int32 ``[B * H, tiles]``."""
+    B, T, H, _ = q.shape
+    return q.new_empty(B * H, -(-T // QUERIES), dtype=torch.int32)
 
 
 def round_queries(sums: Tensor, scale: float, out: Tensor) -> Launch:
@@ -249,13 +265,13 @@ def _dropout(dropout: Dropout | None, rows: Sequence[Intervals], nothing: Tensor
     )
 
 
-def _neighbours(blocks: int, programs: int, *shared: Tensor) -> int:
+def _neighbours(blocks: int, programs: int, *shared: Tensor, least: float = 0.0) -> int:
     """How many key heads of so many blocks each to work on at a time: a power of two that fits into the L2 cache.
 
     Programs side by side that read the same tiles at about the same time have them read from the cache once, so few are
-    best; but enough to keep all programs busy, and long blocks from being begun last.
+    best; but enough to keep all programs busy, and long blocks from being begun last; and at ``least`` so many.
     """
-    wanted = min(triton.cdiv(programs, max(1, blocks)), heads_at_once(*shared))
+    wanted = min(max(triton.cdiv(programs, max(1, blocks)), math.ceil(least)), heads_at_once(*shared))
     return 1 << max(0, wanted.bit_length() - 1)
 
 

@@ -45,6 +45,10 @@ class BackwardTile:
             memory.
         direct: a warpgroup adds its part of dQ to global memory itself, instead of through shared memory and the dQ
             warp.
+        ordered: dQ is added in the order of key blocks, by the dQ warp; see `ordered`.
+        lag: if not 0, work tiles are dealt from so many heads at a time that the number of key blocks of one head
+            that are at work is at most this fraction of the query tiles of a work tile. The last of them starts adding
+            about as many tiles late.
         by_columns: a work tile is 64 keys, of which one warpgroup has dK and the other dV; otherwise it is KEYS keys,
             half of them for each warpgroup.
     """
@@ -54,6 +58,8 @@ class BackwardTile:
     in_registers: bool = False
     direct: bool = False
     by_columns: bool = False
+    ordered: bool = False
+    lag: float = 0.0
 
 
 _FORWARD = {
@@ -69,6 +75,7 @@ _BACKWARD = {
     128: BackwardTile(stages=2, registers=240),
     256: BackwardTile(stages=2, registers=240, direct=True, by_columns=True),
 }
+_ORDERED = {dim: replace(_BACKWARD[dim], direct=False, ordered=True, lag=0.125) for dim in (64, 128)}
 _BACKWARD_NARROW = replace(_BACKWARD[256], in_registers=True)
 
 
@@ -84,8 +91,14 @@ def forward_tile(d_qk: int, d_v: int, keys: float) -> ForwardTile:
     return (_FORWARD_LONG if keys >= 2048 else _FORWARD)[padded(d_qk)]
 
 
-def backward_tile(d_qk: int, d_v: int) -> BackwardTile:
-    """The shipped tile for these head dims."""
+def backward_tile(d_qk: int, d_v: int, ordered: bool = False) -> BackwardTile:
+    """The shipped tile for these head dims.
+
+    Args:
+        ordered: dQ is to be added in order, which the kernel for head dims above 128 cannot do.
+    """
+    if ordered:
+        return _ORDERED[padded(d_qk)]
     if 128 < d_qk <= 192 and d_v <= 128:
         return _BACKWARD_NARROW
     return _BACKWARD[padded(d_qk)]

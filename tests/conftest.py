@@ -7,6 +7,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests import pairs
+
 ROOT = Path(__file__).parent
 
 # Triton reads this when it is first imported, and torch imports triton here and there: so for all folders, and early.
@@ -31,6 +33,9 @@ hypothesis.settings.register_profile(
 # What `--few` asks for: the first tenth of them.
 hypothesis.settings.register_profile("distflash-few", hypothesis.settings.get_profile("distflash"), max_examples=4)
 hypothesis.settings.load_profile("distflash")
+
+
+pytest_generate_tests = pairs.parametrize
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -62,14 +62,22 @@ class Case:
         return self.masks[sequence] if self.masks else self.mask
 
 
+HEAD_DIMS = [(16, 16), (40, 24), (64, 64), (80, 80), (128, 128), (192, 128), (256, 256)]
+
+
+def of_head_dims(dims: tuple[int, int], dtype: torch.dtype) -> Case:
+    qk, v = dims
+    return Case(f"head dims {qk}/{v}, {oracle._short(dtype)}", d_qk=qk, d_v=v, dtype=dtype, steps=1)
+
+
 def cases() -> list[Case]:
+    """All head dims in all dtypes, and every feature."""
+    return [*(of_head_dims(dims, dtype) for dims in HEAD_DIMS for dtype in oracle.DTYPES), *features()]
+
+
+def features() -> list[Case]:
     """Every feature at a size that an interpreter can manage, on 1, 2, 3 and 8 ranks."""
     half, first = torch.bfloat16, df.FirstTokens(5)
-    dims = [
-        Case(f"head dims {qk}/{v}, {oracle._short(dtype)}", d_qk=qk, d_v=v, dtype=dtype, steps=1)
-        for qk, v in ((16, 16), (40, 24), (64, 64), (80, 80), (128, 128), (192, 128), (256, 256))
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    ]
     heads = [
         Case(f"{h} heads for {g}, {n} new", heads=h, kv_heads=g, new=n, dtype=dtype)
         for h, g, n, dtype in ((4, 4, 1, half), (8, 1, 1, half), (6, 2, 3, torch.float32), (40, 1, 5, half))
@@ -87,9 +95,9 @@ def cases() -> list[Case]:
         Case("nothing yet", lengths=(0, 3), steps=3, new=2),
         Case("one sequence of many", lengths=(1, 64, 33, 65, 100)),
     ]
-    features = [
-        Case(f"{name}, {oracle._short(dtype)}", dtype=dtype, new=2, **options)
-        for name, options in {
+    options = [
+        Case(f"{name}, {oracle._short(dtype)}", dtype=dtype, new=2, **changes)
+        for name, changes in {
             "softcap": dict(softcap=5.0, scale=1.0),
             "alibi": dict(alibi=True),
             "sinks": dict(sinks=True),
@@ -98,11 +106,11 @@ def cases() -> list[Case]:
         }.items()
         for dtype in (torch.float32, torch.bfloat16)
     ]
-    one = [*dims, *heads, *kinds, *features, Case("to the last slot", lengths=(90, 106), new=2, room=110)]
+    one = [*heads, *kinds, *options, Case("to the last slot", lengths=(90, 106), new=2, room=110)]
     return one + [
         replace(case, name=f"{case.name}, {W} ranks", world_size=W, room=60 if W < 8 else 30, unequal=unequal)
         for case, (W, unequal) in zip(
-            [*heads, *kinds, *features], [(2, 1.0), (3, 1.5), (8, 1.0), (3, 1.0), (2, 1.3)] * 5, strict=False
+            [*heads, *kinds, *options], [(2, 1.0), (3, 1.5), (8, 1.0), (3, 1.0), (2, 1.3)] * 5, strict=False
         )
     ]
 

@@ -3,7 +3,8 @@
     output = finish(2, "launch/evaluate.py", "--device", "cpu")
 
 Each process has what torchrun sets for its rank, runs the script as its main program and ends with its exit code. What
-looks at the launcher itself is started by `tests.jobs.torchrun`.
+looks at the launcher itself is started by `tests.jobs.torchrun`. A shell script that starts torchrun many times is
+given a `python` that does the same.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import os
 import runpy
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from multiprocessing.connection import wait
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Client, Listener, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -33,15 +36,57 @@ def finish(ranks: int, *command: object, expected: int = 0, timeout: float = 60,
 
     expected: the exit code of the first rank that fails, 0 if none does.
     """
-    with tempfile.NamedTemporaryFile("r", errors="replace") as output:
-        words = [str(word) for word in command]
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **env}
-        code = _wait([_start(rank, ranks, place, words, output.name) for rank in range(ranks)], timeout)
-        text = Path(output.name).read_text(errors="replace")
+    code, text = run(ranks, [str(word) for word in command], timeout, env)
     if code is None:
         pytest.fail(f"no end after {timeout} s:\n{text}")
     assert code == expected, f"exit code {code} instead of {expected}:\n{text}"
     return text
+
+
+def run(ranks: int, words: list[str], timeout: float, env: dict[str, str]) -> tuple[int | None, str]:
+    """The exit code, None if there was no end in time, and what all ranks printed."""
+    with tempfile.NamedTemporaryFile("r", errors="replace") as output:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **env}
+        code = _wait([_start(rank, ranks, place, words, output.name) for rank in range(ranks)], timeout)
+        return code, Path(output.name).read_text(errors="replace")
+
+
+PYTHON = """#!{executable}
+import os, sys
+from multiprocessing.connection import Client
+
+if sys.argv[1:5] != ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]:
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+with Client({socket!r}) as asked:
+    asked.send(sys.argv[5:])
+    code, text = asked.recv()
+print(text, end="")
+sys.exit(code)
+"""
+
+
+@contextmanager
+def python(folder: Path, timeout: float, **env: str) -> Iterator[Path]:
+    """A program that is Python, but for torchrun on one node: it has the ranks forked from here.
+
+    timeout: seconds that each of them may take.
+    """
+    program, socket = folder / "python", str(folder / "socket")
+    program.write_text(PYTHON.format(executable=sys.executable, socket=socket))
+    program.chmod(0o755)
+
+    def serve() -> None:
+        while words := (asked := listener.accept()).recv():
+            code, text = run(int(words[0]), words[1:], timeout, env)
+            asked.send((1, f"{text}\nno end after {timeout} s") if code is None else (code, text))
+
+    with Listener(socket) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield program
+        with Client(socket) as asked:
+            asked.send([])
+        thread.join(timeout)
 
 
 def _start(rank: int, ranks: int, place: dict[str, str], words: list[str], output: str) -> BaseProcess:

@@ -65,14 +65,23 @@ class Inputs:
     q_positions: Tensor
 
 
+HEAD_DIMS = [(16, 16), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def of_head_dims(dims: tuple[int, int], dtype: torch.dtype) -> Case:
+    qk, v = dims
+    return Case(f"head dims {qk}/{v} {_short(dtype)}", d_qk=qk, d_v=v, dtype=dtype, seq_len=100, heads=1, kv_heads=1)
+
+
 def cases() -> list[Case]:
+    """All head dims in all dtypes, and every feature."""
+    return [*(of_head_dims(dims, dtype) for dims in HEAD_DIMS for dtype in DTYPES), *features()]
+
+
+def features() -> list[Case]:
     """Every feature at a size that an interpreter can manage."""
     d = masks.Documents
-    shapes = [
-        Case(f"head dims {qk}/{v} {_short(dtype)}", d_qk=qk, d_v=v, dtype=dtype, seq_len=100, heads=1, kv_heads=1)
-        for qk, v in ((16, 16), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    ]
     lengths = [Case(f"length {n}", seq_len=n, dtype=torch.bfloat16) for n in (1, 2, 63, 64, 65, 128, 191)]
     kinds = [
         Case("full", masks.Full()),
@@ -91,7 +100,7 @@ def cases() -> list[Case]:
         for h, g in ((4, 2), (3, 1))
         for dtype in (torch.float32, torch.bfloat16)
     ]
-    features = [
+    options_of_scores = [
         Case(f"{name}, {_short(dtype)}", dtype=dtype, heads=4, kv_heads=2, seq_len=130, **options)
         for name, options in {
             "softcap": dict(softcap=5.0, scale=1.0),
@@ -117,7 +126,7 @@ def cases() -> list[Case]:
         Case("rows that see nothing", Blind(40, 90), 200, dtype=torch.bfloat16, dlse=True),
         Case("rows that see nothing, two hops", Blind(40, 90), 200, Striped(), 2, 0, sinks=True),
     ]  # fmt: skip
-    return shapes + lengths + kinds + groups + features + hops
+    return lengths + kinds + groups + options_of_scores + hops
 
 
 @dataclass(frozen=True)

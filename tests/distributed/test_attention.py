@@ -1,7 +1,5 @@
 """Exactness over real processes: forward, lse and all gradients against dense float64."""
 
-from itertools import product
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -49,16 +47,22 @@ def part(p, layout, group=None, schedule=None):
     return on_rank(p, make_inputs(p), cp)
 
 
-SCHEDULES = {
-    2: [df.PassQuery()],
-    3: [df.PassQuery(), df.DoubleRing(1)],
-    4: [df.PassQuery(), df.DoubleRing(2)],
-}
+SCHEDULES = [
+    (2, df.PassQuery()),
+    (3, df.PassQuery()),
+    (3, df.DoubleRing(1)),
+    (4, df.PassQuery()),
+    (4, df.DoubleRing(2)),
+]
 
 
-@pytest.mark.parametrize("name", ["full, all options", "causal documents", "union of three", "dropout"])
-@pytest.mark.parametrize(("world_size", "schedule"), [(W, s) for W, each in SCHEDULES.items() for s in each], ids=str)
-def test_exact_by_other_schedules(world_size, schedule, name, ranks_of):
+@pytest.mark.covering(
+    1,
+    name=["full, all options", "causal documents", "union of three", "more ranks than tokens", "dropout"],
+    on=SCHEDULES,
+)
+def test_exact_by_other_schedules(on, name, ranks_of):
+    world_size, schedule = on
     ranks, p, layout = ranks_of(world_size), PROBLEMS[name], df.Zigzag()
     assert_exact(p, make_inputs(p), join(ranks.run(part, p, layout, None, schedule), layout, p.seq_len))
     p = in_dtype(p, torch.bfloat16)
@@ -70,17 +74,8 @@ def alone(p):
     return on_rank(p, make_inputs(p), df.ContextParallel(df.transport.Alone(), kernel=Reference()))
 
 
-ALL = list(product((1, 2, 3, 4), LAYOUTS, PROBLEMS))
-# Each problem on each number of ranks, in one layout after the other; simulated ranks have all of them.
-SOME = [(W, LAYOUTS[(W + n) % len(LAYOUTS)], name) for W in (1, 2, 3, 4) for n, name in enumerate(PROBLEMS)]
-
-
-def pytest_generate_tests(metafunc):
-    if metafunc.function is test_exact:
-        chosen = ALL if metafunc.config.getoption("--full") else SOME
-        metafunc.parametrize(("world_size", "layout", "name"), chosen, ids=str)
-
-
+# Simulated ranks have all of them.
+@pytest.mark.covering(2, world_size=[1, 2, 3, 4], layout=LAYOUTS, name=list(PROBLEMS))
 def test_exact(world_size, layout, name, ranks_of):
     """In float64 to its rounding; in float32 and bfloat16 no less exact than one rank."""
     ranks, p = ranks_of(world_size), PROBLEMS[name]
@@ -126,9 +121,7 @@ def part_that_holds_heads_back(p, layout):
     return on_rank(p, make_inputs(p), cp), held_back
 
 
-@pytest.mark.parametrize("mask", [df.Full(), df.Causal(), df.Window(9, 0)], ids=repr)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.covering(2, mask=[df.Full(), df.Causal(), df.Window(9, 0)], layout=LAYOUTS, world_size=[2, 3, 4])
 def test_exact_where_heads_are_held_back(world_size, layout, mask, ranks_of):
     p = Problem(mask, 61, batch=2, heads=8, kv_heads=8, dropout_p=0.2)
     parts, held_back = zip(*ranks_of(world_size).run(part_that_holds_heads_back, p, layout), strict=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import finish, rank_process, start, torchrun, wait_until
+from tests import forked
+from tests.jobs import finish, rank_process, start, wait_until
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -31,28 +32,25 @@ def steps(out: Path) -> int:
     return len((out / "metrics.jsonl").read_text().splitlines())
 
 
-def test_it_trains_on_ranks_of_its_own(tmp_path: Path) -> None:
-    output = finish(start(*CONSOLE, "train", *TWO, *MODEL, "--steps", 5, "--verify", "--out", tmp_path), timeout=200)
+def test_it_trains_on_ranks_of_its_own_and_verifies_the_weights(tmp_path: Path) -> None:
+    output = finish(start(*CONSOLE, "train", *TWO, *MODEL, "--steps", 2, "--verify", "--out", tmp_path), timeout=200)
     assert "ranks: 2" in output and "verified: sharded and unsharded agree" in output
-    assert steps(tmp_path) == 5 and (tmp_path / "loss.png").exists()
-    assert json.loads((tmp_path / "checkpoints/step-00000005/manifest.json").read_text())["step"] == 5
+    assert steps(tmp_path) == 2 and (tmp_path / "loss.png").exists()
+    assert json.loads((tmp_path / "checkpoints/step-00000002/manifest.json").read_text())["step"] == 2
     assert "*****" not in output and "Warning" not in output  # nothing of the launcher
+
+    before = sorted(tmp_path.rglob("*"))
+    verify = (*CONSOLE, "verify", "--ranks", 1, "--device", "cpu", *MODEL, "--out", tmp_path, "--resume")
+    output = finish(start(*verify), timeout=200)
+    assert "resumed after step 2" in output and "verified:" in output
+    assert sorted(tmp_path.rglob("*")) == before and steps(tmp_path) == 2
 
 
 def test_torchrun_starts_it_too(tmp_path: Path) -> None:
     """Without --ranks, and as verify, which writes nothing."""
-    output = finish(start(*torchrun(2), "-m", "distflash", "verify", *MODEL, "--out", tmp_path / "run"), timeout=200)
+    output = forked.finish(2, "-m", "distflash", "verify", *MODEL, "--out", tmp_path / "run", timeout=200)
     assert "ranks: 2" in output and "verified: sharded and unsharded agree" in output
     assert not any(tmp_path.iterdir())
-
-
-def test_verify_takes_the_weights_of_a_run(tmp_path: Path) -> None:
-    run = (*MODEL, "--device", "cpu", "--out", tmp_path)
-    finish(start(*CONSOLE, "train", *run, "--steps", 2), timeout=200)
-    before = sorted(tmp_path.rglob("*"))
-    output = finish(start(*CONSOLE, "verify", "--ranks", 1, *run, "--resume"), timeout=200)
-    assert "resumed after step 2" in output and "verified:" in output
-    assert sorted(tmp_path.rglob("*")) == before and steps(tmp_path) == 2
 
 
 def test_the_exit_code_is_that_of_the_rank_that_failed(tmp_path: Path) -> None:
@@ -83,6 +81,5 @@ def test_a_copied_job_is_a_script(tmp_path: Path) -> None:
     script = tmp_path / "mine.py"
     finish(start(*CONSOLE, "copy", "train", script))
     script.write_text(script.read_text().replace('"Byte-level decoder, ', '"Mine, ').replace("loss plot: ", "drawn: "))
-    root = Path(__file__).parents[2]
-    job = start(*torchrun(2), script, *MODEL, "--device", "cpu", "--steps", 2, "--out", tmp_path, PYTHONPATH=str(root))
-    assert f"drawn: {tmp_path}/loss.png" in finish(job, timeout=200) and steps(tmp_path) == 2
+    output = forked.finish(2, script, *MODEL, "--device", "cpu", "--steps", 2, "--out", tmp_path, timeout=200)
+    assert f"drawn: {tmp_path}/loss.png" in output and steps(tmp_path) == 2

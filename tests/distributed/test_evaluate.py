@@ -72,7 +72,7 @@ def reference(run: Path, text: Path) -> Reference:
         (1, {}),
         (1, dict(chunk=LENGTH)),
         (2, {}),
-        (2, dict(chunk=7)),
+        (2, dict(chunk=29)),
         (3, dict(chunk=64, layout="striped")),
         (3, dict(chunk=10_000, layout="contiguous")),
     ],

@@ -3,6 +3,7 @@
 import pytest
 
 from tests import forked
+from tests.jobs import finish, start
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -43,3 +44,12 @@ def test_a_script_that_hangs_fails_with_what_it_printed(script):
 
 def test_a_module_is_run_by_its_name():
     assert "usage" in forked.finish(1, "-m", "json.tool", "--help")
+
+
+def test_a_python_has_the_ranks_of_torchrun_forked(script, tmp_path):
+    with forked.python(tmp_path, timeout=30) as python:
+        torchrun = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script)
+        lines = finish(start(*torchrun, "ends", "here")).splitlines()
+        assert sorted(lines) == [f"__main__ {rank} 2 ['ends', 'here']" for rank in range(2)]
+        assert "__main__ 1 2" in finish(start(*torchrun, "fails"), expected=3)
+        assert finish(start(python, "-c", "print(5)")) == "5\n"

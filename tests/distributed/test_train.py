@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from distflash.recipes import trainer
 from distflash.recipes.config import TrainConfig
 from distflash.recipes.options import parse
-from tests import jobs
+from tests import forked, jobs
 from tests.jobs import finish, rank_process, torchrun, wait_until
 from tests.ranks import Ranks
 from tests.trained_run import Ended, as_rank
@@ -164,10 +164,10 @@ def test_sigterm_to_one_rank_saves_on_all_and_resumes(tmp_path: Path, ranks_of: 
 def test_data_shorter_than_a_sequence_is_refused_on_all_ranks(tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("too short")
-    output = finish(start(2, "--data", text, out=tmp_path / "run"), expected=1)  # torchrun's code for any failure
+    output = forked.finish(2, "launch/train.py", *TINY, "--data", text, "--out", tmp_path / "run", expected=2)
     assert "error (rank 0): --seq-len: 193 tokens need 194 bytes of text" in output
     assert "set --seq-len to at most 9" in output
-    assert "recipes/trainer.py" not in output  # no traceback of ours, only the launcher's own report
+    assert "Traceback" not in output
 
 
 def test_bad_options_are_refused_by_name(tmp_path: Path) -> None:

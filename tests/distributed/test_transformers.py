@@ -87,16 +87,14 @@ def joined(parts, layout, seq_len):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("layout", [df.Zigzag(), df.Contiguous()], ids=repr)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.covering(1, world_size=[1, 2, 3], layout=[df.Zigzag(), df.Contiguous()])
 def test_float32_is_eager_on_one_rank(world_size, layout, ranks_of):
     cases = [Case(family, lengths) for family in CONFIGS for lengths in LENGTHS]
     require_eagers(cases, layout, ranks_of(world_size))
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("layout", [df.Zigzag(), df.Contiguous()], ids=repr)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.covering(1, world_size=[1, 2, 3], layout=[df.Contiguous(), df.Zigzag()])
 def test_chunks_images_and_prefixes_are_eagers_on_one_rank(world_size, layout, ranks_of):
     cases = [Case(family, lengths) for family in CONFIGS_OF_MASKS for lengths in LENGTHS]
     require_eagers(cases, layout, ranks_of(world_size))

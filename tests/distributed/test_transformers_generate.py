@@ -14,18 +14,18 @@ from tests.tiny_models import CONFIGS, relative
 PRELOAD = "tests.tiny_models"
 # The window of the tiny models is 6 tokens: shorter than prompts and chunks, and passed again and again.
 SOME = (
-    *((2, Generation(family, lengths=(100,), chunk=33)) for family in (*CONFIGS, "llama4")),
-    *((2, Generation("llama", mode, new=40)) for mode in MODES if mode != "greedy"),
-    (2, Generation("mistral", "assisted", (160,), chunk=150)),
-    (2, Generation("gpt_oss", "lookup", (50,), chunk=20)),
+    *((2, Generation(family, lengths=(100,), chunk=33, new=24)) for family in (*CONFIGS, "llama4")),
+    *((2, Generation("llama", mode, new=24)) for mode in MODES if mode != "greedy"),
+    (2, Generation("mistral", "assisted", (160,), chunk=150, new=24)),
+    (2, Generation("gpt_oss", "lookup", (50,), chunk=20, new=24)),
     (2, Generation("gemma2", "sampling", (50, 37, 93), chunk=40, new=24, ends=(5, 9, 11))),
     (2, Generation("llama", "sampling", more=(("streamer", True),), new=16)),
     (2, Generation("llama", "sampling", (37, 20), more=(("stop_strings", ("bc", "ab", "xz", "hi", "e")),))),
-    (3, Generation("llama", lengths=(37,))),
-    (3, Generation("mistral", "beams", (50, 37, 93), chunk=40, new=32)),
+    (3, Generation("llama", lengths=(37,), new=24)),
+    (3, Generation("mistral", "beams", (50, 37, 93), chunk=40, new=24)),
     (3, Generation("qwen3", "several", (41,), new=24)),
-    (3, Generation("llama4", "lookup", (61,), chunk=25)),
-    (3, Generation("gpt_oss", "greedy", (700,), chunk=256)),
+    (3, Generation("llama4", "lookup", (61,), chunk=25, new=24)),
+    (3, Generation("gpt_oss", "greedy", (700,), chunk=256, new=16)),
 )
 PROMPTS = (((37,), None), ((700,), 256), ((50, 37, 93), 40))
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import jobs
-from tests.jobs import ROOT, finish, free_port, kill, torchrun, torchrun_node, wait_until
+from tests import forked, jobs
+from tests.jobs import ROOT, finish, free_port, kill, torchrun_node, wait_until
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -58,7 +58,7 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_nodes_make_the_losses_of_one_node_with_all_ranks(two_nodes: Path, tmp_path: Path) -> None:
-    finish(jobs.start(*torchrun(4), "launch/train.py", "--device", "cpu", *options(tmp_path)), timeout=90)
+    forked.finish(4, "launch/train.py", "--device", "cpu", *options(tmp_path), timeout=90)
     assert len(losses(tmp_path)) == STEPS
     assert losses(two_nodes) == pytest.approx(losses(tmp_path), rel=TOLERANCE)
 
@@ -67,7 +67,7 @@ def test_one_node_goes_on_where_two_were_stopped(two_nodes: Path, tmp_path: Path
     out = Path(shutil.copytree(two_nodes, tmp_path / "run"))
     shutil.rmtree(out / "checkpoints" / f"step-{STEPS:08d}")
     command = ("launch/train.py", "--device", "cpu", *options(out), "--resume")
-    assert "resumed after step 2" in finish(jobs.start(*torchrun(2), *command), timeout=90)
+    assert "resumed after step 2" in forked.finish(2, *command, timeout=90)
     assert losses(out) == pytest.approx(losses(two_nodes), rel=TOLERANCE)
 
 

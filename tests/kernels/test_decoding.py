@@ -8,7 +8,8 @@ import pytest
 from distflash.kernels.decoding import DIFFER
 from distflash.kernels.triton import decoding_launches
 from distflash.kernels.triton.decoding_launches import Knobs, TritonDecoding, choose, splits
-from tests import decoding
+from tests import decoding, oracle
+from tests.interpreter import small
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
@@ -17,7 +18,15 @@ pytestmark = [
 KERNEL = TritonDecoding(interpret=True)
 
 
-@pytest.mark.parametrize("case", decoding.cases(), ids=lambda case: case.name)
+FEATURES = [small(case) for case in decoding.features()]
+
+
+@pytest.mark.covering(1, dims=decoding.HEAD_DIMS, dtype=oracle.DTYPES)
+def test_head_dims(dims, dtype):
+    decoding.check(KERNEL, small(decoding.of_head_dims(dims, dtype)))
+
+
+@pytest.mark.parametrize("case", FEATURES, ids=lambda case: case.name)
 def test_as_exact_as_dense(case):
     decoding.check(KERNEL, case)
 
@@ -32,17 +41,17 @@ def test_faults(fault, world_size):
 
 def test_counters_are_zero_after_every_step():
     kernel = TritonDecoding(interpret=True)
-    decoding.check(kernel, decoding.cases()[0])
+    decoding.check(kernel, FEATURES[0])
     assert [counter.any().item() for counter in kernel._counters.values()] == [False]
 
 
 @pytest.mark.parametrize("knobs", [Knobs(16, 4, 1, 4), Knobs(64, 4, 1, 1)], ids=repr)
-@pytest.mark.parametrize("case", decoding.cases()[-30::10], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", FEATURES[-30::10], ids=lambda case: case.name)
 def test_other_knobs(case, knobs):
     decoding.check(TritonDecoding(knobs, interpret=True), replace(case, steps=1))
 
 
-@pytest.mark.parametrize("case", decoding.cases()[24:30:2], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", FEATURES[3:9:2], ids=lambda case: case.name)
 def test_ends_are_looked_for_in_three_levels(monkeypatch, case):
     """As among so many positions, for so many tokens and parts, that two would take too many registers."""
     monkeypatch.setattr(decoding_launches, "_SEARCHED", 0)

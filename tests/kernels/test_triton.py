@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from distflash.kernels.triton import launches
 from distflash.kernels.triton.tiles import Tile, Tiles
 from distflash.layouts import Zigzag
 from tests import dense, oracle
+from tests.interpreter import small
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
@@ -25,7 +27,20 @@ SMALL = oracle.Case("small", seq_len=100, batch=2, heads=4, kv_heads=2, d_qk=40,
 FINE = Problem(torch.device("cpu"), torch.bfloat16, heads=4, kv_heads=2, d_qk=128, d_v=128)
 
 
-@pytest.mark.parametrize("case", oracle.cases(), ids=lambda case: case.name)
+def in_two_tiles(case):
+    """Those of three tiles of 64 tokens, whose last one is short as well, in two."""
+    return replace(case, seq_len=82) if case.seq_len == 130 else case
+
+
+FEATURES = [in_two_tiles(small(case)) for case in oracle.features()]
+
+
+@pytest.mark.covering(1, dims=oracle.HEAD_DIMS, dtype=oracle.DTYPES)
+def test_head_dims(dims, dtype):
+    oracle.check(Triton(), oracle.of_head_dims(dims, dtype))
+
+
+@pytest.mark.parametrize("case", FEATURES, ids=lambda case: case.name)
 def test_as_exact_as_dense(case):
     oracle.check(Triton(), case)
 
@@ -88,25 +103,26 @@ def test_a_union_over_ranks(dtype, schedule):
         dense.assert_no_less_exact(p, x, one_rank, dense.on_ranks(p, x, 1, Zigzag()))
 
 
-@pytest.mark.parametrize(
-    "case",
-    oracle.window_rings(3, 800, heads=2, kv_heads=1, d_qk=16, d_v=16, dtype=torch.bfloat16)[::4],
-    ids=lambda case: case.name,
-)
-def test_rows_left_out_of_passes(case):
+WINDOW_RINGS = oracle.window_rings(3, 800, heads=1, kv_heads=1, d_qk=16, d_v=16, dtype=torch.bfloat16)
+
+
+@pytest.mark.covering(1, layout=range(3), mask=range(2), rank=range(3))
+def test_rows_left_out_of_passes(layout, mask, rank):
     """Groups of 384 rows, the last of them short."""
-    oracle.check(Triton(), case)
+    oracle.check(Triton(), WINDOW_RINGS[6 * layout + 3 * mask + rank])
 
 
 @pytest.mark.parametrize("block_m", [16, 256])
 def test_rows_left_out_with_tiles_of_any_size(block_m):
     """Also of those by which groups of rows cannot be divided: they are never left out then."""
     tile = Tile(block_m, 64, num_warps=4, num_stages=1)
-    case = replace(SMALL, mask=masks.Window(100, 0), layout=Zigzag(), world_size=2, seq_len=1000, batch=1)
+    case = replace(
+        SMALL, mask=masks.Window(100, 0), layout=Zigzag(), world_size=2, seq_len=1000, batch=1, heads=1, kv_heads=1
+    )
     oracle.check(Triton(tiles=Tiles(tile, tile, tile)), case)
 
 
-@pytest.mark.parametrize("case", [c for c in oracle.cases() if c.world_size > 1], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in FEATURES if case.world_size > 1], ids=lambda case: case.name)
 def test_all_rows_in_all_passes(case):
     oracle.check(Triton(), case, live=False)
 
@@ -114,6 +130,18 @@ def test_all_rows_in_all_passes(case):
 def shifted(x: Tensor) -> Tensor:
     """The same numbers at an address that is no multiple of 16 bytes."""
     return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+STRIDED = replace(SMALL, heads=2)
+
+
+@cache
+def packed(descriptors, one_sequence):
+    """The results of the same numbers in contiguous tensors."""
+    x = oracle.make_inputs(STRIDED)
+    names = ("q", "k", "v", "dout") if one_sequence else ()
+    plain = {name: getattr(x, name)[:1].expand_as(getattr(x, name)).contiguous() for name in names}
+    return oracle.run(Triton(), STRIDED, replace(x, **plain))
 
 
 @pytest.mark.parametrize("descriptors", [True, False])
@@ -133,10 +161,9 @@ def shifted(x: Tensor) -> Tensor:
 def test_any_strides(monkeypatch, laid_out, descriptors):
     if not descriptors:
         monkeypatch.setattr(launches, "DESCRIPTORS", ())
-    x = oracle.make_inputs(SMALL)
+    x = oracle.make_inputs(STRIDED)
     given = replace(x, q=laid_out(x.q), k=laid_out(x.k), v=laid_out(x.v), dout=laid_out(x.dout))
-    plain = replace(x, **{name: getattr(given, name).contiguous() for name in ("q", "k", "v", "dout")})
-    got, want = oracle.run(Triton(), SMALL, given), oracle.run(Triton(), SMALL, plain)
+    got, want = oracle.run(Triton(), STRIDED, given), packed(descriptors, one_sequence=not torch.equal(given.q, x.q))
     assert [name for name in want if not torch.equal(got[name], want[name])] == []
 
 

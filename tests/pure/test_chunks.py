@@ -24,7 +24,7 @@ MASKS = [
 ]
 
 
-@examples(120)
+@examples(60)
 @given(chunks(), layouts, st.integers(1, 8), schedules)
 def test_exact_in_float64(p, layout, world_size, schedule):
     x = make_inputs(p)
@@ -48,9 +48,7 @@ def test_exact_on_one_device(p):
     assert_exact(p, x, on_rank(p, x, None))
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=repr)
-@pytest.mark.parametrize("kv_layout", LAYOUTS, ids=repr)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+@pytest.mark.covering(2, layout=LAYOUTS, kv_layout=LAYOUTS, mask=MASKS)
 def test_every_layout_of_queries_and_keys(layout, kv_layout, mask):
     for world_size, (start, count) in {1: (8, 13), 2: (0, 29), 3: (28, 1), 4: (5, 20), 8: (11, 7)}.items():
         p = Problem(
@@ -70,7 +68,7 @@ def test_cross_attention(world_size, seq_len, q_start, q_len):
     assert_exact(p, x, on_ranks(p, x, world_size, df.Striped()))
 
 
-@examples(30)
+@examples(20)
 @given(chunks(), layouts, st.integers(2, 6), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_no_less_exact_than_one_rank(p, layout, world_size, dtype):
     p = in_dtype(p, dtype)
@@ -78,8 +76,7 @@ def test_no_less_exact_than_one_rank(p, layout, world_size, dtype):
     assert_no_less_exact(p, x, on_ranks(p, x, world_size, layout), on_ranks(p, x, 1, layout))
 
 
-@pytest.mark.parametrize("mask", MASKS[1:-1], ids=repr)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+@pytest.mark.covering(1, layout=LAYOUTS, mask=MASKS[1:-1])
 def test_chunks_one_after_the_other_are_the_whole(layout, mask):
     """Chunked prefill: outputs are those of one call, and the keys' gradients add up to its."""
     p = Problem(mask, 29, heads=4, kv_heads=2, alibi=True)

@@ -30,38 +30,40 @@ def test_memory_is_poisoned():
     assert torch.ones(3).new_empty(2).isnan().all()
 
 
-@examples(240)
+@examples(160)
 @given(problems(), layouts, st.integers(1, 8), schedules)
 def test_exact_in_float64(p, layout, world_size, schedule):
     x = make_inputs(p)
     assert_exact(p, x, on_ranks(p, x, world_size, layout, SMALL_TILES, schedule))
 
 
-MASKS = {
-    "causal": df.Causal(),
-    "window of packed documents": df.Window(20, 4) & df.Documents([0, 3, 40, 131]),
-    "union": df.Causal() & (df.Window(9) | df.FirstTokens(2)) | Blind(40, 60),
-}
+def mask_of(name, seq_len):
+    return {
+        "causal": df.Causal(),
+        "window of packed documents": df.Window(20, 4) & df.Documents([0, 3, seq_len // 3, seq_len]),
+        "union": df.Causal() & (df.Window(9) | df.FirstTokens(2)) | Blind(seq_len // 3, seq_len // 2),
+    }[name]
 
 
 SCHEDULES = [df.Ring(), df.AllGather(), df.DoubleRing(4), df.PassQuery()]
-ON_16 = [(df.Zigzag(), "causal"), (df.Striped(), "union"), (df.Contiguous(), "window of packed documents")]
-ON_MORE = [(df.Zigzag(), "window of packed documents"), (df.Contiguous(), "causal")]
+LAYOUT_AND_MASK = [(df.Zigzag(), "causal"), (df.Striped(), "union"), (df.Contiguous(), "window of packed documents")]
+
+
+# Of 37 tokens each of 16 ranks has two or three.
+@pytest.mark.slow  # all of them together
+@pytest.mark.covering(2, schedule=SCHEDULES, layout_and_mask=LAYOUT_AND_MASK, seq_len=[131, 37])
+def test_exact_on_many_ranks(schedule, layout_and_mask, seq_len):
+    assert_exact_on(16, schedule, *layout_and_mask, seq_len)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("schedule", "world_size", "layout", "mask"),
-    [
-        *((schedule, 16, *each) for schedule in SCHEDULES for each in ON_16),
-        # 64 ranks have 4096 steps to simulate, 32 a quarter of them: each schedule once.
-        *((schedule, 32 if n else 64, *ON_MORE[n % 2]) for n, schedule in enumerate(SCHEDULES)),
-    ],
-    ids=str,
-)
-def test_exact_on_many_ranks(schedule, world_size, layout, mask):
-    """Fewer tokens than would give every rank of 64 three."""
-    p = Problem(MASKS[mask], 131, heads=2, d_v=5, softcap=3.0, alibi=True, sinks=True)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_exact_on_32_ranks(schedule):
+    assert_exact_on(32, schedule, df.Zigzag(), "window of packed documents", 67)
+
+
+def assert_exact_on(world_size, schedule, layout, mask, seq_len):
+    p = Problem(mask_of(mask, seq_len), seq_len, heads=2, d_v=5, softcap=3.0, alibi=True, sinks=True)
     x = make_inputs(p)
     assert_exact(p, x, on_ranks(p, x, world_size, layout, schedule=schedule))
 
@@ -83,7 +85,7 @@ def test_exact_where_one_part_comes_home_before_the_last_step(mask, layout, worl
     assert_exact(p, x, on_ranks(p, x, world_size, layout))
 
 
-@examples(80)
+@examples(50)
 @given(problems(), layouts, st.integers(2, 8), schedules, st.sampled_from([torch.float32, torch.bfloat16]))
 def test_no_less_exact_than_one_rank(p, layout, world_size, schedule, dtype):
     p = in_dtype(p, dtype)
@@ -117,8 +119,7 @@ def long_problem():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("world_size", [2, 8, 64])
+@pytest.mark.covering(1, world_size=[2, 8, 64], dtype=[torch.float32, torch.bfloat16])
 def test_error_stays_flat_however_many_ranks(world_size, dtype, long_problem):
     p, x, one_rank = long_problem[dtype]
     got = on_ranks(p, x, world_size, df.Zigzag())
@@ -128,10 +129,13 @@ def test_error_stays_flat_however_many_ranks(world_size, dtype, long_problem):
     assert all(errors[name] <= 1.1 * bar[name] for name in ("out", "dq", "dk", "dv"))
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("layout", [df.Contiguous(), df.Zigzag(), df.Striped()], ids=repr)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("schedule", [df.Ring(), df.PassQuery()], ids=repr)
+@pytest.mark.covering(
+    2,
+    world_size=[1, 3],
+    layout=[df.Contiguous(), df.Zigzag(), df.Striped()],
+    dtype=[torch.float64, torch.bfloat16],
+    schedule=[df.Ring(), df.PassQuery()],
+)
 def test_queries_that_see_nothing(schedule, dtype, layout, world_size):
     """Exact zeros, lse -inf, no gradient to anything and no NaN, though lse is given a gradient too."""
     mask = Blind(5, 17) & df.Window(6, 2)
@@ -164,9 +168,12 @@ def test_sinks_where_nothing_is_seen(schedule, world_size, sink):
     torch.testing.assert_close(got["dsinks"], expected.to(got["dsinks"].dtype), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("seq_len", [0, 1, 3, 5])
-@pytest.mark.parametrize("layout", [df.Contiguous(), df.Zigzag(), df.Striped()], ids=repr)
-@pytest.mark.parametrize("schedule", [df.Ring(), df.DoubleRing(3), df.PassQuery()], ids=repr)
+@pytest.mark.covering(
+    2,
+    seq_len=[0, 1, 3, 5],
+    layout=[df.Contiguous(), df.Zigzag(), df.Striped()],
+    schedule=[df.Ring(), df.DoubleRing(3), df.PassQuery()],
+)
 def test_more_ranks_than_tokens(schedule, layout, seq_len):
     p = Problem(seq_len=seq_len, sinks=True)
     x = make_inputs(p)

@@ -36,7 +36,7 @@ def test_rows_are_live_where_they_see_a_key(geometry, schedule, kv_heads, able, 
     check([overlap(plan, kv_heads, 1, able, intra_node) for plan in plans], geometry, kv_heads)
 
 
-@examples(100)
+@examples(50)
 @given(problems(), layouts, st.integers(2, 8))
 def test_exact_in_float64(p, layout, world_size):
     x = make_inputs(p)

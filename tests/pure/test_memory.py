@@ -100,10 +100,7 @@ UNION = df.Causal() & (df.Window(100, 0) | df.FirstTokens(300))
 MASKS = [df.Causal(), df.Full(), df.Window(100, 0), UNION]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-@pytest.mark.parametrize("layout", [df.Zigzag(), df.Contiguous()], ids=repr)
-@pytest.mark.parametrize("mask", MASKS, ids=["causal", "full", "window", "union"])
-@pytest.mark.parametrize("adds_up", [False, True], ids=["written", "added up"])
+@pytest.mark.covering(2, ranks=[1, 2, 3, 8], layout=[df.Zigzag(), df.Contiguous()], mask=MASKS, adds_up=[False, True])
 def test_formula_is_what_the_engine_allocates(ranks, layout, mask, adds_up):
     check(ranks, SHAPE, mask, adds_up, layout)
 

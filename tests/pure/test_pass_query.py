@@ -50,7 +50,7 @@ def test_bytes_of_a_full_mask(W):
         assert plan.bytes(**SHAPE, dtype=torch.bfloat16, backward=True) == (W - 1) * there_and_back
 
 
-@examples(60)
+@examples(30)
 @given(problems(), layouts, st.integers(1, 6), st.sampled_from(SCHEDULES))
 def test_a_plan_tells_the_bytes_that_travel(p, layout, W, schedule):
     simulator = df.transport.Simulator(W)

@@ -36,7 +36,7 @@ def cases(draw):
     return p, shape, schedule
 
 
-@examples(120)
+@examples(60)
 @given(cases(), layouts)
 def test_exact_in_float64(case, layout):
     p, shape, schedule = case

@@ -1,11 +1,11 @@
-"""What does keeping attention's result save when activations are recomputed? Time and memory of a step, three ways.
+"""What does keeping attention's outputs save with activation checkpointing? Time and memory of a step, three ways.
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.checkpointing
     python -m benchmarks.checkpointing                                    # one GPU
     python -m benchmarks.checkpointing --device cpu
 
-A step is the forward and backward of the main job's decoder. It should be shorter than with everything recomputed by
-one forward of attention a layer, which is timed alone in the same run, and keep one ``out`` and ``lse`` a layer more.
+A step is the forward and backward of the main job's decoder. Compared with full recomputation, it should save one
+forward of attention per layer (timed alone in the same run), and keep one more ``out`` and ``lse`` per layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 import distflash as df
 from benchmarks import common, pictures
 from benchmarks.common import Shape
-from benchmarks.contest import kernel_of
+from benchmarks.comparison import kernel_of
 from benchmarks.meter import Meter
 from distflash.kernels.base import Abilities, BackwardContext, Kernel, Problem
 from distflash.recipes.config import ModelConfig
@@ -38,7 +38,7 @@ SEQ_LENS = {"cuda": (16384, 65536), "cpu": (512, 1024)}
 
 
 class Counted(Kernel):
-    """The kernel that it stands for, and how often its forward has run."""
+    """A kernel that counts its forward calls."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel, self.forwards = kernel, 0
@@ -106,7 +106,7 @@ class Bench:
             df.attention(*self.qkv, mask=df.Causal(), cp=self.cp, seq_len=self.seq_len)
 
     def gradients(self, way: str) -> tuple[Tensor, float]:
-        """Of a step, flat; and how often a layer's attention ran forward."""
+        """The flat gradients of a step, and the number of attention forwards per layer."""
         self.kernel.forwards = 0
         self.step(way)
         passes = len(self.cp.plan(df.Causal(), self.seq_len, self.device).passes)
@@ -114,7 +114,7 @@ class Bench:
         return flat, self.kernel.forwards / self.options.layers / passes
 
     def memory(self, way: str) -> Memory:
-        """Of a step whose gradients are there already, and only added to."""
+        """The memory of a step that accumulates into existing gradients."""
         meter = Meter() if not common.is_gpu(self.device) else None
         before = self._bytes(meter)
         if meter is None:
@@ -134,7 +134,7 @@ class Bench:
         return torch.cuda.memory_allocated()
 
     def predicted_bytes(self) -> int:
-        """What keeping attention keeps: out and lse of each layer."""
+        """Bytes of out and lse of all layers."""
         s, T, size = self.shape, len(self.positions), self.dtype.itemsize
         return self.options.layers * s.B * s.H * T * (s.V * size + 4)
 
@@ -171,7 +171,7 @@ def row_of(bench: Bench, seconds: float) -> dict[str, Any]:
 
 
 def problems(row: dict[str, Any], dtype: torch.dtype) -> list[str]:
-    """What a right implementation cannot show."""
+    """Results that would be errors."""
     found = []
     if row["attention forwards"] != {NONE: 1, ALL: 2, KEPT: 1}:
         found.append(f"attention ran forward {row['attention forwards']} times a layer and step")
@@ -197,7 +197,7 @@ def report(row: dict[str, Any]) -> None:
 
 
 def draw(figure: Any, record: dict[str, Any]) -> None:
-    """Both in units of the step that recomputes nothing."""
+    """Plot time and memory, relative to the step without recomputation."""
     rows, ranks = record["rows"], record["ranks"]
     figure.set_size_inches(10, 4.5)
     names = [f"S = {row['seq_len']}" for row in rows]
@@ -215,13 +215,13 @@ def draw(figure: Any, record: dict[str, Any]) -> None:
 
 
 def seconds_of(row: dict[str, Any]) -> tuple[dict[str, float], float]:
-    """Of a step on the slowest rank, by way; and what is predicted for keeping attention."""
+    """Seconds of a step on the slowest rank, by method; and the prediction for keeping attention."""
     slowest = {way: max(row["seconds"][way]) for way in WAYS}
     return slowest, slowest[ALL] * (1 - row["share saved"]["predicted"])
 
 
 def bytes_of(row: dict[str, Any]) -> tuple[dict[str, float], float]:
-    """Kept for backward, by way; and what is predicted for keeping attention."""
+    """Bytes kept for backward, by method; and the prediction for keeping attention."""
     kept = row["kept bytes"]
     return kept, kept[ALL] + row["bytes of out and lse"]["predicted"]
 

@@ -1,6 +1,6 @@
-"""What every benchmark here shares: timing, counting, and a record of what was run on what.
+"""Shared by all benchmarks: timing, FLOP counts, and records.
 
-Every figure is a median. Every record says which hardware, versions, commit and command it comes from.
+Every figure is a median. Every record has the hardware, versions, commit and command.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def start(device: str, timed: bool = True) -> torch.device:
     """Join the ranks that torchrun started, if any. Returns this rank's device.
 
     Raises:
-        ValueError: there is no GPU, or ranks outnumber GPUs and what they do is ``timed``: shared, times mean nothing.
+        ValueError: there is no GPU; or there are more ranks than GPUs, and the benchmark is ``timed``.
     """
     local, ranks = (int(os.environ.get(name, n)) for name, n in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     gpus = torch.cuda.device_count()
@@ -85,9 +85,9 @@ def start(device: str, timed: bool = True) -> torch.device:
 
 
 def take_gpu(rank: int, ranks: int) -> torch.device:
-    """GPU n for rank n of the ``ranks`` on this host; those beyond the last GPU begin anew with the first.
+    """GPU n for rank n of the ``ranks`` on this host, modulo the number of GPUs.
 
-    NCCL refuses two ranks of one host on one GPU. It is told that they are on two hosts, and connects them by sockets.
+    NCCL does not allow two ranks of one host on one GPU, so it is told that they are on two hosts.
     """
     gpus = torch.cuda.device_count()
     if ranks > gpus:
@@ -118,7 +118,7 @@ def ring() -> df.transport.Transport:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call on the device; host is what enqueueing it costs the CPU."""
+    """Seconds of one call on the device. host: CPU seconds to enqueue it."""
 
     seconds: float
     fastest: float
@@ -128,11 +128,11 @@ class Timing:
 
 
 class Clock:
-    """Times calls in turns, so that a warming GPU favours none of them.
+    """Times calls in turns, so that a GPU that gets warm affects all alike.
 
     Args:
         device: where the calls run.
-        seconds: how long to measure each call, about.
+        seconds: approximate duration of the measurement of each call.
     """
 
     def __init__(self, device: torch.device, seconds: float) -> None:
@@ -227,7 +227,7 @@ class Shape:
 
 
 def flops(shape: Shape, pairs: int) -> dict[str, float]:
-    """Floating-point operations of ``pairs`` allowed (query, key) pairs, as is usual: what masks forbid is not counted.
+    """Floating-point operations of ``pairs`` allowed (query, key) pairs; masked ones are not counted.
 
     Forward: q.k and p.v. Backward: q.k again, dout.v, and the products for dV, dQ and dK: 2.5 times forward if D = V.
     """
@@ -236,12 +236,12 @@ def flops(shape: Shape, pairs: int) -> dict[str, float]:
 
 
 def pairs_of(mask: df.Mask, seq_len: int) -> int:
-    """How many (query, key) pairs the mask allows, exactly."""
+    """The exact number of allowed (query, key) pairs."""
     return int(df.ContextParallel(df.transport.Alone()).plan(mask, seq_len).pairs.sum())
 
 
 def random_inputs(shape: Shape, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Normal ``q, k, v`` that want gradients, and ``dout``, of ``length`` local tokens, seeded by rank."""
+    """Normal ``q, k, v`` that require gradients, and ``dout``, of ``length`` local tokens, seeded by rank."""
     generator = torch.Generator(device).manual_seed(dist.get_rank() if dist.is_initialized() else 0)
     dims = ((shape.H, shape.D), (shape.G, shape.D), (shape.G, shape.V), (shape.H, shape.V))
     q, k, v, dout = (
@@ -277,9 +277,9 @@ def environment() -> dict[str, Any]:
 
 
 def save(name: str, out: Path, record: dict[str, Any], draw: pictures.Draw | None = None) -> None:
-    """Write ``<name>.json``, and ``<name>.png`` if ``draw`` is given, which gets a matplotlib figure and the record.
+    """Write ``<name>.json``, and ``<name>.png`` if ``draw`` is given, on rank 0.
 
-    Only the first rank writes. A long run saves its record after each row, without a picture until the last.
+    A long run saves its record after each row, and the picture after the last. draw: plots the record on a figure.
     """
     if dist.is_initialized() and dist.get_rank() != 0:
         return
@@ -307,7 +307,7 @@ def _cpu_name() -> str:
 
 
 def installed(*packages: str) -> dict[str, str]:
-    """The versions of those that are installed."""
+    """The versions of installed packages."""
     return {name: found for name in packages if (found := _version(name)) is not None}
 
 
@@ -321,7 +321,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit, with ``+`` behind it where the working tree differs; None outside git."""
+    """The commit, followed by ``+`` if the working tree differs; None outside git."""
 
     def git(*words: str) -> str | None:
         try:
@@ -337,7 +337,7 @@ def _commit() -> str | None:
 
 
 def _sources() -> str:
-    """A digest of the package's files: which code was measured, also where git is not there to ask."""
+    """A digest of the package's files, to identify the code without git."""
     digest = hashlib.sha256()
     for file in sorted((ROOT / "distflash").rglob("*.py")):
         digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())

@@ -1,12 +1,12 @@
-"""How fast is a step of decoding beside its peers, and beside reading the same bytes?
+"""How fast is a decoding step, compared with peers and with reading the same bytes?
 
     python -m benchmarks.decode                   # all shapes beside cuDNN, flash and a plain read
     python -m benchmarks.decode --flex            # and FlexAttention (compiles for a while)
     python -m benchmarks.decode --sweep           # times the knobs of our kernel instead, and prints them
 
-One new token of each sequence over all that came before it, each step a CUDA graph, ours with the new key's way into
-the cache. GB/s are those of keys and values, medians. "One of 2" is one rank of two by itself, with half of the keys
-and the merge, without the messages.
+One new token of each sequence attends to all previous ones. Each step is a CUDA graph; ours also appends the new key to
+the cache. GB/s count keys and values, medians. "One of 2" is one rank of two without messages: half of the keys, and
+the merge.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import common, pictures, truth
+from benchmarks import common, pictures, reference
 from benchmarks.common import Shape
-from benchmarks.contest import FORWARD, Contest, Passes, said
+from benchmarks.comparison import FORWARD, Comparison, Passes, error_line
 from benchmarks.peers import local
 from distflash.kernels.base import Scores
 from distflash.kernels.decoding import Store, Table
@@ -51,14 +51,14 @@ CHUNK = 4096
 
 @triton.jit
 def read_kernel(x, found, CHUNK: tl.constexpr):
-    """The largest number of each chunk of int32: a read of memory, and nothing else."""
+    """The maximum of each chunk of int32: reads memory, and does little else."""
     numbers = tl.load(x + tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK), eviction_policy="evict_first")
     tl.store(found + tl.program_id(0), tl.max(numbers, 0))
 
 
 @dataclass(frozen=True)
 class Exact:
-    """The float64 result, as `truth.Truth` for one token of each sequence."""
+    """The float64 reference of one token per sequence; compare `reference.Reference`."""
 
     out: Tensor
 
@@ -77,7 +77,7 @@ class Exact:
 
 
 class Step:
-    """Our step on a cache that holds all keys but the last, which is the new one."""
+    """distflash's step, on a cache of all keys except the last, which is the new one."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
@@ -161,7 +161,7 @@ class Step:
 
 
 def as_graph(call: Callable[[], object]) -> Callable[[], object]:
-    """The call as a CUDA graph, which keeps what it reads; on a CPU as it is. It has been made before."""
+    """The call, which has run before, as a CUDA graph; on a CPU unchanged."""
     if not torch.cuda.is_available():
         return call
     graph = torch.cuda.CUDAGraph()
@@ -192,21 +192,21 @@ def flex() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def row_of(shape: Shape, options: Any, device: torch.device) -> dict[str, Any]:
-    """One shape: check everybody, then time them in turns."""
+    """One shape: check all candidates, then time them in turns."""
     dtype = getattr(torch, options.dtype)
     step = Step(shape, dtype, device)
-    contest: Any = Contest(common.Clock(device, options.seconds), dtype, passes=(FORWARD,))
+    comparison: Any = Comparison(common.Clock(device, options.seconds), dtype, passes=(FORWARD,))
     right = Exact.of(step.q, *step.keys)
     decoding = TritonDecoding()
-    contest.enter(OURS, lambda: step.passes(decoding), right)
+    comparison.enter(OURS, lambda: step.passes(decoding), right)
     for name, backend in BACKENDS.items():
-        contest.enter(name, lambda backend=backend: step.peer(sdpa(backend)), right)
+        comparison.enter(name, lambda backend=backend: step.peer(sdpa(backend)), right)
     if options.flex:
-        contest.enter(local.FLEX, lambda: step.peer(flex()), right)
-    calls = {name.removesuffix(f"|{FORWARD}"): call for name, call in contest.calls.items()} | {READ: step.read()}
+        comparison.enter(local.FLEX, lambda: step.peer(flex()), right)
+    calls = {name.removesuffix(f"|{FORWARD}"): call for name, call in comparison.calls.items()} | {READ: step.read()}
     if shape.B == 1:
         calls |= {f"{OURS}, one of {ranks}": step.share(decoding, ranks) for ranks in RANKS}
-    timings = contest.clock.medians(calls)
+    timings = comparison.clock.medians(calls)
     # Of the whole sequence's keys and values, also where a rank has a share of them.
     rates = {name: step.bytes / timing.seconds / 1e9 for name, timing in timings.items()}
     ratios = {name: rates[OURS] / rate for name, rate in rates.items() if name != OURS and OURS in rates}
@@ -215,8 +215,8 @@ def row_of(shape: Shape, options: Any, device: torch.device) -> dict[str, Any]:
         **asdict(shape),
         "bytes": step.bytes,
         "knobs": repr(decoding._device(step.q, step.new[1]).knobs),
-        "errors": contest.errors,
-        "left_out": contest.left_out,
+        "errors": comparison.errors,
+        "left_out": comparison.left_out,
         "timings": {name: asdict(timing) for name, timing in timings.items()},
         "gb_per_s": rates,
         "ratios": ratios,
@@ -255,7 +255,7 @@ def draw(figure: Any, record: dict[str, Any]) -> None:
 
 
 def candidates() -> list[Knobs]:
-    """Knobs worth trying: what is in flight is between 32 and 200 KB a processor."""
+    """Tuning parameters to try: 32 to 200 KB in flight per multiprocessor."""
     found = []
     for keys, warps, stages, programs in itertools.product((32, 64, 128), (4, 8), (2, 3, 4, 5), (1, 2, 3)):
         flight = keys * 512 * (stages - 1) * programs
@@ -265,7 +265,7 @@ def candidates() -> list[Knobs]:
 
 
 def precompile(job: tuple[Shape, Knobs]) -> None:
-    """In a process of its own: compile into the cache on disk. What fails here fails again when it is timed."""
+    """In a separate process, compile into triton's cache. Failures appear again when it is timed."""
     shape, knobs = job
     try:
         step = Step(shape, torch.bfloat16, torch.device("cuda"))
@@ -275,7 +275,7 @@ def precompile(job: tuple[Shape, Knobs]) -> None:
 
 
 def sweep(shapes: list[Shape], options: Any, device: torch.device) -> list[dict[str, Any]]:
-    """Time all knobs on each shape, and cuDNN beside them."""
+    """Time all tuning parameters on each shape, and cuDNN."""
     knobs = candidates()[:2] if options.tiny else candidates()
     if device.type == "cuda":
         jobs = list(itertools.product(shapes, knobs))
@@ -297,11 +297,11 @@ def timed(step: Step, knobs: Knobs, right: Exact, clock: common.Clock) -> dict[s
     row = {"shape": str(step.shape), "knobs": repr(knobs), "gb_per_s": 0.0, "failure": ""}
     try:
         passes = step.passes(TritonDecoding(knobs))
-        if truth.wrong(right.errors(**passes.results), torch.bfloat16):
+        if reference.wrong(right.errors(**passes.results), torch.bfloat16):
             return row | {"failure": "wrong result"}
         seconds = clock.medians({OURS: passes.calls[FORWARD]})[OURS].seconds
     except Exception as error:
-        return row | {"failure": said(error)}
+        return row | {"failure": error_line(error)}
     return row | {"gb_per_s": step.bytes / seconds / 1e9}
 
 

@@ -1,4 +1,4 @@
-"""How long is a step of decoding over several GPUs, beside cuDNN's on one?
+"""How long does a decoding step over several GPUs take, compared with cuDNN on one?
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.decode_ranks
 

@@ -1,13 +1,13 @@
-"""How long does the first call of a configuration take, with nothing in triton's cache on disk, and with all in it?
+"""How long does the first call of a configuration take, with triton's disk cache empty and filled?
 
     python -m benchmarks.first_calls                    # one rank
     python -m benchmarks.first_calls --ranks 2
     python -m benchmarks.first_calls --cases default --ranks 2
 
-Each figure is of a new process, or of new ranks: from the first call of attention until its backward has finished on
-the slowest rank. Torch is imported, and the GPU and the connections between ranks have been used before. ``cold``
-begins with an empty cache; ``warm`` follows it on the same cache. ``alone`` is a cold start in which nothing is
-compiled beforehand: each kernel when it is first launched, one after the other.
+Each figure is of new processes: from the first call of attention until its backward has finished on the slowest rank.
+Before that, torch is imported, and the GPU and the connections between ranks have been used. ``cold`` starts with an
+empty cache; ``warm`` uses it afterwards. ``alone`` is a cold start without compilation ahead of time: each kernel is
+compiled at its first launch.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def started(name: str, ranks: int, cache: str, alone: bool) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {_LONGEST:.0f} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
-    said = [line for line in done.stderr.splitlines() if "compil" in line]
+    error_line = [line for line in done.stderr.splitlines() if "compil" in line]
     if done.returncode or not lines:
-        return {"failed": "\n".join(done.stderr.splitlines()[-8:]), "said": said}
-    return {**json.loads(lines[0].removeprefix(_RESULT)), "said": said}
+        return {"failed": "\n".join(done.stderr.splitlines()[-8:]), "error_line": error_line}
+    return {**json.loads(lines[0].removeprefix(_RESULT)), "error_line": error_line}
 
 
 def row(name: str, ranks: int) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def report(found: dict[str, Any]) -> None:
     for how, times in found["times"].items():
         result = times.get("failed") or f"{times['first']:.2f} s, the second call {times['second']:.4f} s"
         common.say(f"  {how:6} {result}")
-        for line in times.get("said", [])[:2]:
+        for line in times.get("error_line", [])[:2]:
             common.say(f"         {line[:160]}")
 
 

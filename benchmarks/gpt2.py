@@ -21,12 +21,12 @@ from torch import Tensor
 import distflash as df
 from benchmarks import common, pictures
 from benchmarks.common import Shape
-from benchmarks.contest import BOTH, FORWARD, Candidate, Contest, kernel_of, ours, right_for
+from benchmarks.comparison import BOTH, FORWARD, Candidate, Comparison, kernel_of, ours, reference_for
 from benchmarks.peers import local
 
 OURS, PLAIN = "distflash", "plain PyTorch"
 MASK = df.Causal()
-# Times as fast as plain PyTorch on an H200 that distflash has to be, and that it aims at.
+# Required and desired speedup over plain PyTorch on an H200.
 WANTED = {FORWARD: (15, 20), BOTH: (9, 12)}
 
 
@@ -49,22 +49,22 @@ def plain(softmax: torch.dtype) -> Candidate:
 def measure(shape: Shape, dtype: torch.dtype, softmax: torch.dtype, clock: common.Clock) -> dict[str, Any]:
     alone = df.ContextParallel(df.transport.Alone())
     inputs = common.random_inputs(shape, shape.S, dtype, clock.device)
-    right = right_for(inputs, MASK, alone, shape.S)
-    contest = Contest(clock, dtype, passes=(FORWARD, BOTH))
-    contest.enter(OURS, lambda: ours(alone, shape.S).run(inputs, MASK), right)
-    contest.enter(PLAIN, lambda: plain(softmax).run(inputs, MASK), right)
+    right = reference_for(inputs, MASK, alone, shape.S)
+    comparison = Comparison(clock, dtype, passes=(FORWARD, BOTH))
+    comparison.enter(OURS, lambda: ours(alone, shape.S).run(inputs, MASK), right)
+    comparison.enter(PLAIN, lambda: plain(softmax).run(inputs, MASK), right)
     for name in (local.FLASH, local.CUDNN, local.FLASH4):
-        contest.enter(name, lambda make=local.MAKERS[name]: make().run(inputs, MASK), right)
+        comparison.enter(name, lambda make=local.MAKERS[name]: make().run(inputs, MASK), right)
     flops = common.flops(shape, common.pairs_of(MASK, shape.S))
     work = {FORWARD: flops["forward"], BOTH: sum(flops.values())}
-    row = contest.row(lambda name, which: work[which])
+    row = comparison.row(lambda name, which: work[which])
     row |= {"shape": str(shape), "dtype": str(dtype), "softmax": str(softmax)}
     row |= {"kernel": repr(kernel_of(alone, inputs)), "wanted": WANTED}
     return row | {"speedup": speedups(row["tflops"])}
 
 
 def speedups(tflops: dict[str, float]) -> dict[str, float]:
-    """Everybody's rate over that of plain attention, by pass."""
+    """Each candidate's rate over that of plain attention, by pass."""
     found = {}
     for key, rate in tflops.items():
         base = tflops.get(f"{PLAIN}|{key.split('|')[1]}")

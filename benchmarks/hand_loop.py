@@ -1,4 +1,4 @@
-"""A Llama of Transformers as one writes its training by hand: FSDP2, checkpointed layers, a loss in chunks.
+"""A hand-written training loop for a Llama of Transformers: FSDP2, activation checkpointing, a chunked loss.
 
 Shapes: B sequences, T tokens of each on this rank, V entries of the vocabulary.
 """

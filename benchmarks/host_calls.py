@@ -1,15 +1,15 @@
-"""How many Python functions a call of attention runs: what the host is busy with, counted rather than timed.
+"""How many Python function calls does a call of attention make? A measure of host overhead that is not timed.
 
     python -m benchmarks.host_calls            # count and report
     python -m benchmarks.host_calls --check    # and fail where a count is above the committed one
     python -m benchmarks.host_calls --write    # commit the counts anew
 
-No GPU is needed: kernels are compiled for one and launched on one that does nothing (`stub`), and the other ranks say
-nothing (`Silent`). A count is the same on every machine with the same versions of torch and triton; a time is not. It
-is of calls like those of a training loop: the first ones, which compile and plan, are over.
+No GPU is needed: kernels are compiled, but launches do nothing (`stub`), and other ranks are simulated by `Silent`.
+Counts are the same on every machine with the same versions of torch and triton. The first calls, which compile and
+plan, are not counted.
 
-Each row is a kernel, a number of ranks and a pass. ``step`` is what a ring of four ranks has more than one of three.
-Messages are not counted here: what `torch.distributed` does for them depends on the backend. Launches go through
+Each row is a kernel, a number of ranks and a pass. ``step`` is the difference between a ring of four ranks and one of
+three. Calls within `torch.distributed` are not counted, since they depend on the backend. Launches go through
 Triton's launcher, which runs more Python than a packed launch does on a GPU (`distflash.kernels.packed`).
 """
 

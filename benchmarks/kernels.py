@@ -1,10 +1,10 @@
-"""How fast is one GPU's attention, forward and backward, beside its peers?
+"""How fast is attention on one GPU, forward and backward, compared with peers?
 
     python -m benchmarks.kernels --quick          # 16K and 2K tokens beside cuDNN and flash-attn-4 only
     python -m benchmarks.kernels                  # and grouped heads at 32K, all peers but FlexAttention
     python -m benchmarks.kernels --flex --more    # and FlexAttention (compiles for a while), head dims 256 and 192/128
 
-Peers that do not import, or do not take a shape, are left out with the reason. TFLOP/s count allowed pairs only.
+Peers that do not import, or do not support a shape, are left out with the reason. TFLOP/s count allowed pairs only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 import distflash as df
 from benchmarks import common, pictures
 from benchmarks.common import Shape
-from benchmarks.contest import BACKWARD, FORWARD, Contest, Passes, kernel_of, ours, right_for
+from benchmarks.comparison import BACKWARD, FORWARD, Comparison, Passes, kernel_of, ours, reference_for
 from benchmarks.peers import local
 from distflash.kernels.base import Kernel, KeyGradient, Keys, QueryGradient, Scores
 from distflash.partial import Partial
@@ -48,7 +48,7 @@ MORE = [
 
 
 def bare(inputs: tuple[Tensor, ...], mask: df.Mask, kernel: Kernel) -> Passes:
-    """Our kernel by itself: no autograd, no engine, buffers there already; backward without rowsum(dout out)."""
+    """Distflash's kernel without autograd, engine and allocation; backward without the preprocess kernel."""
     q, k, v, dout = (x.detach() for x in inputs)
     (only,) = df.ContextParallel(df.transport.Alone()).plan(mask, q.shape[1], q.device).passes
     keys, scores = Keys(k, v, only.visible[0]), Scores(q.shape[-1] ** -0.5)
@@ -80,31 +80,31 @@ class Bench:
     with_portable: bool
 
     def row(self, shape: Shape, mask_name: str) -> dict[str, Any]:
-        """One shape: check everybody, then time them in turns."""
+        """One shape: check all candidates, then time them in turns."""
         mask = MASKS[mask_name]
         alone = df.ContextParallel(df.transport.Alone())
         inputs = common.random_inputs(shape, shape.S, self.dtype, self.clock.device)
-        right = right_for(inputs, mask, alone, shape.S)
+        right = reference_for(inputs, mask, alone, shape.S)
         kernel = kernel_of(alone, inputs)
-        contest = Contest(self.clock, self.dtype)
-        contest.enter(OURS, lambda: ours(alone, shape.S).run(inputs, mask), right)
-        contest.enter(BARE, lambda: bare(inputs, mask, kernel), right)
+        comparison = Comparison(self.clock, self.dtype)
+        comparison.enter(OURS, lambda: ours(alone, shape.S).run(inputs, mask), right)
+        comparison.enter(BARE, lambda: bare(inputs, mask, kernel), right)
         if self.with_portable and not isinstance(kernel, df.kernels.Triton):
             portable = df.ContextParallel(df.transport.Alone(), kernel=df.kernels.Triton())
-            contest.enter(PORTABLE, lambda: ours(portable, shape.S).run(inputs, mask), right)
+            comparison.enter(PORTABLE, lambda: ours(portable, shape.S).run(inputs, mask), right)
         if self.with_portable and isinstance(kernel, df.kernels.Hopper):
             repeats = df.ContextParallel(df.transport.Alone(), kernel=df.kernels.Hopper(deterministic=True))
-            contest.enter(REPEATS, lambda: ours(repeats, shape.S).run(inputs, mask), right)
+            comparison.enter(REPEATS, lambda: ours(repeats, shape.S).run(inputs, mask), right)
         for name in self.peers:
-            contest.enter(name, lambda make=local.MAKERS[name]: make().run(inputs, mask), right)
+            comparison.enter(name, lambda make=local.MAKERS[name]: make().run(inputs, mask), right)
         work = common.flops(shape, common.pairs_of(mask, shape.S))
         row = {"shape": str(shape), "mask": mask_name, **asdict(shape), "kernel": repr(kernel)}
-        row |= contest.row(lambda name, which: work[which])
+        row |= comparison.row(lambda name, which: work[which])
         return row | {"ratios": ratios(row["tflops"])}
 
 
 def ratios(tflops: dict[str, float]) -> dict[str, float]:
-    """Ours over each other candidate's, by pass."""
+    """Distflash's rate over each other candidate's, by pass."""
     found = {}
     for key, rate in tflops.items():
         name, which = key.split("|")
@@ -129,7 +129,7 @@ def report(row: dict[str, Any]) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: our rates, and their ratios to the rivals'."""
+    """Markdown: distflash's rates, and their ratios to others'."""
     head = ["shape", "TFLOP/s fwd / bwd", *(f"over {rival}" for rival in RIVALS)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:

@@ -1,4 +1,4 @@
-"""Which share of a training's time certain layers take: forward, recomputed forward, and backward."""
+"""The fraction of training time spent in given layers: forward, recomputation, and backward."""
 
 from __future__ import annotations
 

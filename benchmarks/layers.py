@@ -1,4 +1,4 @@
-"""What a model does with attention: a loop of attention layers, and decoder blocks of an 8B model.
+"""Models to time attention in: a loop of attention layers, and decoder blocks of an 8B model.
 
 [Note: shapes] B batch, T local tokens, H query heads, G key heads, D head dim, C hidden size.
 """
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import distflash as df
 from benchmarks.common import Shape
-from benchmarks.contest import BOTH, FORWARD, Candidate
+from benchmarks.comparison import BOTH, FORWARD, Candidate
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

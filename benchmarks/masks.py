@@ -1,4 +1,4 @@
-"""What do masks leave of the dense rate? TFLOP/s over allowed pairs, forward and backward.
+"""How do masks affect the rate? TFLOP/s over allowed pairs, forward and backward, relative to a causal mask.
 
     python -m benchmarks.masks                                          # one GPU
     python -m benchmarks.masks --peers --flex                           # and flash-attn-4, and FlexAttention
@@ -20,7 +20,7 @@ import torch
 
 import distflash as df
 from benchmarks import common, pictures
-from benchmarks.contest import BACKWARD, FORWARD, Contest, kernel_of, ours, right_for
+from benchmarks.comparison import BACKWARD, FORWARD, Comparison, kernel_of, ours, reference_for
 from benchmarks.peers import local
 from benchmarks.workloads import LAYOUTS, MASKS, balance
 
@@ -35,25 +35,25 @@ class Bench:
     def __init__(self, options: Any, device: torch.device) -> None:
         self.options, self.device = options, device
         self.shape = common.shape_of(options, options.seq_len)
-        self.contest = Contest(common.Clock(device, options.seconds), getattr(torch, options.dtype))
+        self.comparison = Comparison(common.Clock(device, options.seconds), getattr(torch, options.dtype))
         self.work: dict[str, dict[str, float]] = {}
         self.cases: list[dict[str, Any]] = []
 
     def enter(self, cp: df.ContextParallel, peers: tuple[str, ...]) -> str:
         """Everybody on every mask, over the ranks of ``cp``; gives the kernel that ours takes."""
         S, ranks = self.shape.S, cp.world_size
-        inputs = common.random_inputs(self.shape, cp.seq_local(S), self.contest.dtype, self.device)
+        inputs = common.random_inputs(self.shape, cp.seq_local(S), self.comparison.dtype, self.device)
         # One candidate for all masks: what one compiled is kept until all are timed.
         makers = {peer: cache(local.MAKERS[peer]) for peer in peers}
         for mask_name in (DENSE, *self.options.masks):
             mask = MASKS[mask_name](S)
             pairs = cp.plan(mask, S, self.device).pairs
-            right = right_for(inputs, mask, cp, S)
+            right = reference_for(inputs, mask, cp, S)
             # What ours raises ends the command: the other ranks would wait for it.
-            self.contest.check(self._case(OURS, mask_name, ranks, pairs), ours(cp, S).run(inputs, mask), right)
+            self.comparison.check(self._case(OURS, mask_name, ranks, pairs), ours(cp, S).run(inputs, mask), right)
             for peer, make in makers.items():
                 name = self._case(peer, mask_name, ranks, pairs)
-                self.contest.enter(name, lambda make=make, m=mask: make().run(inputs, m), right)
+                self.comparison.enter(name, lambda make=make, m=mask: make().run(inputs, m), right)
         return repr(kernel_of(cp, inputs))
 
     def _case(self, who: str, mask: str, ranks: int, pairs: torch.Tensor) -> str:
@@ -65,7 +65,7 @@ class Bench:
         return name
 
     def record(self) -> dict[str, Any]:
-        row = self.contest.row(lambda name, which: self.work[name][which])
+        row = self.comparison.row(lambda name, which: self.work[name][which])
         return {"shape": str(self.shape), "cases": self.cases, **row, "share": shares(self.cases, row["tflops"])}
 
 

@@ -1,4 +1,4 @@
-"""How much memory does attention over a ring take beyond its inputs and results, and is it what the formula says?
+"""How much memory does ring attention take besides inputs and results, measured and predicted?
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.memory
     python -m benchmarks.memory                                          # one GPU, no ring
@@ -19,11 +19,11 @@ import torch
 import distflash as df
 from benchmarks import common, pictures
 from benchmarks.common import Shape
-from benchmarks.contest import kernel_of
+from benchmarks.comparison import kernel_of
 from distflash.intervals import Intervals
 from distflash.kernels.hopper.tiles import QUERIES
 from distflash.overlap import overlap
-from distflash.plan import Arrived, Gradients, Pass, Plan, Stage, Transfer, What
+from distflash.plan import Gradients, Pass, Plan, Stage, TensorKey, Transfer, What
 
 FP32 = 4
 COUNTER = 2 * 4  # int32 [2], of a kernel whose programs share out their work as they go
@@ -50,7 +50,7 @@ def predict(shape: Shape, plan: Plan, itemsize: int, adds_up: bool) -> Extra:
              + 12 (T + n)       bytes of intervals for every pass over n keys: kept for all layers and steps
              + 8                a counter
              + the most, over the stages, of
-               E keys(n)        for every source whose n keys are at hand or arriving: from the stage in which they
+               E keys(n)        for every source whose n keys are stored or arriving: from the stage in which they
                                 start to the last one that reads or sends them
                E keys(n)        for n keys that are sent as a copy: several ranges, or a part of each row of a batch
     backward = 2 F row          lse in base 2, and delta = rowsum(dout out)
@@ -149,7 +149,7 @@ class _Account:
             if source != rank:
                 held.take((What.KEY_GRADIENTS, source), self.wide * self.keys(self._at_hand(source)))
 
-    def _walk(self, stages: Sequence[Stage], done_with: Sequence[frozenset[Arrived]], held: _Held) -> Iterator[Stage]:
+    def _walk(self, stages: Sequence[Stage], done_with: Sequence[frozenset[TensorKey]], held: _Held) -> Iterator[Stage]:
         """The stages, with what their transfers hold."""
         until: dict[object, int] = {}
         for number, stage in enumerate(stages):

@@ -1,4 +1,4 @@
-"""How exact is the ring, and does the error grow with the number of ranks? Against dense attention in float64.
+"""The error of ring attention against float64, for several numbers of ranks.
 
     python -m benchmarks.numerics                 # plain torch on the CPU, ranks simulated in one process
     python -m benchmarks.numerics --device cuda   # the Triton kernel, ranks simulated on one GPU

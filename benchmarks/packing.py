@@ -1,4 +1,4 @@
-"""Packed documents over many ranks: what `Balanced` gains over `Zigzag`.
+"""Packed documents over many ranks: `Balanced` compared with `Zigzag`.
 
     python -m benchmarks.packing counts                                          # no GPU: pairs and keys, counted
     torchrun --standalone --nproc-per-node 2 -m benchmarks.packing rates          # both layouts and one GPU
@@ -26,7 +26,7 @@ import torch
 
 import distflash as df
 from benchmarks import common, pictures
-from benchmarks.contest import BACKWARD, FORWARD, Contest, kernel_of, ours, right_for
+from benchmarks.comparison import BACKWARD, FORWARD, Comparison, kernel_of, ours, reference_for
 from benchmarks.ring_steps import Alone
 from benchmarks.workloads import LAYOUTS, MASKS, balance, corpus
 from distflash.geometry import Geometry
@@ -160,14 +160,16 @@ def rates(options: Any, device: torch.device) -> dict[str, Any]:
     rows = []
     for name in options.masks:
         mask, shape = MASKS[name](options.seq_len), common.shape_of(options, options.seq_len)
-        contest = Contest(common.Clock(device, options.seconds), getattr(torch, options.dtype))
+        comparison = Comparison(common.Clock(device, options.seconds), getattr(torch, options.dtype))
         alone = df.ContextParallel(df.transport.Alone())
         groups = {each: df.ContextParallel(common.ring(), LAYOUTS[each]).with_mask(mask) for each in NAMES}
         for each, cp in {SINGLE: alone, **groups}.items():
-            inputs = common.random_inputs(shape, cp.seq_local(shape.S), contest.dtype, device)
-            contest.check(each, ours(cp, shape.S).run(inputs, mask), right_for(inputs, mask, cp, shape.S))
+            inputs = common.random_inputs(shape, cp.seq_local(shape.S), comparison.dtype, device)
+            comparison.check(each, ours(cp, shape.S).run(inputs, mask), reference_for(inputs, mask, cp, shape.S))
         total, ranks = common.flops(shape, common.pairs_of(mask, shape.S)), groups["zigzag"].world_size
-        row = contest.row(lambda who, which, total=total, ranks=ranks: total[which] / (1 if who == SINGLE else ranks))
+        row = comparison.row(
+            lambda who, which, total=total, ranks=ranks: total[which] / (1 if who == SINGLE else ranks)
+        )
         plans = {each: cp.plan(mask, shape.S) for each, cp in groups.items()}
         rows.append(
             {"mask": name, "shape": str(shape), "balance": {each: balance(p.pairs) for each, p in plans.items()}, **row}

@@ -1,6 +1,6 @@
-"""Pictures of records: a PNG beside a JSON, with one look for all. They are drawn from the record alone.
+"""Plots of records, in one style, made from the record only.
 
-Draw them again, on any machine, after a change of how they look:
+To draw them again, on any machine:
 
     python -m benchmarks.redraw
 """

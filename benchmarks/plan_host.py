@@ -1,7 +1,7 @@
-"""How long the host takes for what a chunk or a step over a long cache needs: `python -m benchmarks.plan_host`.
+"""Host time of a chunk or a decoding step over a long cache: `python -m benchmarks.plan_host`.
 
-Nothing is computed or allocated on a device: a chunk's ledger, its check and its plan, and a step's horizon and checks.
-Each row is the median and the largest of so many repetitions, each over a ledger of its own. One thread.
+Measured are a chunk's ledger, checks and plan, and a step's horizon and checks, without a device. Each row has the
+median and the maximum over repetitions, each with a new ledger. One thread.
 """
 
 from __future__ import annotations

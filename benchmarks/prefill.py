@@ -1,4 +1,4 @@
-"""What does a prompt in chunks through a cache cost beside one call of its whole length?
+"""What does chunked prefill cost, compared with one call of the whole length?
 
     python -m benchmarks.prefill                                        # one GPU
     torchrun --standalone --nproc-per-node 2 -m benchmarks.prefill      # two

@@ -1,4 +1,4 @@
-"""What does a GPU of the ring do at each moment of a forward and a backward pass, and where does it wait?
+"""A timeline of ring attention on each GPU, forward and backward, with the gaps in which it waits.
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.profile_ring
     torchrun --standalone --nproc-per-node 2 -m benchmarks.profile_ring --seq-len 16384 --mask documents
@@ -24,9 +24,9 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 import distflash as df
 from benchmarks import common, pictures, trace
-from benchmarks.contest import BACKWARD, FORWARD, kernel_of, ours, right_for
+from benchmarks.comparison import BACKWARD, FORWARD, kernel_of, ours, reference_for
+from benchmarks.reference import wrong
 from benchmarks.trace import Span
-from benchmarks.truth import wrong
 from benchmarks.workloads import LAYOUTS, MASKS
 
 WARM_UP = 3
@@ -43,7 +43,7 @@ def traced(options: Any, device: torch.device) -> tuple[list[Span], dict[str, An
     cp = cp.with_mask(mask)
     inputs = common.random_inputs(shape, cp.seq_local(shape.S), dtype, device)
     passes = ours(cp, shape.S).run(inputs, mask)
-    errors = right_for(inputs, mask, cp, shape.S).errors(**passes.results)
+    errors = reference_for(inputs, mask, cp, shape.S).errors(**passes.results)
     facts = {"shape": str(shape), "errors": errors, "right": not wrong(errors, dtype)}
     facts["kernel"] = repr(kernel_of(cp, inputs))
 

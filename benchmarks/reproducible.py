@@ -1,4 +1,4 @@
-"""What reproducible bits cost beside a ring: kernel calls, bytes that travel, and CPU time.
+"""The cost of `Reproducible`, compared with a ring: kernel calls, bytes received, and CPU time.
 
     python -m benchmarks.reproducible                          # plain torch on the CPU, ranks simulated in one process
     python -m benchmarks.reproducible --seq-len 131072 --plans-only --heads 32 --kv-heads 8 --head-dim 128

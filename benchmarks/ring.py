@@ -1,4 +1,4 @@
-"""What does spreading a sequence over GPUs cost? TFLOP/s per GPU of the ring, and its share of the single-GPU rate.
+"""What does context parallelism cost? TFLOP/s per GPU of the ring, and its fraction of the single-GPU rate.
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.ring
     torchrun --standalone --nproc-per-node 2 -m benchmarks.ring --peers
@@ -6,9 +6,9 @@
     torchrun --standalone --nproc-per-node 2 -m benchmarks.ring --seq-lens 1048576
     torchrun --standalone --nproc-per-node 2 -m benchmarks.ring --mask window4096 --layout contiguous
 
-The single-GPU rate is taken in the same run, in turns with the ring, on every GPU: the same kernel and mask on a
-sequence so long that one GPU has as much to do as each has in the ring. Both times are the slowest GPU's: GPUs of one
-host differ by a percent or two, which the ring has to wait for and cannot help. The times of all are in the record.
+The single-GPU rate is measured in the same run, in turns with the ring, on every GPU: the same kernel and mask, with a
+length that gives one GPU as much work as each has in the ring. Both times are the slowest GPU's, since GPUs of one host
+differ by 1 to 2%. The record has the times of all.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 import distflash as df
-from benchmarks import common, pictures, truth
+from benchmarks import common, pictures, reference
 from benchmarks.common import Shape
-from benchmarks.contest import BACKWARD, FORWARD, Contest, kernel_of, ours, right_for, said
+from benchmarks.comparison import BACKWARD, FORWARD, Comparison, error_line, kernel_of, ours, reference_for
 from benchmarks.peers import rings
 from benchmarks.workloads import DENSE, LAYOUTS, MASKS, balance
 from distflash.schedules import Schedule
@@ -61,17 +61,17 @@ class Bench:
         shape = common.shape_of(self.options, seq_len)
         longest = self.options.single_max
         single = replace(shape, S=single_length(self.options.mask, seq_len, self.cp.world_size, longest))
-        contest = Contest(self.clock, self.dtype)
+        comparison = Comparison(self.clock, self.dtype)
         row: dict[str, Any] = {"shape": str(shape), "seq_len": seq_len, "single": str(single)}
         with ExitStack() as stack:
-            inputs, right = self._enter(contest, RING, shape, self.cp)
-            self._enter(contest, SINGLE, single, self.alone)
+            inputs, right = self._enter(comparison, RING, shape, self.cp)
+            self._enter(comparison, SINGLE, single, self.alone)
             for name in self.options.schedules:
-                self._enter(contest, name, shape, self._by(SCHEDULES[name]))
+                self._enter(comparison, name, shape, self._by(SCHEDULES[name]))
             if self.options.peers:
-                self._enter_peers(contest, shape, inputs, right, stack)
+                self._enter_peers(comparison, shape, inputs, right, stack)
             shared, whole = self._work(shape, self.cp), self._work(single, self.alone)
-            row |= contest.row(lambda name, which: (whole if name == SINGLE else shared)[which])
+            row |= comparison.row(lambda name, which: (whole if name == SINGLE else shared)[which])
         mask = self._mask(shape)
         plan = self.cp.with_mask(mask).plan(mask, shape.S, self.device)
         row |= {"exchanges": plan.exchanges, "pairs": plan.pairs.tolist(), "balance": balance(plan.pairs)}
@@ -87,35 +87,40 @@ class Bench:
         return {which: flops / cp.world_size for which, flops in total.items()}
 
     def _enter(
-        self, contest: Contest, name: str, shape: Shape, cp: df.ContextParallel
-    ) -> tuple[tuple[Tensor, ...], truth.Truth]:
+        self, comparison: Comparison, name: str, shape: Shape, cp: df.ContextParallel
+    ) -> tuple[tuple[Tensor, ...], reference.Reference]:
         """Ours: what it raises ends the command on this rank, and torchrun ends the others."""
         mask = self._mask(shape)
         cp = cp.with_mask(mask)
         inputs = common.random_inputs(shape, cp.seq_local(shape.S), self.dtype, self.device)
-        right = right_for(inputs, mask, cp, shape.S)
-        contest.check(name, ours(cp, shape.S).run(inputs, mask), right)
+        right = reference_for(inputs, mask, cp, shape.S)
+        comparison.check(name, ours(cp, shape.S).run(inputs, mask), right)
         return inputs, right
 
     def _enter_peers(
-        self, contest: Contest, shape: Shape, inputs: tuple[Tensor, ...], right: truth.Truth, stack: ExitStack
+        self,
+        comparison: Comparison,
+        shape: Shape,
+        inputs: tuple[Tensor, ...],
+        right: reference.Reference,
+        stack: ExitStack,
     ) -> None:
         if self.options.mask != "causal" or self.options.layout != "zigzag" or shape.S % (2 * self.cp.world_size):
-            contest.left_out["peers"] = "take causal masks, and lengths that divide into equal zigzag shards only"
+            comparison.left_out["peers"] = "take causal masks, and lengths that divide into equal zigzag shards only"
             return
         mask = self._mask(shape)
         for name, make in rings.makers(self.cp.transport).items():
-            contest.enter(name, lambda make=make: make().run(inputs, mask), right)
+            comparison.enter(name, lambda make=make: make().run(inputs, mask), right)
         try:
             stack.enter_context(rings.torch_context_parallel(shape.S, self.device))
         except Exception as error:
-            contest.left_out |= dict.fromkeys(rings.TORCH, said(error))
+            comparison.left_out |= dict.fromkeys(rings.TORCH, error_line(error))
             return
         for name, method in rings.TORCH.items():
             peer = rings.torch_ring(method)
-            if not contest.enter(name, lambda peer=peer: peer.run(inputs, mask), right) and shape.H != shape.G:
+            if not comparison.enter(name, lambda peer=peer: peer.run(inputs, mask), right) and shape.H != shape.G:
                 again = rings.repeated(peer)
-                contest.enter(f"{name}, K and V repeated", lambda peer=again: peer.run(inputs, mask), right)
+                comparison.enter(f"{name}, K and V repeated", lambda peer=again: peer.run(inputs, mask), right)
 
 
 def shares(tflops: dict[str, float]) -> dict[str, dict[str, float]]:

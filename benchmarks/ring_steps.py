@@ -1,4 +1,4 @@
-"""What a ring's passes leave of the dense rate, without the ring: one GPU computes each rank's passes by itself.
+"""The rate of a ring's passes without communication: one GPU computes each rank's passes.
 
     python -m benchmarks.ring_steps                                       # 8 ranks, a window of 4096, 128K tokens
     python -m benchmarks.ring_steps --mask causal --layout contiguous
@@ -22,7 +22,7 @@ from torch import Tensor
 
 import distflash as df
 from benchmarks import common, pictures
-from benchmarks.contest import BACKWARD, FORWARD, kernel_of
+from benchmarks.comparison import BACKWARD, FORWARD, kernel_of
 from benchmarks.workloads import LAYOUTS, MASKS
 from distflash.engine import keys_of
 from distflash.exchange import Exchange
@@ -72,10 +72,10 @@ class Alone:
         return {f"{name}|{FORWARD}": self.forward, f"{name}|{BACKWARD}": self.backward}
 
     def _exchange(self, queries: tuple[Tensor, ...]) -> Exchange:
-        """All that the passes read is at hand."""
+        """An exchange that already has all tensors that the passes read."""
         exchange = Exchange(self.plan, df.transport.Alone(), {})
-        exchange.at_hand |= {(What.KEYS, source): kv for source, kv in self.kv.items()}
-        exchange.at_hand[What.QUERIES, self.plan.rank] = queries
+        exchange.tensors |= {(What.KEYS, source): kv for source, kv in self.kv.items()}
+        exchange.tensors[What.QUERIES, self.plan.rank] = queries
         return exchange
 
 

@@ -1,4 +1,4 @@
-"""How many bytes does each schedule move, and how much memory does it take? Counted, without data and without a GPU.
+"""Bytes moved and memory of each schedule, counted without data and without a GPU.
 
     python -m benchmarks.schedules
 
@@ -51,7 +51,7 @@ class Hollow(Kernel):
 
 
 class Arrived:
-    """Messages that have arrived as soon as they are asked for."""
+    """Messages that are complete at once."""
 
     def wait(self) -> None:
         pass

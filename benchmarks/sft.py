@@ -1,4 +1,4 @@
-"""Is SFTTrainer over ranks as fast as a loop written by hand? Tokens per second and memory of a Llama of 1.2B.
+"""SFTTrainer with context parallelism compared with a hand-written loop: tokens per second and memory, Llama 1.2B.
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.sft                   # packed documents, 128K tokens a step
     torchrun --standalone --nproc-per-node 2 -m benchmarks.sft --hybrid          # Qwen3.5-like, 64K: gathered layers

@@ -1,7 +1,7 @@
-"""Wall time: what a training loop waits for, the host's work included; `common.Clock` times the device alone.
+"""Wall time, including the host's work; `common.Clock` times the device only.
 
-Each sample begins on an idle device. ``host`` is the time until the call returns: the device does not hold it back, as
-long as the call makes fewer launches than the driver queues (1024). ``wall`` ends when the device has finished.
+Each sample starts on an idle device. ``host`` is the time until the call returns; it does not wait for the device if
+the call makes fewer than 1024 launches, the driver's queue. ``wall`` ends when the device has finished.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A GPU that does nothing: the host's part of real calls, on a machine without one.
+"""A stub GPU, to run the host's part of calls on a machine without one.
 
-Kernels are compiled as for a Hopper GPU and launched by a launcher that returns at once, on tensors in the CPU's
-memory. What they would have written is whatever lies there.
+Kernels are compiled for a Hopper GPU, and launches return at once. Tensors are in CPU memory, and outputs are
+uninitialised.
 """
 
 from __future__ import annotations

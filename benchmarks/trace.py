@@ -1,4 +1,4 @@
-"""What a device did and when, from the trace that torch's profiler exports: spans, their kinds, and the gaps."""
+"""Kernels of a device, and the gaps between them, from a trace of torch's profiler."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""What does a layer cost on the clock on the wall? Milliseconds and host microseconds a layer, against S and ranks.
+"""Wall time and host time per layer, by sequence length and number of ranks.
 
     python -m benchmarks.wall
     torchrun --standalone --nproc-per-node 2 -m benchmarks.wall
     torchrun --standalone --nproc-per-node 2 -m benchmarks.wall --what layers --seq-lens 4096 8192 --who ours graph
 
-A loop of attention layers, and decoder blocks of an 8B model: causal, forward alone and forward with backward. Ours
-eager, compiled by torch.compile and replayed as a CUDA graph, beside others, who run in turns with it in the same run.
-Three times of each loop, divided by its layers: ``wall``, from an idle device until it has finished; ``host``, until
-the loop returns; ``device``, between two events where the host is far ahead. A ratio is somebody's wall time over ours.
+A loop of attention layers, and decoder blocks of an 8B model: causal, forward only and forward with backward. distflash
+eager, with torch.compile and as a CUDA graph, in turns with others. Three times per layer: ``wall``, from an idle
+device until it has finished; ``host``, until the loop returns; ``device``, between two events with the host far ahead.
+Ratios are a candidate's wall time over distflash's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import distflash as df
 from benchmarks import common, pictures
-from benchmarks.contest import BOTH, FORWARD, Candidate, Contest, ours, right_for, said
+from benchmarks.comparison import BOTH, FORWARD, Candidate, Comparison, error_line, ours, reference_for
 from benchmarks.layers import AttentionLayers, Blocks, DecoderBlock, Loop, Replayed, Sizes, calls_of
 from benchmarks.peers import all_to_all, local, rings
 from benchmarks.stopwatch import Stopwatch, Times
@@ -36,7 +36,7 @@ LAYERS, BLOCK = "layers", "block"
 
 @dataclass(frozen=True)
 class Entrant:
-    """Somebody who takes part.
+    """A candidate of this benchmark.
 
     Attributes:
         make: the candidate; raises where its library does not import.
@@ -63,33 +63,33 @@ class Bench:
         self.sizes = Sizes(options.hidden, options.heads, options.kv_heads, options.head_dim, options.mlp)
 
     def row(self, what: str, seq_len: int) -> dict[str, Any]:
-        """Everybody's times at one length."""
+        """All candidates' times at one length."""
         torch.compiler.reset()  # of all lengths together there are more graphs than it keeps
         count = self.options.layers if what == LAYERS else self.options.blocks
-        contest = Contest(self.clock, self.dtype)
+        comparison = Comparison(self.clock, self.dtype)
         calls: dict[str, Callable[[], object]] = {}
         with ExitStack() as stack:
-            for entrant in self._entrants(contest, seq_len, stack):
+            for entrant in self._entrants(comparison, seq_len, stack):
                 common.say(f"{what}, {seq_len} tokens: {entrant.name}")  # what a run that is cut short was at
-                candidate, inputs = self._enter(contest, entrant, seq_len)
+                candidate, inputs = self._enter(comparison, entrant, seq_len)
                 if candidate is None:
                     continue
                 ready = partial(self._loop, what, candidate, inputs, entrant)
-                loop = contest.attempt(entrant.name, ready)
+                loop = comparison.attempt(entrant.name, ready)
                 if loop is not None:
-                    calls |= self._calls(contest, entrant.name, loop)
+                    calls |= self._calls(comparison, entrant.name, loop)
             times = self.stopwatch.medians(calls)
         return {
             "seq_len": seq_len,
             "shape": str(self.sizes.attention(seq_len)),
             "layers": count,
-            "errors": contest.errors,
-            "left_out": contest.left_out,
+            "errors": comparison.errors,
+            "left_out": comparison.left_out,
             "times": {key: asdict(per_layer(t, count)) for key, t in times.items()},
             "ratios": ratios({key: t.wall for key, t in times.items()}),
         }
 
-    def _entrants(self, contest: Contest, seq_len: int, stack: ExitStack) -> list[Entrant]:
+    def _entrants(self, comparison: Comparison, seq_len: int, stack: ExitStack) -> list[Entrant]:
         who, own = self.options.who, ours(self.cp, seq_len)
         entrants = [Entrant(OURS, lambda: own, self.cp)]
         if "compiled" in who:
@@ -104,31 +104,33 @@ class Bench:
             Entrant(rings.ZIGZAG4, zigzag, self.cp),
             Entrant(all_to_all.NAME, all_to_all.all_to_all, self.contiguous),
         ]
-        return entrants + self._torch(contest, seq_len, stack)
+        return entrants + self._torch(comparison, seq_len, stack)
 
-    def _torch(self, contest: Contest, seq_len: int, stack: ExitStack) -> list[Entrant]:
+    def _torch(self, comparison: Comparison, seq_len: int, stack: ExitStack) -> list[Entrant]:
         """PyTorch's own, where it starts."""
         try:
             stack.enter_context(rings.torch_context_parallel(seq_len, self.device))
         except Exception as error:
-            contest.left_out |= dict.fromkeys(rings.TORCH, said(error))
+            comparison.left_out |= dict.fromkeys(rings.TORCH, error_line(error))
             return []
         repeats = self.options.heads != self.options.kv_heads
         return [
             Entrant(name, lambda m=method: torch_candidate(m, repeats), self.cp) for name, method in rings.TORCH.items()
         ]
 
-    def _enter(self, contest: Contest, entrant: Entrant, seq_len: int) -> tuple[Candidate | None, tuple[Tensor, ...]]:
+    def _enter(
+        self, comparison: Comparison, entrant: Entrant, seq_len: int
+    ) -> tuple[Candidate | None, tuple[Tensor, ...]]:
         """The candidate, if it is right on every rank, and its inputs."""
         shape, made = self.sizes.attention(seq_len), []
         inputs = common.random_inputs(shape, entrant.cp.seq_local(seq_len), self.dtype, self.device)
-        right = right_for(inputs, self.mask, entrant.cp, seq_len)
+        right = reference_for(inputs, self.mask, entrant.cp, seq_len)
 
         def run() -> Any:
             made.append(entrant.make())
             return made[0].run(inputs, self.mask)
 
-        return (made[0] if contest.enter(entrant.name, run, right) else None), inputs
+        return (made[0] if comparison.enter(entrant.name, run, right) else None), inputs
 
     def _loop(self, what: str, candidate: Candidate, inputs: tuple[Tensor, ...], entrant: Entrant) -> Loop:
         """It has run once."""
@@ -150,16 +152,16 @@ class Bench:
         positions = entrant.cp.positions(length * entrant.cp.world_size, self.device)
         return Blocks(modules, self.sizes, positions, self.dtype)
 
-    def _calls(self, contest: Contest, name: str, loop: Loop) -> dict[str, Callable[[], object]]:
+    def _calls(self, comparison: Comparison, name: str, loop: Loop) -> dict[str, Callable[[], object]]:
         """What is timed of a loop, and of ours the same as CUDA graphs."""
         calls = {f"{name}|{which}": call for which, call in calls_of(loop).items()}
         if name == OURS and "graph" in self.options.who:
             for which, call in calls_of(loop).items():
                 if common.is_gpu(self.device):
-                    graph = contest.attempt(f"{GRAPH}|{which}", lambda call=call: Replayed(call))
+                    graph = comparison.attempt(f"{GRAPH}|{which}", lambda call=call: Replayed(call))
                     calls |= {} if graph is None else {f"{GRAPH}|{which}": graph}
                 else:
-                    contest.left_out[f"{GRAPH}|{which}"] = "CUDA graphs need a GPU"
+                    comparison.left_out[f"{GRAPH}|{which}"] = "CUDA graphs need a GPU"
         return calls
 
 

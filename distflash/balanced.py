@@ -44,7 +44,7 @@ class Balanced(Layout):
             ``P / (2 * H * D)`` for a layer with P parameters besides attention, H heads and head dim D.
 
     Raises:
-        ValueError: an argument is of another kind.
+        ValueError: an argument has the wrong type.
 
     Examples:
         >>> mask = df.Causal() & df.Documents([0, 3, 8])

@@ -14,16 +14,16 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from distflash.books import Books
 from distflash.chunks import seen_later
 from distflash.context import ALONE, ContextParallel
 from distflash.faults import Faults
+from distflash.host_records import HostRecords
+from distflash.host_to_device import to_device
 from distflash.integers import as_int
 from distflash.kernels.decoding import Store
 from distflash.ledger import Ledger
 from distflash.masks import Mask
 from distflash.rows import Rows
-from distflash.upload import upload
 from distflash.validation import DTYPES, came
 
 
@@ -48,7 +48,7 @@ class Cache:
             ``B * ceil(capacity / W) * G * (d_qk + d_v)`` elements on each rank, and 4 bytes per token for positions.
 
     Raises:
-        ValueError: an argument is of another kind.
+        ValueError: an argument has the wrong type.
 
     Examples:
         >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -94,7 +94,7 @@ class Cache:
         W, room = cp.world_size, -(-capacity // cp.world_size)
         self.cp, self.capacity = cp, capacity
         self.rows = range(batch)
-        self.books = Books([cp.calls.nothing] * batch, [0] * batch)
+        self.records = HostRecords([cp.calls.nothing] * batch, [0] * batch)
         # Also if made under `torch.inference_mode`, since the cache may be used outside of it.
         with torch.inference_mode(False):
             self.store = Store(
@@ -120,7 +120,7 @@ class Cache:
         at, store = row - self.rows.start, self.store
         some = slice(at, at + 1)
         one = object.__new__(Cache)
-        one.cp, one.capacity, one.books, one.faults = self.cp, self.capacity, self.books, self.faults
+        one.cp, one.capacity, one.records, one.faults = self.cp, self.capacity, self.records, self.faults
         one.rows = range(row, row + 1)
         one.store = Store(
             k=store.k[some],
@@ -149,7 +149,7 @@ class Cache:
     def lengths(self) -> tuple[int, ...]:
         """The length of each sequence in tokens. Synchronises with the device after steps were captured in a graph."""
         self.update()
-        return tuple(self.books.lengths[row] for row in self.rows)
+        return tuple(self.records.lengths[row] for row in self.rows)
 
     @property
     def length(self) -> int:
@@ -246,7 +246,7 @@ class Cache:
 
     def has_dropped(self) -> bool:
         """Whether keys of any sequence have been dropped. Does not need up-to-date ledgers."""
-        ledgers = [self.books.ledgers[row] for row in self.rows]
+        ledgers = [self.records.ledgers[row] for row in self.rows]
         return any(sum(ledger.counts) < ledger.total for ledger in ledgers)
 
     def is_full_with(self, tokens: int) -> bool:
@@ -255,7 +255,7 @@ class Cache:
 
     def _kept_by_all(self) -> list[int]:
         """How many keys of each sequence all ranks together store."""
-        ledgers = [self.books.ledgers[row] for row in self.rows]
+        ledgers = [self.records.ledgers[row] for row in self.rows]
         return [sum(of.counts) + length - of.total for of, length in zip(ledgers, self.lengths, strict=True)]
 
     def has_room_for(self, ledger: Ledger) -> bool:
@@ -265,19 +265,19 @@ class Cache:
     def ledgers(self) -> list[Ledger]:
         """The up-to-date ledger of each sequence. Synchronises with steps made since the last call."""
         self.raise_fault()
-        lengths, books = self.lengths, self.books
+        lengths, records = self.lengths, self.records
         for row, length in zip(self.rows, lengths, strict=True):
-            ledger = books.ledgers[row]
+            ledger = records.ledgers[row]
             # Steps that the host has counted may not have happened, see `raise_fault`.
             longer = length >= ledger.total
-            books.ledgers[row] = ledger.with_dealt(length - ledger.total) if longer else ledger.truncated(length)
-        return [books.ledgers[row] for row in self.rows]
+            records.ledgers[row] = ledger.with_step(length - ledger.total) if longer else ledger.truncated(length)
+        return [records.ledgers[row] for row in self.rows]
 
     def shrink(self, ledgers: Sequence[Ledger]) -> None:
         """Keep only the keys of these ledgers, which are a subset of the stored ones."""
         rank = self.cp.rank
         for n, (row, new) in enumerate(zip(self.rows, ledgers, strict=True)):
-            old = self.books.ledgers[row]
+            old = self.records.ledgers[row]
             if new is not old and not _begins(new.held[rank], old.held[rank]):
                 self._compact(n, old.held[rank], new.held[rank])
         self.record(ledgers)
@@ -285,21 +285,21 @@ class Cache:
     def record(self, ledgers: Sequence[Ledger]) -> None:
         """Record ledgers on the host and on the device. Their keys are stored already."""
         for row, ledger in zip(self.rows, ledgers, strict=True):
-            self.books.ledgers[row], self.books.lengths[row] = ledger, ledger.total
+            self.records.ledgers[row], self.records.lengths[row] = ledger, ledger.total
         counts = torch.tensor([ledger.counts for ledger in ledgers], dtype=torch.int32)
         totals = torch.tensor([ledger.total for ledger in ledgers], dtype=torch.int32)
-        self.store.counts.copy_(upload(counts, self.store.k.device))
-        self.store.lengths.copy_(upload(totals, self.store.k.device))
+        self.store.counts.copy_(to_device(counts, self.store.k.device))
+        self.store.lengths.copy_(to_device(totals, self.store.k.device))
 
     def grow(self, tokens: int, capturing: bool) -> None:
         """Record that a step has appended ``tokens`` to each sequence, or that a captured step will in each replay."""
         if capturing:
-            self.books.stale = self.faults.captured = True
+            self.records.stale = self.faults.captured = True
             return
         with self._counting_again():
             self.faults.note()
         for row in self.rows:
-            self.books.lengths[row] += tokens
+            self.records.lengths[row] += tokens
 
     def raise_fault(self, late: bool = False) -> None:
         """Raise the faults that the device has found in steps. late: only those that all ranks know before a step."""
@@ -312,18 +312,18 @@ class Cache:
         try:
             yield
         except ValueError:
-            self.books.stale = True
+            self.records.stale = True
             raise
 
     def update(self) -> None:
         """Read from the device what replays of a captured step have appended."""
-        if self.books.stale:
+        if self.records.stale:
             lengths = self.store.lengths.tolist()
             for row, length in zip(self.rows, lengths, strict=True):
-                self.books.lengths[row] = length
+                self.records.lengths[row] = length
 
     def problem(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cp: ContextParallel) -> str | None:
-        """Whether valid tensors q, k, v match this cache."""
+        """Check that valid tensors q, k, v match this cache. Returns the error message or None."""
         if cp is not self.cp:
             return (
                 f"cache: was made with {self.cp!r}, the call has another one, {cp!r}; pass the same ContextParallel, "
@@ -349,12 +349,12 @@ class Cache:
         return None
 
     def refuse(self, problem: str) -> NoReturn:
-        """Raise on this rank, and on the other ranks, which are in the same call."""
+        """Raise on all ranks, which are in the same call."""
         self.cp.refuse(problem, in_attention=True)
 
     def _compact(self, n: int, had: Tensor, wanted: Tensor) -> None:
         """Move the keys of a sequence at ``wanted`` positions to the front, in place."""
-        at = upload(torch.searchsorted(had, wanted), self.store.k.device)
+        at = to_device(torch.searchsorted(had, wanted), self.store.k.device)
         for x in (self.store.k, self.store.v, self.store.positions):
             x[n, : len(wanted)] = x[n].index_select(0, at)
 

@@ -1,7 +1,7 @@
-"""Activation checkpointing that does not run the ring's forward twice.
+"""Activation checkpointing that does not recompute attention.
 
-Recomputing a block is cheap but for its attention, which is a second ring of messages. What attention's backward needs
-of its forward, ``out`` and ``lse``, is small. So these two are kept, and everything else is recomputed.
+Recomputing attention would send K and V again, and its backward needs only ``out`` and ``lse``, which are small. So
+these two are kept, and everything else is recomputed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def keep_attention() -> tuple[AbstractContextManager[Any], AbstractContextManage
 class _OnlyAttention(TorchDispatchMode):
     """One of torch's selective contexts, told of no operation but attention.
 
-    It wants all it is told of again in backward. ZeRO-3 gathers weights in between, in backward others than in forward.
+    torch's selective mode requires the same operations in backward as in forward. ZeRO-3's gathers of weights differ.
     """
 
     def __init__(self, selective: TorchDispatchMode) -> None:
@@ -72,5 +72,5 @@ class _OnlyAttention(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Compiled code runs under it as it is."""
+        """Compiled code runs unchanged under this mode."""
         return True

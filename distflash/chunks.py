@@ -44,7 +44,7 @@ class Chunk:
     @cached_property
     def ends(self) -> tuple[Ends, ...]:
         """The mask bounds of the chunk's queries, for a sequence of any length; see [Note: later]."""
-        return self.mask.value.parts(torch.arange(self.before.total, self.after.total), told(self.mask.value))
+        return self.mask.value.parts(torch.arange(self.before.total, self.after.total), length_for(self.mask.value))
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -55,7 +55,7 @@ class Chunk:
         return Geometry(mask, queries, self.after, stop, for_backward=False, distances=self.problem.alibi)
 
     def refusal(self) -> str | None:
-        """Why keys that the mask allows are not in the cache, in words; None if all are."""
+        """Check that all keys that the mask allows are in the cache. Returns the error message or None."""
         mask, stop = self.mask.value, self.after.total
         if (problem := length_problem(mask, stop)) is not None:
             return problem
@@ -111,23 +111,23 @@ def _moved(geometry: Geometry) -> tuple[int, int]:
     return keys, sum(geometry.queries.length(rank) for rank, _ in others)
 
 
-def told(mask: Mask) -> int:
-    """The length passed to a mask for positions to come; see [Note: later]."""
+def length_for(mask: Mask) -> int:
+    """The length passed to a mask for future positions; see [Note: later]."""
     return MAX_SEQ_LEN if mask.seq_len is None else mask.seq_len
 
 
 def length_problem(mask: Mask, total: int) -> str | None:
-    """What is wrong with ``total`` tokens for a mask that knows its length."""
-    if total <= told(mask):
+    """Check that ``total`` tokens are not more than the mask's own length."""
+    if total <= length_for(mask):
         return None
     return (
-        f"mask: {mask!r} is for a sequence of {told(mask)} tokens, but with this call the cache has had {total}; "
+        f"mask: {mask!r} is for a sequence of {length_for(mask)} tokens, but with this call the cache has had {total}; "
         "make a mask of the whole sequence, tokens to come included"
     )
 
 
 def dropped_problem(mask: Mask, ledger: Ledger) -> str:
-    """The message that keys which the mask allows have been dropped."""
+    """The error message if keys that the mask allows have been dropped."""
     return (
         f"mask: {mask!r} lets tokens see keys that the cache keeps no longer: of the {ledger.total} tokens so far it "
         f"keeps {sum(ledger.counts)}, those that the masks of earlier calls let later tokens see. Use one mask for all "
@@ -137,7 +137,7 @@ def dropped_problem(mask: Mask, ledger: Ledger) -> str:
 
 def seen_later(mask: Mask, total: int) -> tuple[range, ...]:
     """The positions below ``total`` that queries from there on may see, as ascending ranges."""
-    last = told(mask) - 1
+    last = length_for(mask) - 1
     if total > last:
         return ()
     parts = mask.cover(torch.tensor([total, last]), last + 1)

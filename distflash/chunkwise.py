@@ -1,7 +1,6 @@
 """Forward and backward of attention by a `ChunkwisePlan`: the same kernel calls on any number of ranks.
 
-Every call's tensors are copied into memory of their own. Products of plain torch take other paths for other strides and
-alignments, and their last bits then differ.
+Every kernel call gets contiguous copies: torch's matrix products depend on strides and alignment in their last bits.
 
 [Note: shapes] B batch, T local queries, K local keys, H query heads, G key/value heads, D head dim of q and k, V of v.
 """
@@ -14,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distflash.chunkwise_plan import AtHand, ChunkwisePlan, Piece
+from distflash.chunkwise_plan import ChunkwisePlan, GatheredChunks, Piece
 from distflash.exchange import Exchange, Tensors, copy_of, tokens_of
 from distflash.gradients import of_sinks
 from distflash.kernels import Kernel
 from distflash.kernels.base import BackwardContext, KeyGradient, Keys, QueryGradient, Scores
 from distflash.partial import Partial, accumulator_dtype
 from distflash.plan import Gradients, Pass, Stage, What
-from distflash.transport import Exchanges, Message
+from distflash.transport import Message, PointToPoint
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Chunkwise:
     """A call on one rank; its attributes are those of `engine.Call`."""
 
     plan: ChunkwisePlan
-    transport: Exchanges
+    transport: PointToPoint
     kernel: Kernel
     scores: Scores
     rounds_keys: bool
@@ -55,12 +54,12 @@ class Chunkwise:
     def backward(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As `engine.backward`; of the gradient of sinks the first rank has the whole sum, and the others have 0."""
+        """As `engine.backward`. Rank 0 has the gradient of the sinks, summed over all ranks; the others have 0."""
         dq, dk, dv = q.new_empty(q.shape), *(x.new_empty(x.shape, dtype=self._of_keys(x)) for x in (k, v))
         sinks = self.scores.sinks
         if not q.shape[0]:
             return dq, dk, dv, None if sinks is None else torch.zeros_like(sinks)
-        dlse = torch.zeros_like(lse) if dlse is None else dlse  # what travels is alike on all ranks
+        dlse = torch.zeros_like(lse) if dlse is None else dlse  # all ranks send the same tensors
         queries = tuple(x.contiguous() for x in (q, out, lse, dout, dlse))
         exchange = self._exchanged(self.plan.backward, {What.KEYS: (k, v), What.QUERIES: queries})
         keys = self._in_order(self.plan.keys, What.KEYS, exchange)
@@ -102,7 +101,7 @@ class Chunkwise:
         return final
 
     def _of_a_key_chunk(self, queries: Tensors, kv: Tensors, piece: Piece) -> Tensors:
-        """Gradients of a chunk of keys: of a mask's parts the first writes them, the others are added."""
+        """Gradients of a chunk of keys: the pass of the mask's first part writes them, the others add."""
         passes = self.plan.passes_over(piece, Gradients.OF_KEYS)
         if not passes:
             return tuple(torch.zeros_like(x) for x in kv)
@@ -128,20 +127,20 @@ class Chunkwise:
         return x.dtype if self.rounds_keys else accumulator_dtype(x.dtype)
 
     def _exchanged(self, stages: tuple[Stage, ...], tensors: dict[What, Tensors]) -> Exchange:
-        """This rank's tensors, and those of others that its kernel calls read."""
+        """Local tensors, and the remote ones that this rank's kernel calls read."""
         exchange = Exchange(self.plan, self.transport, tensors)
-        exchange.at_hand |= {(what, self.plan.rank): own for what, own in tensors.items()}
+        exchange.tensors |= {(what, self.plan.rank): own for what, own in tensors.items()}
         for _ in exchange.walk(stages, [frozenset()] * len(stages)):
             pass
         return exchange
 
-    def _in_order(self, at_hand: AtHand, what: What, exchange: Exchange) -> Tensors:
-        """The tokens at hand as one sequence. Those of other ranks are given up."""
+    def _in_order(self, gathered: GatheredChunks, what: What, exchange: Exchange) -> Tensors:
+        """Local and received tokens in the order of positions. Receive buffers are freed."""
         rank = self.plan.rank
-        own = tuple(copy_of(x, at_hand.own) for x in exchange.at_hand[what, rank])
-        by_rank = [own if source == rank else exchange.at_hand.pop((what, source)) for source in at_hand.ranks]
+        own = tuple(copy_of(x, gathered.own) for x in exchange.tensors[what, rank])
+        by_rank = [own if source == rank else exchange.tensors.pop((what, source)) for source in gathered.ranks]
         together = zip(*by_rank, strict=True) if by_rank else ((x,) for x in own)
-        return tuple(_ordered(tensors, at_hand.order) for tensors in together)
+        return tuple(_ordered(tensors, gathered.order) for tensors in together)
 
     def _sum_over_ranks(self, by_chunk: list[Tensor], sinks: Tensor, dtype: torch.dtype) -> Tensor:
         """The sum over the chunks of all ranks, in the order of positions, on rank 0."""
@@ -176,7 +175,7 @@ def _keys(kv: Tensors, each: Pass) -> Keys:
 
 
 def _between(saved: BackwardContext, passes: tuple[Pass, ...]) -> Tensor | None:
-    """Where dQ is kept between passes."""
+    """The buffer of dQ between passes."""
     if len(passes) < 2 or saved.dq_accum is not None:
         return None
     return saved.q.new_empty(saved.q.shape, dtype=accumulator_dtype(saved.q.dtype))

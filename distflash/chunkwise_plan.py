@@ -1,9 +1,8 @@
-"""A plan whose kernel calls are of fixed chunks: the same calls, on whichever rank, whatever the number of ranks.
+"""A plan whose kernel calls do not depend on the number of ranks: each is of one chunk of queries or keys.
 
-What travels and when is a plan's as everywhere. But its passes are of a *chunk* instead of a rank: `Pass.queries` and
-`Pass.sources` are the chunk's number. A pass of queries is a chunk of this rank's queries over all keys that it sees,
-in the order of positions; a pass of keys (`Gradients.OF_KEYS`) is all queries that see a chunk of this rank's keys over
-that chunk.
+`Pass.queries` and `Pass.sources` are the number of a chunk here, not a rank. There are two kinds of passes: a chunk of
+this rank's queries over all keys that it sees, and (`Gradients.OF_KEYS`) all queries that see a chunk of this rank's
+keys, over that chunk. Both are in the order of positions.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from distflash.host_to_device import to_device
 from distflash.pieces import Chunks, Ranges, joined
 from distflash.plan import Gradients, Pass, Plan
-from distflash.upload import upload
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A chunk of this rank's tokens, and the tokens at hand that kernel calls set beside it.
+    """A chunk of this rank's queries (or keys), and the keys (or queries) that kernel calls pair with it.
 
     Attributes:
-        number: of the chunk, in the sequence.
-        own: among this rank's tokens.
-        others: among those of `AtHand`, as ascending ranges.
+        number: the chunk's number in the sequence.
+        own: its local indices.
+        others: indices into `GatheredChunks`, as ascending ranges.
     """
 
     number: int
@@ -36,45 +35,45 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
-class AtHand:
-    """Chunks of several ranks as one sequence, in the order of their positions.
+class GatheredChunks:
+    """Chunks received from several ranks, concatenated in the order of their positions.
 
     Attributes:
-        ranks: whose tokens lie one after the other before they are put in order.
-        own: of this rank's tokens, those that are taken.
-        order: int64: by place in the sequence, the place before.
-        places: by a chunk's number, where it is in the sequence.
+        ranks: the ranks that hold them. Before sorting, tokens are in the order of these ranks.
+        own: the local indices of this rank's tokens among them.
+        order: int64, the permutation that sorts the tokens.
+        ranges: for each chunk's number, its range after sorting.
     """
 
     ranks: tuple[int, ...]
     own: Ranges
     order: Tensor
-    places: Mapping[int, range]
+    ranges: Mapping[int, range]
 
     @staticmethod
-    def of(chunks: Chunks, numbers: list[int], rank: int) -> AtHand:
-        """Of the chunks with these ascending numbers, on ``rank``."""
+    def of(chunks: Chunks, numbers: list[int], rank: int) -> GatheredChunks:
+        """The chunks with these ascending numbers, received by ``rank``."""
         owners = chunks.owners.tolist()
         ranks = sorted({owners[n] for n in numbers})
-        before = _one_after_another(chunks, [n for source in ranks for n in numbers if owners[n] == source])
+        before = _concatenated(chunks, [n for source in ranks for n in numbers if owners[n] == source])
         order = [torch.arange(before[n].start, before[n].stop) for n in numbers]
-        return AtHand(
+        return GatheredChunks(
             tuple(ranks),
             joined(chunks.local(n) for n in numbers if owners[n] == rank),
             torch.cat([torch.empty(0, dtype=torch.int64), *order]),
-            _one_after_another(chunks, numbers),
+            _concatenated(chunks, numbers),
         )
 
-    def to(self, device: torch.device) -> AtHand:
-        return replace(self, order=upload(self.order, device))
+    def to(self, device: torch.device) -> GatheredChunks:
+        return replace(self, order=to_device(self.order, device))
 
 
-def _one_after_another(chunks: Chunks, numbers: list[int]) -> dict[int, range]:
-    places, start = {}, 0
+def _concatenated(chunks: Chunks, numbers: list[int]) -> dict[int, range]:
+    ranges, start = {}, 0
     for n in numbers:
-        places[n] = range(start, start + len(chunks.ranges[n]))
-        start = places[n].stop
-    return places
+        ranges[n] = range(start, start + len(chunks.ranges[n]))
+        start = ranges[n].stop
+    return ranges
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -82,16 +81,16 @@ class ChunkwisePlan(Plan):
     """What one rank does in a call whose kernel calls are of fixed chunks.
 
     Attributes:
-        of_queries: this rank's chunks of queries, and the keys that each sees: for the output and dQ.
-        of_keys: its chunks of keys, and the queries that see each: for dK and dV.
-        keys, queries: those at hand once all have arrived; queries in backward only.
-        owners: by chunks of queries, the rank that holds it.
+        of_queries: this rank's chunks of queries and the keys that each sees, for the output and dQ.
+        of_keys: this rank's chunks of keys and the queries that see each, for dK and dV.
+        keys, queries: local and received ones; queries in backward only.
+        owners: for each chunk of queries, the rank that holds it.
     """
 
     of_queries: tuple[Piece, ...]
     of_keys: tuple[Piece, ...]
-    keys: AtHand
-    queries: AtHand
+    keys: GatheredChunks
+    queries: GatheredChunks
     owners: tuple[int, ...]
 
     @property

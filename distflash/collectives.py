@@ -43,7 +43,7 @@ def unshard(x: Tensor, dim: int, layout: Layout, agreement: Agreement) -> Tensor
     except ValueError:
         agreement.refuse("unshard", sure=True)
         raise
-    agreement.require("unshard", lambda: {**like(x, dim), "layout": layout})
+    agreement.require("unshard", lambda: {**equal_fields(x, dim), "layout": layout})
     return _Unshard.apply(x, dim, layout, agreement, None)
 
 
@@ -56,13 +56,13 @@ def gather(x: Tensor, dim: int, seq_len: int, layout: Layout, agreement: Agreeme
     except ValueError:
         agreement.refuse("gather", sure=False)
         raise
-    fields = {**like(x, dim), "seq_len": as_length(seq_len), "layout": layout}
+    fields = {**equal_fields(x, dim), "seq_len": as_length(seq_len), "layout": layout}
     agreement.require("gather", lambda: fields, key=tuple(fields.values()))
     return _Unshard.apply(x, dim, layout, agreement, as_length(seq_len))
 
 
-def like(x: Tensor, dim: int) -> dict[str, object]:
-    """What has to be equal for the ranks' parts of one tensor."""
+def equal_fields(x: Tensor, dim: int) -> dict[str, object]:
+    """Fields of a tensor that must be equal on all ranks."""
     return {"dim": dim, "sizes of x but for dim": tuple(with_rows(x, dim, 0)), "dtype": x.dtype}
 
 
@@ -72,7 +72,7 @@ def with_rows(x: Tensor, dim: int, count: int) -> list[int]:
 
 
 def require_tokens(x: Tensor, dim: int, layout: Layout, seq_len: int, transport: Transport) -> None:
-    """A ValueError where this rank holds another number of tokens than the layout gives it."""
+    """Raise a ValueError if ``x`` does not have this rank's number of tokens."""
     expected = layout.length(require_seq_len(seq_len), transport.world_size, transport.rank)
     if x.shape[dim] != expected:
         raise ValueError(
@@ -82,7 +82,7 @@ def require_tokens(x: Tensor, dim: int, layout: Layout, seq_len: int, transport:
 
 
 def whole_length(lengths: list[int], dim: int, layout: Layout) -> int:
-    """The global length, from the ranks' lengths; a ValueError if the layout gives others."""
+    """The global length, from the ranks' lengths. Raises a ValueError if they do not fit the layout."""
     seq_len = sum(lengths)
     expected = [layout.length(seq_len, len(lengths), rank) for rank in range(len(lengths))]
     if lengths != expected:
@@ -126,7 +126,7 @@ def refuse_mean(transport: Transport) -> None:
 
 def mean(loss_sum: Tensor, token_count: Tensor | int, transport: Transport, reduction: str) -> Tensor:
     """See `ContextParallel.mean`."""
-    # If gradients are averaged afterwards, each rank's has to be W times its share.
+    # Averaging gradients divides them by W, which this factor undoes.
     factor = transport.world_size if reduction == "mean" else 1
     return _Mean.apply(loss_sum, token_count, transport, factor)
 
@@ -155,7 +155,7 @@ class _Unshard(torch.autograd.Function):
 
 
 def _gather_known(x: Tensor, dim: int, layout: Layout, seq_len: int, transport: Transport) -> list[Tensor]:
-    """Every rank's rows, if all ranks know how many each has."""
+    """Every rank's rows. Their numbers are known from ``seq_len``."""
     lengths = [layout.length(seq_len, transport.world_size, rank) for rank in range(transport.world_size)]
     padded = x.new_zeros(with_rows(x, dim, max(lengths)))
     padded.narrow(dim, 0, x.shape[dim]).copy_(x)
@@ -194,7 +194,7 @@ class _Mean(torch.autograd.Function):
                 "token_count: a rank refused its arguments and raised the reason, or has counted NaN tokens; rank "
                 f"{transport.rank} stops with it"
             )
-        # On GPUs, where looking would synchronise, a count of NaN makes the loss NaN.
+        # On GPUs a check would synchronise; a count of NaN makes the loss NaN.
         ctx.per_token = torch.where(tokens != 0, factor / tokens, 0.0)
         return torch.where(tokens != 0, total / tokens, 0.0).to(loss_sum.dtype)
 

@@ -1,4 +1,4 @@
-"""The sharded run against the unsharded one, value by value, with what rounding explains."""
+"""Compares the sharded with the unsharded run, value by value, with error bounds from rounding."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from torch import Tensor
 from distflash import collectives
 from distflash.context import ContextParallel
 from distflash.differences import SIGMAS, Report, Row
-from distflash.meeting import gather_texts
+from distflash.rank_texts import gather_texts
 from distflash.recording import Event, Run
 from distflash.transport import Transport
 
 
 @dataclass
 class Sums:
-    """What one rank, or all of them, know of one value: squares of 2-norms, and the largest difference.
+    """Sums of squares for the comparison of one value, of one rank or of all.
 
     Attributes:
-        error: of the sharded minus the unsharded value.
-        size: of the unsharded value.
-        nudged: of the nudged minus the unsharded value.
+        error: squared 2-norm of the sharded minus the unsharded value.
+        size: squared 2-norm of the unsharded value.
+        nudged: squared 2-norm of the nudged minus the unsharded value.
         product: the inner product of the sharded and the unsharded value.
-        stored: of all roundings, the squares of the 2-norms of what is rounded: the value, or every rank's part of it.
-        unit: of rounding in the dtype in which it is stored, half of its relative spacing.
-        wide: the same of the dtype in which it is summed.
-        bad: how many elements of the sharded value are not finite.
+        largest: the largest absolute difference.
+        stored: squared 2-norm of everything that is rounded when stored: the value, or each rank's part of it.
+        unit: unit roundoff of the dtype in which it is stored.
+        wide: unit roundoff of the dtype in which it is summed.
+        bad: the number of elements of the sharded value that are not finite.
         first_bad: the smallest global position of such an element, -1 if unknown.
-        compared: False where only ``bad`` is known.
+        compared: False if only ``bad`` is known.
     """
 
     error: float = 0.0
@@ -64,8 +65,8 @@ class Sums:
         )
 
     def plus(self, other: Sums) -> Sums:
-        """The sums over this rank's tokens and another one's."""
-        places = [place for place in (self.first_bad, other.first_bad) if place >= 0]
+        """The sums over the tokens of both."""
+        positions = [position for position in (self.first_bad, other.first_bad) if position >= 0]
         return Sums(
             error=self.error + other.error,
             size=self.size + other.size,
@@ -76,12 +77,12 @@ class Sums:
             unit=max(self.unit, other.unit),
             wide=max(self.wide, other.wide),
             bad=self.bad + other.bad,
-            first_bad=min(places, default=-1),
+            first_bad=min(positions, default=-1),
             compared=self.compared or other.compared,
         )
 
     def row(self, kind: str, name: str, scale: float | None = None) -> Row:
-        """``scale``: the size of the terms whose sum the value is; by default its own."""
+        """A row of the report. scale: 2-norm of the terms whose sum the value is; by default the value's own."""
         size = self.size**0.5
         rounding = self.unit * self.stored**0.5 + self.wide * (size if scale is None else scale)
         return Row(kind, name, self.largest, self.error**0.5, size, SIGMAS * (self.nudged**0.5 + rounding))
@@ -89,7 +90,7 @@ class Sums:
 
 @dataclass
 class Tables:
-    """The sums of one rank, as they travel to the others."""
+    """The sums of one rank, which are sent to all others."""
 
     loss: Sums
     replayed: float
@@ -115,11 +116,11 @@ class Tables:
 
 @dataclass
 class Comparison:
-    """One rank's runs against each other. All ranks make the same calls.
+    """Compares one rank's runs. All ranks make the same calls.
 
     Attributes:
-        ranks: those over which gradients are combined: ``cp``'s, or more with data parallelism.
-        reduction: how, see `distflash.verification`.
+        ranks: over which gradients are reduced: ``cp``'s ranks, or more with data parallelism.
+        reduction: of gradients, see `distflash.verification`.
     """
 
     cp: ContextParallel
@@ -163,12 +164,12 @@ class Comparison:
         for name, gradient in found.items():
             s = Sums.of(combined(gradient), expected[name], [run.gradients[name] for run in self.nudged])
             parts = [(factor * self.sharded.parts.get(name, 0.0)) ** 2, s.size / W]
-            # The compute dtype's: under autocast a gradient is rounded to that before its parameter's dtype holds it.
+            # Under autocast a gradient is rounded to the compute dtype before it is stored.
             sums[name] = replace(s, stored=max(parts), unit=self.sharded.eps / 2)
         return sums
 
     def _how_gradients_are_combined(self) -> str:
-        """What the caller said; else "already" if the ranks hold the same gradients, and otherwise "sum"."""
+        """The caller's reduction; else "already" if all ranks have the same gradients, else "sum"."""
         if self.reduction is not None or self.ranks.world_size == 1 or not self.sharded.gradients:
             return self.reduction or "already"
         prints = {
@@ -189,7 +190,7 @@ class Comparison:
         return "sum"
 
     def _returned(self) -> list[Sums]:
-        """Of tensors that step returned: cut to this rank's tokens where they are sharded, else whole."""
+        """The sums of tensors that step returned. Unsharded ones are cut to this rank's tokens if needed."""
         sums = []
         for n, found in enumerate(self.sharded.returned):
             values = [run.returned[n] for run in (self.unsharded, *self.nudged) if n < len(run.returned)]
@@ -205,7 +206,7 @@ class Comparison:
         for event, found in self.sharded.events.items():
             values = [run.events[event] for run in (self.unsharded, *self.nudged) if event in run.events]
             cut = [self._cut(x, found) for x in values]
-            # What is as long in both runs has no tokens, or not all of them: a rank's own statistics, say.
+            # Equal shapes in both runs: not a tensor per token, but for example statistics of a rank.
             tokens = self.cp.world_size == 1 or any(x.shape != found.shape for x in values)
             if len(cut) > len(self.nudged) and tokens and all(x.shape == found.shape for x in cut):
                 sums[event] = Sums.of(found, cut[0], cut[1:])
@@ -215,7 +216,7 @@ class Comparison:
         return sums
 
     def _cut(self, whole: Tensor, local: Tensor) -> Tensor:
-        """This rank's part of ``whole``, along the one dimension in which the two differ; as it is if there is none."""
+        """This rank's tokens of ``whole``, along the dimension in which the shapes differ."""
         dim = _token_dim(whole, local)
         if dim is None or self.cp.world_size == 1:
             return whole
@@ -223,13 +224,13 @@ class Comparison:
         if whole.shape[dim] % max(tokens, 1):
             return whole
         ranges = self.cp.layout.ranges(tokens, self.cp.world_size, self.cp.rank)
-        # Rows may lie one behind the other in the dimension: [batch * tokens, ...].
+        # The dimension may be batch * tokens.
         apart = whole.unflatten(dim, (whole.shape[dim] // tokens, tokens))
         return collectives.take(apart, dim + 1, ranges).flatten(dim, dim + 1)
 
     @cached_property
     def _seq_len(self) -> int:
-        """The global length: of the first dimension behind the batch's in which the runs differ; 0 if there is none."""
+        """The global length: the first dimension after the batch in which the runs differ; 0 if there is none."""
         for event, local in self.sharded.events.items():
             whole = self.unsharded.events.get(event)
             if whole is not None and (_token_dim(whole, local) or 0) > 0:
@@ -237,7 +238,7 @@ class Comparison:
         return 0
 
     def _first_bad(self, found: Tensor, values: list[Tensor]) -> int:
-        """The smallest global position of a value that is not finite; -1 for none, or where positions are unknown."""
+        """The smallest global position of a value that is not finite; -1 if there is none or it is unknown."""
         bad = ~found.isfinite()
         dim = _token_dim(values[0], found) if values else None
         if dim is None or not bad.any() or found.shape[dim] != self.cp.seq_local(values[0].shape[dim]):
@@ -247,7 +248,7 @@ class Comparison:
 
 
 def judge(tables: list[Tables], notes: list[str]) -> Report:
-    """The report that all ranks make of all ranks' sums."""
+    """The report from all ranks' sums, the same on every rank."""
     events, gradients = _over_ranks(tables), _gradient_rows(tables)
     rows = _loss_rows(tables)
     for n in range(min(len(table.returned) for table in tables)):
@@ -278,7 +279,7 @@ def _loss_rows(tables: list[Tables]) -> list[Row]:
 
 
 def _first_difference(events: dict[Event, Sums], rows: list[Row], gradients: list[Row]) -> str | None:
-    """Forward by the layers' values; backward by the last parameter that is wrong, since backward begins at the end."""
+    """The first layer that differs in forward; else, for backward, the last parameter that is wrong."""
     for event, sums in events.items():
         if sums.compared and not _event_row(event, sums).ok:
             return event.where
@@ -302,18 +303,18 @@ def _event_row(event: Event, sums: Sums) -> Row:
 
 
 def _gradient_rows(tables: list[Tables]) -> list[Row]:
-    """Small gradients may be differences of large terms: all are as inexact as the largest one's rounding."""
+    """Rows of gradients. Their bounds use the largest gradient, since small ones may be differences of large terms."""
     scale = max((sums.size**0.5 for table in tables for sums in table.gradients.values()), default=0.0)
     rows = []
     for name in tables[0].gradients:
         sums = [table.gradients[name] for table in tables]
-        stored = sum(s.stored for s in sums)  # every rank's part is rounded before they are combined
+        stored = sum(s.stored for s in sums)  # every rank's part is rounded before the reduction
         rows.append(_worst([replace(s, stored=stored).row("gradient", name, scale) for s in sums]))
     return rows
 
 
 def _common_factor(tables: list[Tables], gradients: list[Row]) -> float | None:
-    """The factor by which every gradient is too large or too small, where there is one."""
+    """The common factor by which all gradients are wrong; None if there is none."""
     sums = [s for s in tables[0].gradients.values() if s.size > 0]
     if not sums or any(row.ok and row.size > 0 for row in gradients):
         return None
@@ -346,7 +347,7 @@ def _module(parameter: str) -> str:
 
 
 def _token_dim(whole: Tensor, local: Tensor) -> int | None:
-    """The one dimension in which they differ."""
+    """The dimension in which the shapes differ; None unless there is exactly one."""
     if whole.dim() != local.dim():
         return None
     differing = [dim for dim in range(whole.dim()) if whole.shape[dim] != local.shape[dim]]

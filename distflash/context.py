@@ -31,7 +31,7 @@ from distflash.sharding import Sharding
 from distflash.specification import CallTokens
 from distflash.transport import Alone, Transport
 
-# The default of an argument that has to be given, so that the error for a missing one can say which values there are.
+# The default of a required argument, so that our error for a missing one can list the values.
 _REQUIRED: Any = None
 
 
@@ -61,7 +61,7 @@ class ContextParallel(Sharding):
     Copies of a ContextParallel, as `copy.deepcopy` of a module makes them, are the same object. It cannot be pickled.
 
     Raises:
-        ValueError: an argument is of another kind (a string, a class, a mesh of three dimensions).
+        ValueError: an argument has the wrong type (a string, a class, a mesh of three dimensions).
 
     If a rank dies, raises in the middle of a call, or exceeds the timeout, the calls of all other ranks raise
     `RankFailure`, and so does every later call at once. See docs/reliability.md.
@@ -154,7 +154,7 @@ class ContextParallel(Sharding):
             >>> cp.with_layout(df.Contiguous()).positions(8)
             tensor([0, 1, 2, 3])
         """
-        if layout is self.layout or layout == self.layout:  # equal: a copy that a data loader's worker has made
+        if layout is self.layout or layout == self.layout:  # equal: for example a copy from a data loader's worker
             return self
         validation.require_layout(layout)
         other = object.__new__(ContextParallel)
@@ -225,8 +225,8 @@ class ContextParallel(Sharding):
         Args:
             problem: what is wrong, in words.
             kind: as in `agree`.
-            in_attention: whether the other ranks call `attention` instead of `agree`. On GPUs, unless
-                `check_every_call`, nothing is sent once the group has compared a call: then only this rank raises.
+            in_attention: whether the other ranks call `attention` instead of `agree`. On GPUs ranks compare only calls
+                with a new signature, unless `check_every_call`; in other calls only this rank raises.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -315,7 +315,7 @@ class ContextParallel(Sharding):
             Scalar, the same on every rank of the group; 0 if no rank has a token.
 
         Raises:
-            ValueError: an argument is of another kind, or the group does not hold all ranks that share the sequence.
+            ValueError: an argument has the wrong type, or the group does not hold all ranks that share the sequence.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -397,8 +397,9 @@ class ContextParallel(Sharding):
         return None if self.layout is self.calls.layout else self.layout
 
     def recipe(self, mask: Mask, numbers: Numbers) -> tuple[int, Data]:
-        """The integer id by which the custom op finds the call's `Recipe` (everything but its tensors); under
-        torch.compile the id of a `Template`, and the values that complete it as graph inputs (`Data`).
+        """The id of the call's `Recipe` (everything but its tensors), an int that the custom op takes.
+
+        Under torch.compile: the id of a `Template`, and the graph inputs that complete it to a recipe (`Data`).
         """
         if not torch.compiler.is_compiling():
             if self.layout is not self.calls.layout:

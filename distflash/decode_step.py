@@ -168,7 +168,7 @@ def _ready(step: DecodeStep, tokens: int) -> Horizon:
         _require_kept(step, horizon, tokens)
     if cache.is_full_with(tokens):
         ledgers = [
-            cache.with_room(ledger, mask_of(step.mask, n), lambda some: some.with_dealt(tokens), tokens)
+            cache.with_room(ledger, mask_of(step.mask, n), lambda some: some.with_step(tokens), tokens)
             for n, ledger in enumerate(cache.ledgers())
         ]
         cache.shrink(ledgers)
@@ -180,7 +180,7 @@ def _require_kept(step: DecodeStep, horizon: Horizon, tokens: int) -> None:
     cache = step.cache
     for n, (row, length) in enumerate(zip(cache.rows, cache.lengths, strict=True)):
         # The ledger need not be up to date: tokens of later steps are all stored.
-        ledger = cache.books.ledgers[row]
+        ledger = cache.records.ledgers[row]
         if horizon.needs_dropped(n, ledger, length, tokens):
             raise ValueError(dropped_problem(mask_of(step.mask, n), cache.ledgers()[n]))
 
@@ -191,28 +191,28 @@ def _horizon(step: DecodeStep, tokens: int) -> Horizon:
     mask = calls.exact(Same(step.mask))
     of_sequences = cache.lengths
     first, stop = min(of_sequences), max(of_sequences) + tokens
-    horizon = cache.books.horizons.get(mask)
+    horizon = cache.records.horizons.get(mask)
     if horizon is None or not horizon.covers(first, stop):
         start, count = (0, cache.capacity) if stop <= cache.capacity else (first, stop - first + cache.capacity)
         horizon = calls.horizon(mask, start, count, cache.store.k.device)
-        cache.books.remember(mask, horizon)
+        cache.records.remember(mask, horizon)
     return horizon
 
 
 def _known(step: DecodeStep) -> Horizon:
     """The horizon for a captured step, which an earlier step has made."""
-    horizon = step.cache.books.horizons.get(step.cache.cp.calls.exact(Same(step.mask)))
+    horizon = step.cache.records.horizons.get(step.cache.cp.calls.exact(Same(step.mask)))
     if horizon is None:
         raise ValueError(
             "cache: a step is captured in a CUDA graph before any with its mask has run; run one outside of the graph "
             "first, and cache.truncate(n) what it appended"
         )
-    step.cache.books.keep.append(horizon)
+    step.cache.records.keep.append(horizon)
     return horizon
 
 
 def _agree(q: Tensor, asked: Problem, kernel: Kernel, step: DecodeStep) -> None:
-    """Have the ranks compare the step. Lengths are no part of its signature: they travel with the results."""
+    """Compare the step over the ranks. Lengths are not in the signature; they are sent with the results."""
     cp = step.cache.cp
     key = (asked, q.shape[:2], cp.calls.exact(Same(step.mask)), step.scale, step.cache.capacity)
     cp.agreement.require(

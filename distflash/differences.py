@@ -1,4 +1,4 @@
-"""What `verify` found: one row a compared value, and a report that prints them."""
+"""The report of `verify`: one row per compared value."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf, isfinite
 
-# One replay with nudged weights is one sample of what rounding does, and its size counts as a standard deviation: four
-# of them leave room for chance.
+# The error bound in standard deviations. A replay with nudged weights is one sample of the effect of rounding, and
+# estimates one standard deviation.
 SIGMAS = 4
-# Rows of a printed table: where nothing is wrong, the largest errors are enough.
+# Rows of a printed table; fewer if the step is verified.
 SHOWN, SHOWN_VERIFIED = 10, 3
 
 HOW = (
@@ -56,10 +56,10 @@ class Report:
     """The result of `verify`, the same on every rank.
 
     Attributes:
-        rows: the loss, outputs and gradients; where any of them differs also every layer, in the order of execution.
-        first: the first layer that differs, in the order of execution; None if none does, or none was found.
+        rows: the loss, outputs and gradients; if any differs, also every layer, in the order of execution.
+        first: the first layer that differs, in the order of execution; None if none was found.
         not_finite: the first value that is NaN or infinite, and where; None if all are finite.
-        notes: what was assumed, and what could not be compared.
+        notes: assumptions, and values that could not be compared.
 
     Examples:
         >>> layer = torch.nn.Linear(4, 4)
@@ -87,10 +87,10 @@ class Report:
         return max(self.rows, key=lambda row: row.excess)
 
     def require(self) -> None:
-        """Raise if the step is not verified, on every rank alike.
+        """Raise if the step is not verified.
 
         Raises:
-            ValueError: with the whole report.
+            ValueError: on every rank, with the whole report.
         """
         if not self.ok:
             raise ValueError(str(self))

@@ -21,7 +21,7 @@ from distflash.kernels.base import Keys, Scores
 from distflash.partial import Partial
 from distflash.plan import Pass, Plan, What
 from distflash.profiling import ranged
-from distflash.transport import Exchanges
+from distflash.transport import PointToPoint
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Call:
     """
 
     plan: Plan
-    transport: Exchanges
+    transport: PointToPoint
     kernel: Kernel
     scores: Scores
     rounds_keys: bool = True
@@ -58,7 +58,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     plan, kernel, transport = call.plan, call.kernel, call.transport
     if torch.autograd._profiler_enabled():
         kernel, transport = ranged(kernel, transport, plan.forward, "forward")
-    # between: allocate a running softmax state as well, to be kept between passes
+    # between: whether a running state is kept between passes
     own = Partial.empty(q, v.shape[-1], between=plan.keeps_partials, maxima=call.max_logits)
     if not q.shape[0]:  # a batch of 0, on every rank: nothing to compute or send
         return own.final, own.lse, own.max_logits(kernel.base) if call.max_logits else None
@@ -66,16 +66,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         own.fill_identity(call.scores.sinks, kernel.base)
     q = q.contiguous() if plan.moves_queries else q
     exchange = Exchange(plan, transport, {What.KEYS: (k, v), What.QUERIES: (q,)})
-    exchange.at_hand |= {(What.KEYS, plan.rank): (k, v), (What.QUERIES, plan.rank): (q,)}
-    exchange.derived[What.QUERIES, plan.rank] = own  # `derived`: the softmax state of the queries, by their rank
+    exchange.tensors |= {(What.KEYS, plan.rank): (k, v), (What.QUERIES, plan.rank): (q,)}
+    exchange.derived[What.QUERIES, plan.rank] = own
     # Only the rank that holds the queries adds the sinks.
     remote_scores = replace(call.scores, sinks=None) if plan.moves_queries else call.scores
     if own.running is not None:
-        exchange.like[What.PARTIALS] = own.running.tensors
+        exchange.prototypes[What.PARTIALS] = own.running.tensors
         exchange.on_arrival[What.PARTIALS] = lambda _, arrived: own.merge(arrived, kernel.base)
     for stage in exchange.walk(plan.forward, plan.done_with[0]):
         for each in stage.passes:
-            (queries,) = exchange.at_hand[What.QUERIES, each.queries]
+            (queries,) = exchange.tensors[What.QUERIES, each.queries]
             scores = call.scores if each.queries == plan.rank else remote_scores
             into = state_of(each, exchange, v.shape[-1])
             kernel.forward(queries, keys_of(each, exchange), each, scores, into)
@@ -102,11 +102,11 @@ def backward(
     queries: Tensors = (q, out, lse, dout) if dlse is None else (q, out, lse, dout, dlse)
     queries = tuple(x.contiguous() for x in queries) if plan.moves_queries else queries
     exchange = Exchange(plan, transport, {What.KEYS: (k, v), What.QUERIES: queries})
-    exchange.at_hand |= {(What.KEYS, plan.rank): (k, v), (What.QUERIES, plan.rank): queries}
+    exchange.tensors |= {(What.KEYS, plan.rank): (k, v), (What.QUERIES, plan.rank): queries}
     gradients = GradientBuffers(exchange, kernel, call.scores, call.rounds_keys)
     for stage in exchange.walk(plan.backward, plan.done_with[1]):
         for each in stage.passes:
-            gradients.compute(each, *keys_of(each, exchange))  # no other reference, so that they can be freed
+            gradients.compute(each, *keys_of(each, exchange))  # no local variable, so that received keys can be freed
     return *gradients.finish(), gradients.of_sinks()
 
 
@@ -114,10 +114,10 @@ def state_of(each: Pass, exchange: Exchange, d_v: int) -> Partial:
     """The running softmax of the pass's queries. For queries of another rank it starts here and is sent back."""
     name = What.QUERIES, each.queries
     if name not in exchange.derived:
-        (queries,) = exchange.at_hand[name]
+        (queries,) = exchange.tensors[name]
         remote = Partial.empty(queries, d_v, between=True)
         assert remote.running is not None
-        exchange.at_hand[What.PARTIALS, each.queries] = remote.running.tensors
+        exchange.tensors[What.PARTIALS, each.queries] = remote.running.tensors
         exchange.derived[name] = remote
     partial: Partial = exchange.derived[name]
     return partial

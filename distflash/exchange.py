@@ -1,4 +1,4 @@
-"""The transfers of a plan: which tensors a rank has, and which messages are in flight.
+"""Carries out the transfers of a plan: receive buffers, and messages in flight.
 
 [Note: tokens] Tensors are ``[B, T, heads, dim]`` or ``[B, heads, T]``: B batch, T tokens.
 """
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distflash.plan import Arrived, Plan, Stage, Transfer, What
-from distflash.transport import Exchanges, Message, Pending
+from distflash.plan import Plan, Stage, TensorKey, Transfer, What
+from distflash.transport import Message, Pending, PointToPoint
 
 Tensors = tuple[Tensor, ...]
 
@@ -25,22 +25,27 @@ class Exchange:
 
     Attributes:
         plan, transport: of this rank.
-        like: for each kind that is received, tensors with the same dtypes and shapes, apart from the number of tokens.
-        on_arrival: what to do with a received kind; by default it is stored in ``at_hand``.
-        at_hand: the local and received tensors, by kind and source rank.
-        derived: objects made from tensors at hand, by the same keys; both are freed together.
+        prototypes: for each kind, tensors with the dtypes and shapes of its receive buffers, except for the number of
+            tokens.
+        on_arrival: what to do with a received kind; by default it is stored in ``tensors``.
+        tensors: local and received tensors, by kind and source rank.
+        derived: what is computed from tensors, by the same keys, and freed with them: the softmax state of queries, or
+            their backward context.
     """
 
     plan: Plan
-    transport: Exchanges
-    like: dict[What, Tensors]
+    transport: PointToPoint
+    prototypes: dict[What, Tensors]
     on_arrival: dict[What, Callable[[Transfer, Tensors], None]] = field(default_factory=dict)
-    at_hand: dict[Arrived, Tensors] = field(default_factory=dict)
-    derived: dict[Arrived, Any] = field(default_factory=dict)
+    tensors: dict[TensorKey, Tensors] = field(default_factory=dict)
+    derived: dict[TensorKey, Any] = field(default_factory=dict)
     _in_flight: list[tuple[int, Pending, list[tuple[Transfer, Tensors]]]] = field(default_factory=list)
 
-    def walk(self, stages: Sequence[Stage], done_with: Sequence[frozenset[Arrived]]) -> Iterator[Stage]:
-        """Yield each stage while its transfers are in flight, and wait for those that the next stage reads."""
+    def walk(self, stages: Sequence[Stage], done_with: Sequence[frozenset[TensorKey]]) -> Iterator[Stage]:
+        """Yield each stage while its transfers are in flight. Then wait for the tensors that the next stage reads.
+
+        done_with: for each stage, the tensors that are freed after it, see `Plan.done_with`.
+        """
         for number, stage in enumerate(stages):
             if stage.transfers:
                 self._start(stage, number)
@@ -48,12 +53,12 @@ class Exchange:
             if self._in_flight:
                 self._finish(number + 1)
             for name in done_with[number]:
-                self.at_hand.pop(name, None)
+                self.tensors.pop(name, None)
                 self.derived.pop(name, None)
 
     def keys(self, source: int, rows: range) -> tuple[Tensor, Tensor]:
         """These rows of a source's k and v, as views."""
-        k, v = self.at_hand[What.KEYS, source]
+        k, v = self.tensors[What.KEYS, source]
         if len(rows) == k.shape[1]:
             return k, v
         return k.narrow(1, rows.start, len(rows)), v.narrow(1, rows.start, len(rows))
@@ -80,19 +85,19 @@ class Exchange:
             for transfer, tensors in arriving:
                 store = self.on_arrival.get(transfer.what)
                 if store is None:
-                    self.at_hand[transfer.what, transfer.of] = tensors
+                    self.tensors[transfer.what, transfer.of] = tensors
                 else:
                     store(transfer, tensors)
 
     def _receive_buffers(self, transfer: Transfer) -> Tensors:
         """Contiguous buffers for a transfer that is received."""
-        return tuple([x.new_empty(_with_tokens(x, transfer.count)) for x in self.like[transfer.what]])
+        return tuple([x.new_empty(_with_tokens(x, transfer.count)) for x in self.prototypes[transfer.what]])
 
     def _sent_tensors(self, transfer: Transfer) -> Sequence[Tensor]:
         """The tensors of a transfer that is sent, contiguous."""
-        tensors = self.at_hand[transfer.what, transfer.of]
+        tensors = self.tensors[transfer.what, transfer.of]
         if transfer.what in _SENT_ONCE:
-            del self.at_hand[transfer.what, transfer.of]  # only the messages refer to them now
+            del self.tensors[transfer.what, transfer.of]  # only the messages refer to them now
         return tensors if transfer.rows is None else [take(x, transfer.rows) for x in tensors]
 
 
@@ -121,12 +126,12 @@ def _words(what: What, step: int) -> str:
 
 def _with_tokens(x: Tensor, count: int) -> list[int]:
     shape = list(x.shape)
-    shape[1 if x.dim() == 4 else 2] = count  # as `tokens_of`, without a call: this is of every message
+    shape[1 if x.dim() == 4 else 2] = count  # `tokens_of`, inlined to save host time
     return shape
 
 
 def tokens_of(x: Tensor) -> int:
-    """Which dimension counts tokens: see [Note: tokens]."""
+    """The dimension of the tokens, see [Note: tokens]."""
     return 1 if x.dim() == 4 else 2
 
 
@@ -141,7 +146,7 @@ def take(x: Tensor, rows: tuple[range, ...] | None) -> Tensor:
 
 
 def copy_of(x: Tensor, rows: tuple[range, ...]) -> Tensor:
-    """The tokens in ``rows`` of ``x``, in memory of their own: strides and alignment do not depend on the rest."""
+    """A copy of the tokens in ``rows`` of ``x``, whose strides and alignment do not depend on ``x``."""
     dim = tokens_of(x)
     pieces = [x.narrow(dim, r.start, len(r)) for r in rows]
     into = x.new_empty(_with_tokens(x, sum(map(len, rows))))

@@ -1,7 +1,7 @@
-"""What a device has found wrong in steps of decoding, and when the host says so.
+"""Errors that decoding kernels detect on the device, and that the host raises later.
 
-On a GPU nothing waits for a step. The host looks at what was found two steps before, for which it hardly has to wait.
-So all ranks raise before the same step, and none goes on into one that the others do not make.
+On GPUs the host does not wait for a step: it reads the error flag of two steps before. So all ranks raise before the
+same step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distflash.kernels.decoding import BEYOND, DIFFER, FULL
 
-# What the numbers mean.
+# Error messages by flag.
 WORDS = {
     DIFFER: "q: ranks have different tokens, or caches of different lengths, in a step of decoding; expected the same "
     "on every rank. Broadcast the chosen token from one rank",

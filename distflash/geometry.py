@@ -1,8 +1,7 @@
 """The geometry of a call: a mask, and which queries and keys each rank holds.
 
-In self-attention both are the same tokens. Other `Tokens` are a chunk of a sequence, the other sequence of
-cross-attention, the concatenated sequences of a batch, and ranks that gather their tokens. Modules above this one do
-not distinguish them.
+In self-attention both are the same tokens. There are `Tokens` for shards and chunks of a sequence, for the concatenated
+sequences of a batch, and for groups of ranks that gather their tokens. Modules above this one do not distinguish them.
 
 [Note: shapes] S sequence length, T local queries, K local keys, W ranks.
 """
@@ -46,15 +45,15 @@ class Tokens(ABC):
         """How many of the rank's tokens lie before each global position: int64, of the same shape."""
 
     def chunks(self, size: int) -> tuple[range, ...]:
-        """All ranks' tokens in runs of ``size`` positions, cut at fixed places: the last of a sequence may be shorter.
+        """All ranks' tokens in chunks of ``size`` positions; the last one of a sequence may be shorter.
 
         Raises:
-            ValueError: the tokens are not cut, by default.
+            ValueError: by default; these tokens cannot be cut.
         """
         raise ValueError(f"{type(self).__name__}: these tokens are not cut into chunks")
 
-    def require_cover(self) -> None:  # noqa: B027  (most sets of tokens have nothing of the user's to check)
-        """Refuse a user's layout that loses tokens or holds them twice, with a ValueError."""
+    def require_cover(self) -> None:  # noqa: B027  (only layouts of users are checked)
+        """Raise a ValueError if the layout, which may be the user's, loses a token or gives it to two ranks."""
 
 
 @dataclass(frozen=True)
@@ -160,10 +159,11 @@ class Geometry:
 
     Attributes:
         mask: over global positions.
-        queries, keys: which of them each rank holds, over the same number of ranks.
+        queries: the query tokens of each rank.
+        keys: the key tokens of each rank; as many ranks.
         seq_len: the length passed to the mask; positions of keys are below it.
         for_backward: whether to compute column intervals, which only the backward needs.
-        distances: whether to keep positions of keys, for scores that depend on the distance (ALiBi).
+        distances: whether to keep the positions of keys, for ALiBi.
     """
 
     mask: Mask
@@ -190,12 +190,14 @@ class Geometry:
         return Needs.of(self)
 
     def parts(self, rank: int) -> tuple[Ends, ...]:
-        """The global bounds ``(lo, hi)``, int64 ``[T]``, of each part of the mask, for the queries that ``rank`` holds.
+        """The bounds ``(lo, hi)`` of the rank's queries, global positions, int64 ``[T]``: one pair per part of the
+        mask.
 
-        Cached, since a plan needs them for each source.
+        Most masks have one part; a union has several, see `Mask.parts`. Cached, since a plan needs them for each
+        source.
 
         Raises:
-            ValueError: the mask's bounds are not as `Mask.ends` requires, or it has too many parts.
+            ValueError: the bounds violate the contract of `Mask.ends`, or there are more than MOST_PARTS parts.
         """
         if rank not in self._parts:
             self._parts[rank] = self._parts_of(rank)
@@ -215,19 +217,19 @@ class Geometry:
         return tuple((lo.clamp(0, self.seq_len), hi.clamp(0, self.seq_len)) for lo, hi in parts)
 
     def local(self, ends: Ends, source: int) -> Ends:
-        """Global ends as ends in the source's local key indices; an empty interval has ``hi == lo``."""
+        """Convert global bounds to the source's local key indices. An empty interval has ``hi == lo``."""
         lo, hi = (self.keys.count_below(end, source) for end in ends)
         return lo, torch.maximum(lo, hi)
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What each rank's queries see of each rank's keys, known on every rank without asking any other.
+    """Which keys of each source each rank's queries see. Every rank computes it for all ranks, without communication.
 
     Attributes:
-        pairs: int64 ``[W, W]``: how many allowed (query, key) pairs each rank (row) has with each source (column).
-        rows: ``rows[rank][source]``: the source's local keys that the rank's queries see, as ascending ranges; none
-            where there is no pair.
+        pairs: int64 ``[W, W]``: allowed (query, key) pairs of each rank (row) with each source (column).
+        rows: ``rows[rank][source]``: the source's local keys that the rank's queries see, as ascending ranges; empty if
+            they see none.
     """
 
     pairs: Tensor
@@ -235,10 +237,10 @@ class Needs:
 
     @staticmethod
     def of(geometry: Geometry) -> Needs:
-        """Of all ranks.
+        """The needs of all ranks.
 
         Raises:
-            ValueError: the layout or the mask, which may be the user's own, breaks its promises.
+            ValueError: the layout or the mask, which may be the user's own, violates its contract.
         """
         for tokens in {id(t): t for t in (geometry.queries, geometry.keys)}.values():
             tokens.require_cover()
@@ -246,7 +248,7 @@ class Needs:
         # All ranks' queries in one tensor, rank after rank: W small passes instead of W x W tiny ones.
         parts = [geometry.parts(rank) for rank in ranks]
         most = max(map(len, parts))
-        together = [_joined([_nth(own, n) for own in parts]) for n in range(most)]
+        together = [_joined([_part_or_empty(of_rank, n) for of_rank in parts]) for n in range(most)]
         stops = torch.tensor([0, *(geometry.queries.length(rank) for rank in ranks)]).cumsum(0)
         table = [_seen([geometry.local(ends, source) for ends in together], stops) for source in ranks]
         pairs = torch.stack([counts for counts, _ in table], 1)
@@ -254,7 +256,7 @@ class Needs:
 
     @property
     def remote(self) -> tuple[int, ...]:
-        """How many keys of other ranks each rank sees, small gaps between them included."""
+        """For each rank, how many remote keys it receives: those that it sees, and small gaps between them."""
         return tuple(
             sum(sum(map(len, runs)) for source, runs in enumerate(row) if source != rank)
             for rank, row in enumerate(self.rows)
@@ -265,7 +267,12 @@ class Needs:
 
 
 def _seen(parts: Sequence[Ends], stops: Tensor) -> tuple[Tensor, list[tuple[range, ...]]]:
-    """Pair counts ``[W]`` and the keys that each rank's queries see of one source, by their local ends."""
+    """Of one source: the pairs of each rank, ``[W]``, and the key ranges that each rank's queries see.
+
+    Args:
+        parts: local bounds of all ranks' queries, concatenated.
+        stops: ``[W + 1]``, where each rank's queries start and end.
+    """
     counts = torch.zeros(len(stops) - 1, dtype=torch.int64)
     runs: list[list[range]] = [[] for _ in counts]
     for lo, hi in parts:
@@ -275,7 +282,7 @@ def _seen(parts: Sequence[Ends], stops: Tensor) -> tuple[Tensor, list[tuple[rang
         if not len(some):
             continue
         lo, hi, rank = lo[some], hi[some], torch.searchsorted(stops, some, right=True) - 1
-        # Both ends ascend, so a query begins a new range where it sees nothing of what the query before has seen.
+        # Bounds do not decrease: a new range starts at each query whose interval does not touch the previous one's.
         starts = torch.ones(len(some), dtype=torch.bool)
         starts[1:] = (lo[1:] > hi[:-1]) | (rank[1:] != rank[:-1])
         first = starts.nonzero().flatten()
@@ -286,7 +293,7 @@ def _seen(parts: Sequence[Ends], stops: Tensor) -> tuple[Tensor, list[tuple[rang
 
 
 def _merged(runs: list[range]) -> tuple[range, ...]:
-    """The same keys as ascending ranges that do not touch, with small gaps filled in."""
+    """The union as ascending ranges that do not touch, with small gaps filled in."""
     runs = sorted(runs, key=lambda r: r.start)
     merged = runs[:1]
     for run in runs[1:]:
@@ -298,7 +305,7 @@ def _merged(runs: list[range]) -> tuple[range, ...]:
 
 
 def _without_gaps(runs: list[range]) -> tuple[range, ...]:
-    """Ranges with the gaps filled in that are not worth a copy: all of them together at most 2% of the keys."""
+    """Fill in the smallest gaps, together at most 2% of the keys: fewer ranges mean fewer copies."""
     spare = sum(map(len, runs)) // 50
     gaps = sorted((b.start - a.stop, n) for n, (a, b) in enumerate(pairwise(runs)))
     filled = set()
@@ -316,8 +323,8 @@ def _without_gaps(runs: list[range]) -> tuple[range, ...]:
     return tuple(kept)
 
 
-def _nth(parts: tuple[Ends, ...], n: int) -> Ends:
-    """The n-th part; an empty one where a rank has fewer than others."""
+def _part_or_empty(parts: tuple[Ends, ...], n: int) -> Ends:
+    """Part n; empty intervals if there are fewer parts."""
     nothing = torch.zeros_like(parts[0][0])
     return parts[n] if n < len(parts) else (nothing, nothing)
 
@@ -331,7 +338,7 @@ def _sum(r: range) -> int:
 
 
 def require_ends(mask: Mask, positions: Tensor, lo: Tensor, hi: Tensor) -> None:
-    """Refuse ends by which keys would be left out silently: a mask of the user's own may break its promises."""
+    """Raise a ValueError if bounds, which may come from a user's mask, would silently omit keys."""
     for name, end in (("lo", lo), ("hi", hi)):
         if end.shape != positions.shape or end.dtype != torch.int64:
             raise ValueError(

@@ -21,7 +21,7 @@ class GradientBuffers:
     """dQ, dK and dV of one call.
 
     Args:
-        exchange: with this rank's keys ``(k, v)`` and queries ``(q, out, lse, dout[, dlse])`` at hand.
+        exchange: its tensors are this rank's keys ``(k, v)`` and queries ``(q, out, lse, dout[, dlse])``.
         kernel: computes the passes.
         scores: see `Scores`.
         rounds_keys: see `engine.Call`.
@@ -30,16 +30,16 @@ class GradientBuffers:
     def __init__(self, exchange: Exchange, kernel: Kernel, scores: Scores, rounds_keys: bool) -> None:
         self.exchange, self.kernel, self.scores, self.plan = exchange, kernel, scores, exchange.plan
         rank = self.plan.rank
-        self.kv, self.q = exchange.at_hand[What.KEYS, rank], exchange.at_hand[What.QUERIES, rank][0]
+        self.kv, self.q = exchange.tensors[What.KEYS, rank], exchange.tensors[What.QUERIES, rank][0]
         self.accumulator = accumulator_dtype(self.q.dtype)
         self.keys_dtype = self.kv[0].dtype if rounds_keys else self.accumulator
         self.of_keys = Sum(self._own_keys(), self.plan.arrivals(What.KEY_GRADIENTS))
         self.of_queries = Sum((self._own_queries(),), self.plan.arrivals(What.QUERY_GRADIENTS))
-        exchange.like |= {What.KEY_GRADIENTS: self.of_keys.own, What.QUERY_GRADIENTS: self.of_queries.own}
+        exchange.prototypes |= {What.KEY_GRADIENTS: self.of_keys.own, What.QUERY_GRADIENTS: self.of_queries.own}
         exchange.on_arrival |= {What.KEY_GRADIENTS: self.of_keys.add, What.QUERY_GRADIENTS: self.of_queries.add}
 
     def compute(self, each: Pass, keys: Keys) -> None:
-        """Have the kernel compute a pass. If the pass adds, add its dK and dV to the buffers of its source."""
+        """Run the kernel for a pass. If `Pass.adds`, its dK and dV are added to the buffers of its source."""
         saved, dq = self._context(each.queries)
         if each.gradients is Gradients.OF_QUERIES:
             nothing = KeyGradient(keys.k[:, :0], keys.v[:, :0])
@@ -65,7 +65,7 @@ class GradientBuffers:
         return dq, dk, dv
 
     def of_sinks(self) -> Tensor | None:
-        """The gradient of the sinks, of this rank's queries."""
+        """The gradient of the sinks from this rank's queries."""
         sinks = self.scores.sinks
         if sinks is None:
             return None
@@ -76,14 +76,14 @@ class GradientBuffers:
         """The backward context of a rank's queries, and the buffers of their dQ."""
         name = What.QUERIES, queries
         if name not in self.exchange.derived:
-            tensors = self.exchange.at_hand[name]
+            tensors = self.exchange.tensors[name]
             q = tensors[0]
             saved = self.kernel.preprocess(*tensors, *(None,) * (5 - len(tensors)))
             final = self._own if queries == self.plan.rank else q.new_empty(q.shape, dtype=self.accumulator)
             needs_sum = saved.dq_accum is None and self.plan.keeps_sums(queries)
             total = q.new_empty(q.shape, dtype=self.accumulator) if needs_sum else None
             self.exchange.derived[name] = saved, QueryGradient(final, total)
-            self.exchange.at_hand[What.QUERY_GRADIENTS, queries] = (final,)
+            self.exchange.tensors[What.QUERY_GRADIENTS, queries] = (final,)
         context: tuple[BackwardContext, QueryGradient] = self.exchange.derived[name]
         return context
 
@@ -96,20 +96,20 @@ class GradientBuffers:
         """Buffers for dK and dV of the local keys: in the accumulator's dtype if other parts are added to them."""
         dtype = self.accumulator if self.plan.adds_to_own_keys else self.keys_dtype
         buffers = tuple([x.new_empty(x.shape, dtype=dtype) for x in self.kv])
-        self.exchange.at_hand[What.KEY_GRADIENTS, self.plan.rank] = buffers
+        self.exchange.tensors[What.KEY_GRADIENTS, self.plan.rank] = buffers
         return buffers if self.plan.works_on_own_keys else tuple(x.zero_() for x in buffers)
 
     def _buffers(self, source: int) -> Tensors:
         """Buffers for dK and dV of a source's keys."""
         name = What.KEY_GRADIENTS, source
-        if name not in self.exchange.at_hand:
-            keys = self.exchange.at_hand[What.KEYS, source]
-            self.exchange.at_hand[name] = tuple([x.new_empty(x.shape, dtype=self.accumulator) for x in keys])
-        return self.exchange.at_hand[name]
+        if name not in self.exchange.tensors:
+            keys = self.exchange.tensors[What.KEYS, source]
+            self.exchange.tensors[name] = tuple([x.new_empty(x.shape, dtype=self.accumulator) for x in keys])
+        return self.exchange.tensors[name]
 
 
 def of_sinks(saved: BackwardContext, sinks: Tensor) -> Tensor:
-    """``[H]``, in the accumulator's dtype, of some queries.
+    """The gradient of the sinks from the queries of a backward context: ``[H]``, in the accumulator's dtype.
 
     A sink has probability ``exp(sink - lse)`` and value 0, so its gradient is ``-sum(probability * delta)``.
     """
@@ -124,7 +124,7 @@ class Sum:
 
     Args:
         own: buffers with this rank's part.
-        arrivals: how many parts will be received.
+        arrivals: the number of parts to receive.
     """
 
     def __init__(self, own: Tensors, arrivals: int) -> None:
@@ -132,7 +132,7 @@ class Sum:
         self._last: Tensors | None = None
 
     def add(self, transfer: Transfer, parts: Tensors) -> None:
-        """Add a received part to its tokens. The last part, if it covers all tokens, is added by `finish`."""
+        """Add a received part to the rows of its tokens. If the last part covers all tokens, `finish` adds it."""
         self.arrivals -= 1
         tokens = self.own[0].shape[1]
         rows = transfer.rows or (range(tokens),)

@@ -1,8 +1,7 @@
-"""Fewer key heads from more: the weights of grouped-query attention from those of attention with more key heads.
+"""Pooling of key heads, to convert weights to grouped-query attention (https://arxiv.org/abs/2305.13245).
 
-Groups are of query heads, H / G' of them in a row for each of G' new key heads. The new head is the mean of what its
-query heads attended to, or what the first of them did (https://arxiv.org/abs/2305.13245). A key head that several query
-heads of a group share counts once for each, so that the old number need not be a multiple of the new one.
+Each of the G' new key heads serves a group of H / G' consecutive query heads. It is the mean of the key heads of these
+query heads, or that of the first one. A key head counts once per query head, so G need not be a multiple of G'.
 
 [Note: shapes] H query heads, G key heads before, G' after, D head dim.
 """
@@ -21,8 +20,7 @@ def pool_heads(x: Tensor, heads: int, kv_heads: int, into: int, method: Pooling 
     """The rows of a key or value projection, its weight or its bias, for fewer key heads.
 
     Args:
-        x: ``[kv_heads * D, ...]``, floating point; the rows of a head lie together. The whole tensor: a head that one
-            rank holds alone says nothing about its group.
+        x: ``[kv_heads * D, ...]``, floating point, unsharded; the rows of a head are consecutive.
         heads: query heads H.
         kv_heads: key heads G before, a divisor of H.
         into: key heads G' after, a divisor of H and less than G.

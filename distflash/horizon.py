@@ -1,4 +1,4 @@
-"""Horizons: the mask bounds of positions to come, computed once and kept on the device for all steps of decoding."""
+"""Horizons: the mask bounds of future positions, computed once and kept on the device for all decoding steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distflash.chunks import told
+from distflash.chunks import length_for
 from distflash.geometry import MOST_PARTS, require_ends
 from distflash.kernels.decoding import Table
 from distflash.ledger import Ledger
@@ -22,7 +22,7 @@ class Horizon:
 
     Attributes:
         mask: of the whole sequence.
-        ends: int32 ``[R, 2, P, N]`` on the CPU, see `Table`.
+        ends: the bounds, int32 ``[R, 2, P, N]`` on the CPU, see `Table`.
         table: the same on the device, for the kernel.
         limit: the first position after the table, or after the end of the mask.
         ahead: for each mask, the positions whose queries see later keys, as ascending ranges.
@@ -39,10 +39,10 @@ class Horizon:
         """The bounds of ``count`` positions from ``start`` on.
 
         Raises:
-            ValueError: the mask's bounds are not as `Mask.ends` requires.
+            ValueError: the mask's bounds violate the contract of `Mask.ends`.
         """
         masks = mask.masks if isinstance(mask, Rows) else (mask,)
-        stop = max(start, min(start + count, *map(told, masks)))
+        stop = max(start, min(start + count, *map(length_for, masks)))
         positions = torch.arange(start, stop)
         parts = [_parts(each, positions) for each in masks]
         ends = torch.zeros(len(masks), 2, max(map(len, parts)), count, dtype=torch.int32)
@@ -60,7 +60,7 @@ class Horizon:
         return self.table.start <= first and stop <= self.table.start + self.ends.shape[3]
 
     def refusal(self, lengths: tuple[int, ...], tokens: int) -> str | None:
-        """Why ``tokens`` cannot be appended to sequences of these lengths, in words; None if they can."""
+        """Why ``tokens`` cannot be appended to sequences of these lengths; None if they can."""
         if max(lengths) + tokens > self.limit:
             return (
                 f"mask: {self.mask!r} is for a sequence of {self.limit} tokens, but with this call a sequence of the "
@@ -89,12 +89,12 @@ class Horizon:
 
 def _parts(mask: Mask, positions: Tensor) -> tuple[Ends, ...]:
     """The mask's bounds, clamped to its positions; an empty interval has ``lo == hi``."""
-    parts = mask.parts(positions, told(mask))
+    parts = mask.parts(positions, length_for(mask))
     if len(parts) > MOST_PARTS:
         raise ValueError(f"mask: {mask!r} gives {len(parts)} intervals of keys; expected at most {MOST_PARTS}")
     for lo, hi in parts:
         require_ends(mask, positions, lo, hi)
-    clamped = [(lo.clamp(0, told(mask)), hi.clamp(0, told(mask))) for lo, hi in parts]
+    clamped = [(lo.clamp(0, length_for(mask)), hi.clamp(0, length_for(mask))) for lo, hi in parts]
     return tuple((lo, torch.maximum(lo, hi)) for lo, hi in clamped)
 
 

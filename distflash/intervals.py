@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from distflash.geometry import Geometry
+from distflash.host_to_device import to_device
 from distflash.masks import Ends
-from distflash.upload import upload
 
 POSITION_TILE = 128
 _NOTHING = torch.empty(0, dtype=torch.int64)
@@ -34,8 +34,8 @@ class Intervals:
     """The mask between a rank's queries and a source's keys: an interval for each row and for each column.
 
     Attributes:
-        keys: the range of the source's keys at hand that the intervals cover. Key indices count from its start; K is
-            its length.
+        keys: the rows of the source's K and V on this rank that the intervals cover; ``j = 0`` is the first of them. K
+            is its length.
         row_lo, row_hi: int32 ``[T]``, non-decreasing: query ``i`` sees local keys ``row_lo[i] <= j < row_hi[i]``.
         col_lo, col_hi: int32 ``[K]``, non-decreasing: key ``j`` is seen by local queries
             ``col_lo[j] <= i < col_hi[j]``. Empty if no backward follows.
@@ -43,9 +43,8 @@ class Intervals:
             (ALiBi); otherwise the keys' may be empty.
         pairs: the exact number of allowed (query, key) pairs, on the host.
         unseen: at most two ranges, on the host, that contain every key that no query sees.
-        in_tiles: whether every POSITION_TILE queries, and keys, from a multiple of it on have consecutive positions
-            from a multiple of 16 on. Then kernels need the position of a tile's first row only (dropout). False if no
-            backward follows.
+        in_tiles: whether each tile of POSITION_TILE queries, and of keys, has consecutive positions that start at a
+            multiple of 16. Then dropout kernels load only the first position of a tile. False if no backward follows.
     """
 
     keys: range
@@ -73,7 +72,7 @@ class Intervals:
     def to(self, device: torch.device) -> Intervals:
         """The same intervals with every tensor on ``device``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {name: upload(x, device) for name, x in values.items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {name: to_device(x, device) for name, x in values.items() if isinstance(x, Tensor)}
         return replace(self, **moved)
 
 
@@ -83,12 +82,12 @@ def build(geometry: Geometry, rank: int, source: int, rows: tuple[range, ...] | 
     Args:
         geometry: queries and keys of the call.
         rank, source: whose queries, and whose keys.
-        rows: the source's local keys that are at hand, one after the other, as ascending ranges; None for all. Every
-            key that a query of the rank sees is among them. Indices of keys count among these.
+        rows: the source's local keys that this rank has received, as ascending ranges; None for all. They contain
+            every key that a query sees, and are concatenated: key indices count within the concatenation.
 
     Returns:
-        One for each part of the mask in which a pair is allowed, but at least one. The first is about all keys at hand,
-        each other one about the keys from the first to the last that it allows.
+        One for each part of the mask that has an allowed pair, at least one. The first covers all keys received; the
+        others cover the keys from the first to the last that they allow.
     """
     local = [geometry.local(ends, source) for ends in geometry.parts(rank)]
     length = geometry.keys.length(source) if rows is None else sum(map(len, rows))
@@ -98,7 +97,7 @@ def build(geometry: Geometry, rank: int, source: int, rows: tuple[range, ...] | 
         if geometry.distances:
             k_positions = torch.cat([k_positions[r.start : r.stop] for r in rows])
     seen = [ends for ends in local if bool((ends[1] > ends[0]).any())] or local[:1]
-    # The part of most pairs comes first: the others then are about few keys.
+    # The part with the most pairs comes first, because only the first has to cover all keys.
     seen.sort(key=lambda ends: int((ends[0] - ends[1]).sum()))
     positions, whole = (geometry.queries.positions(rank), k_positions), range(length)
     return tuple(
@@ -127,7 +126,7 @@ def _hull(ends: Ends) -> range:
 
 
 def _intervals(positions: tuple[Tensor, Tensor], ends: Ends, keys: range, for_backward: bool) -> Intervals:
-    """Of ``ends`` among the keys at hand, about ``keys``. positions: of the queries, and of the keys at hand."""
+    """The intervals of ``keys``, from row bounds in received keys. positions: of queries, and of received keys."""
     row_lo, row_hi = ((end - keys.start).clamp(0, len(keys)) for end in ends)
     col_lo, col_hi = _columns(row_lo, row_hi, len(keys)) if for_backward else (_NOTHING, _NOTHING)
     return Intervals(
@@ -155,13 +154,13 @@ def _in_tiles(positions: Tensor) -> bool:
 def _columns(row_lo: Tensor, row_hi: Tensor, keys: int) -> Ends:
     """The transpose: which queries see each key."""
     columns = torch.arange(keys)
-    # The ends ascend, so the rows with row_lo[i] <= j are the first ones, and those with row_hi[i] > j the last ones.
+    # Bounds do not decrease, so rows with row_lo[i] <= j are a prefix, and rows with row_hi[i] > j a suffix.
     col_hi = torch.searchsorted(row_lo, columns, right=True)
     return torch.minimum(torch.searchsorted(row_hi, columns, right=True), col_hi), col_hi
 
 
 def _ranges_of(flags: Tensor) -> tuple[range, ...]:
-    """Where bool ``flags [K]`` are set: the ranges, or one from the first to the last if there are more than two."""
+    """At most two ranges that contain the set ``flags [K]``, bool. More than two are joined to one."""
     edges = torch.nn.functional.pad(flags.int(), (1, 1)).diff()
     starts, stops = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
     if len(starts) > 2:

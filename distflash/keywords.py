@@ -69,7 +69,7 @@ _INSTEAD = {
 
 
 def problem(unknown: Iterable[str]) -> str | None:
-    """How to write the first of these keywords, none of which `distflash.attention` has; None without any."""
+    """The error for the first of these unknown keywords, with its equivalent; None if there are none."""
     for name in unknown:
         for names, words in _INSTEAD.items():
             if name in names:

@@ -1,8 +1,7 @@
 """Layouts: which global positions each rank holds.
 
-A layout gives them as ascending Python ranges. The positions, the number of tokens of a rank, and `count_below`, which
-converts a global interval of keys to a local one, follow from the ranges. Lengths need not be divisible by anything:
-shards differ by at most one token per range.
+A layout gives them as ascending Python ranges; positions, lengths and `count_below` follow from these. Lengths need not
+be divisible by anything: shards differ by at most one token per range.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class Layout(ABC):
         ``[count_below(lo), count_below(hi))``.
 
         Args:
-            positions: int64, any shape; positions outside ``[0, S]`` count as the nearer end.
+            positions: int64, any shape; clamped to ``[0, S]``.
 
         Returns:
             int64 of the same shape, non-decreasing in ``positions``.
@@ -126,14 +125,14 @@ class Striped(Layout):
 
 @dataclass(frozen=True)
 class WholeChunks(Layout):
-    """Chunks of ``chunk`` tokens, dealt as another layout deals tokens: no chunk is on two ranks.
+    """Another layout in units of ``chunk`` tokens instead of single tokens, so that no chunk is on two ranks.
 
     Args:
-        layout: how chunks are dealt.
-        chunk: how many tokens; the last chunk of a sequence may be shorter.
+        layout: assigns chunks to ranks.
+        chunk: tokens per chunk; the last chunk of a sequence may be shorter.
 
     Raises:
-        ValueError: an argument is of another kind.
+        ValueError: ``layout`` is no layout, or ``chunk`` is no int of at least 1.
 
     Examples:
         >>> cp = df.ContextParallel(dist.group.WORLD, layout=df.WholeChunks(df.Zigzag(), 3))
@@ -151,8 +150,8 @@ class WholeChunks(Layout):
 
     def ranges(self, seq_len: int, world_size: int, rank: int) -> tuple[range, ...]:
         chunks = -(-seq_len // self.chunk)
-        dealt = self.layout.ranges(chunks, world_size, rank)
-        runs = [range(n, n + 1) for r in dealt for n in r] if any(r.step != 1 for r in dealt) else dealt
+        of_rank = self.layout.ranges(chunks, world_size, rank)
+        runs = [range(n, n + 1) for r in of_rank for n in r] if any(r.step != 1 for r in of_rank) else of_rank
         return tuple(range(r.start * self.chunk, min(r.stop * self.chunk, seq_len)) for r in runs if len(r))
 
 

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from distflash.dealing import keepers, level
+from distflash.cache_balance import rebalance, storing_ranks
 from distflash.exact import Same
 from distflash.geometry import Tokens
 from distflash.layouts import Layout
@@ -75,13 +75,13 @@ class Ledger(Tokens):
         return torch.searchsorted(self.held[rank], positions.int().contiguous()).long()
 
     def with_chunk(self, layout: Layout, tokens: int) -> Ledger:
-        """With ``tokens`` more, sharded by ``layout``, of which some are stored on other ranks: see `level`."""
+        """With ``tokens`` more, sharded by ``layout``. Some move to other ranks: see `rebalance`."""
         # Keyed by the object, since a layout of the user's own may not be hashable.
         return self._then((Same(layout), tokens), lambda: self._with_chunk(layout, tokens))
 
-    def with_dealt(self, tokens: int) -> Ledger:
-        """With ``tokens`` more that all ranks have, each stored by one of them: see `keepers`."""
-        return self._then(("dealt", tokens), lambda: self._with_dealt(tokens)) if tokens else self
+    def with_step(self, tokens: int) -> Ledger:
+        """With ``tokens`` more that all ranks have; each is stored on one rank: see `storing_ranks`."""
+        return self._then(("step", tokens), lambda: self._with_step(tokens)) if tokens else self
 
     def truncated(self, total: int) -> Ledger:
         """With the first ``total`` tokens only."""
@@ -102,15 +102,15 @@ class Ledger(Tokens):
     def _with_chunk(self, layout: Layout, tokens: int) -> Ledger:
         ranks = range(self.world_size)
         brought = [(layout.positions(tokens, len(ranks), rank) + self.total).int() for rank in ranks]
-        gives = level(self.counts, list(map(len, brought)))
+        gives = rebalance(self.counts, list(map(len, brought)))
         stays = [own[: len(own) - max(0, given)] for own, given in zip(brought, gives, strict=True)]
         moves = _moves([own[len(own) - max(0, given) :] for own, given in zip(brought, gives, strict=True)], gives)
         taken = [[move.positions for move in moves if move.receiver == rank] for rank in ranks]
         new = [torch.cat([s, *t]).sort().values if t else s for s, t in zip(stays, taken, strict=True)]
         return Ledger(tuple(map(_cat, self.held, new)), self.total + tokens, moves)
 
-    def _with_dealt(self, tokens: int) -> Ledger:
-        keeper = keepers(torch.tensor([self.counts]), tokens)[0]
+    def _with_step(self, tokens: int) -> Ledger:
+        keeper = storing_ranks(torch.tensor([self.counts]), tokens)[0]
         positions = torch.arange(self.total, self.total + tokens, dtype=torch.int32)
         new = [positions[keeper == rank] for rank in range(self.world_size)]
         return Ledger(tuple(map(_cat, self.held, new)), self.total + tokens)

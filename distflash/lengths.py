@@ -1,4 +1,4 @@
-"""What is wrong with the lengths of a call, in words: how many tokens there are, and which of them a rank holds."""
+"""Checks of a call's lengths, global and local. They return the error message or None."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from distflash.masks import Full, Mask
 from distflash.rows import Rows
 from distflash.validation import ORDER, came, hint
 
-# Positions and the ends of intervals are int32.
+# Positions and mask bounds are int32.
 MAX_SEQ_LEN = 2**31 - 1
 
 
 def seq_len_of(k: Sequence[int], mask: Mask, world_size: int) -> int:
-    """The global length where the caller left it out. k: the shape of this rank's keys."""
+    """The default global length. k: the shape of this rank's keys."""
     return k[1] * world_size if mask.seq_len is None else mask.seq_len
 
 
 def seq_len_problem(seq_len: object) -> str | None:
-    """Whether it can be a length at all."""
+    """Check that it is a valid length."""
     words = "seq_len: expected the global length, an int of at least 0"
     if as_int(seq_len) is None:
         return f"{words}, got {came(seq_len)}"
-    # Under torch.compile it may be a symbol, which a comparison would bound; `length_problem` sees the number.
+    # Under torch.compile it may be a symbol, on which a comparison would add a guard; `length_problem` checks it later.
     if torch.compiler.is_compiling() or 0 <= index(seq_len) <= MAX_SEQ_LEN:  # type: ignore[arg-type]
         return None
     return f"{words} and at most {MAX_SEQ_LEN}, got {seq_len}"
 
 
 def documents_problem(mask: Mask, seq_len: int) -> str | None:
-    """Whether a mask that knows the global length knows this one."""
+    """Check that the mask's own length, if it has one, is ``seq_len``."""
     if mask.seq_len is None or mask.seq_len == seq_len:
         return None
     return f"mask: cu_seqlens end at {mask.seq_len} but seq_len is {seq_len}; they must end at S"
 
 
 def as_length(seq_len: object) -> int:
-    """A length that `seq_len_problem` has found nothing wrong with, as Python's int or, while compiling, its symbol."""
-    length = as_int(seq_len)  # not `operator.index`, which would pin a symbol
+    """A length that has passed `seq_len_problem`, as an int, or as a symbol under torch.compile."""
+    length = as_int(seq_len)  # not `operator.index`, which would specialise a symbol
     assert length is not None
     return length
 
 
 def require_seq_len(seq_len: object) -> int:
-    """The length as Python's int, or a ValueError."""
+    """The length as an int. Raises a ValueError if it is none."""
     if (problem := seq_len_problem(seq_len)) is not None:
         raise ValueError(problem)
     return as_length(seq_len)
@@ -57,7 +57,7 @@ def require_seq_len(seq_len: object) -> int:
 def length_problem(
     name: str, shape: Sequence[int], mask: Mask, seq_len: int, layout: Layout, world_size: int, rank: int
 ) -> str | None:
-    """Whether argument ``name``, of shape ``[batch, tokens, ...]``, holds this rank's tokens of ``seq_len``."""
+    """Check that argument ``name``, of shape ``[batch, tokens, ...]``, has this rank's tokens of ``seq_len``."""
     if (problem := seq_len_problem(seq_len)) is not None:
         return problem
     if (problem := documents_problem(mask, seq_len)) is not None:
@@ -81,7 +81,7 @@ def length_problem(
 
 
 def rows_problem(mask: Mask, batch: int | None, seq_len: int) -> str | None:
-    """Whether a mask for each sequence is for ``batch`` sequences of this length; None for as many as it is for."""
+    """Check that `Rows` has a mask for each sequence. batch: None if unknown."""
     if not isinstance(mask, Rows):
         return None
     rows = len(mask.masks)
@@ -99,7 +99,7 @@ def rows_problem(mask: Mask, batch: int | None, seq_len: int) -> str | None:
 
 
 def queries_problem(q_start: object, q_len: object, kv_layout: object) -> str | None:
-    """Whether they can say which tokens the queries are."""
+    """Check the types and ranges of ``q_start``, ``q_len`` and ``kv_layout``."""
     for name, number in (("q_start", q_start), ("q_len", q_len)):
         if number is None and name == "q_len":
             continue
@@ -115,7 +115,7 @@ def queries_problem(q_start: object, q_len: object, kv_layout: object) -> str | 
 
 
 def hash_problem(name: str, layout: Layout | None) -> str | None:
-    """Whether plans can be kept by it: a layout of the user's own may hold a list, or be no frozen dataclass."""
+    """Check that a layout is hashable, since plans are cached by it."""
     try:
         hash(layout)
     except TypeError as error:
@@ -129,8 +129,8 @@ def hash_problem(name: str, layout: Layout | None) -> str | None:
 def chunk_problem(
     shape: Sequence[int], q_start: int, q_len: int, seq_len: int, mask: Mask, layout: Layout, world_size: int, rank: int
 ) -> str | None:
-    """Whether queries of shape ``[batch, tokens, ...]`` are this rank's of a chunk, which lies among the keys."""
-    # Under torch.compile they were symbols before.
+    """Check that queries of shape ``[batch, tokens, ...]`` are this rank's part of a chunk within the keys."""
+    # Again, since they were symbols under torch.compile.
     problem = queries_problem(q_start, q_len, None) or chunk_range_problem(q_start, q_len, seq_len, mask)
     problem = problem or layout.refusal(q_len)
     expected = layout.length(q_len, world_size, rank) if problem is None else 0
@@ -144,7 +144,7 @@ def chunk_problem(
 
 
 def chunk_range_problem(q_start: int, q_len: int, seq_len: int, mask: Mask) -> str | None:
-    """Whether queries at ``q_start`` to ``q_start + q_len`` have a place in the keys' sequence."""
+    """Check that queries at ``q_start`` to ``q_start + q_len`` are within the keys' sequence."""
     stop = q_start + q_len
     if stop > seq_len and not isinstance(mask, Full):
         return (

@@ -1,8 +1,8 @@
 """Live rows: which rows (queries) a forward pass works on, and for which of them it is the first or the last pass.
 
-The running state of a softmax between passes is float32. With a window, most rows have seen all of their keys after the
-first pass: they end in it, and later passes neither load nor store their state. A row starts in the first pass in which
-it sees a key. A pass skips the rows that see none of its keys.
+A pass skips the rows that see none of its keys, so it neither loads nor stores their float32 softmax state. With a
+window, most rows see keys in one pass only. A row starts in the first pass in which it sees a key, and ends in the
+last.
 
 Rows are in groups of GROUP_ROWS, so that all rows of a kernel's block have the same flags.
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distflash.upload import upload
+from distflash.host_to_device import to_device
 
 GROUP_ROWS = 384  # a multiple of the number of rows in a block, of every kernel
 
@@ -41,7 +41,7 @@ class LiveRows:
     count: int
 
     def to(self, device: torch.device) -> LiveRows:
-        return LiveRows(upload(self.groups, device), self.count)
+        return LiveRows(to_device(self.groups, device), self.count)
 
 
 def all_rows(first: bool, last: bool, begun: bool) -> int:

@@ -34,9 +34,9 @@ class Mask:
     A new mask is one frozen dataclass with one method: `ends`, or `parts` if a query sees several intervals.
 
     Attributes:
-        graph_inputs: the mask's fields, in their order, as int64 tensors on the CPU. A compiled graph takes them as
-            inputs, so one graph serves sequences of any length. If None, int fields become graph inputs, but a tuple of
-            another length recompiles.
+        graph_inputs: for torch.compile, the mask's fields in order, as int64 tensors on the CPU. They become graph
+            inputs, so a change does not recompile. If None, ints become graph inputs, but tuples recompile when their
+            length changes.
 
     Examples:
         >>> from dataclasses import dataclass
@@ -65,7 +65,7 @@ class Mask:
 
         Returns:
             ``(lo, hi)``, int64 ``[n]`` each, both non-decreasing. They may be outside ``[0, S)`` and an interval may be
-            empty (``hi <= lo``): `intervals` clamps them, and refuses bounds that decrease or have overflowed int64.
+            empty (``hi <= lo``): the caller clamps them. Bounds that decrease or have overflowed int64 raise.
 
         Raises:
             TypeError: a query sees several intervals under this mask. Use `parts`.
@@ -82,10 +82,10 @@ class Mask:
         return (self.ends(positions, seq_len),)
 
     def cover(self, positions: Tensor, seq_len: int) -> tuple[Ends, ...]:
-        """Bounds that allow the same keys as `parts`; they may overlap, and empty intervals may have ``hi < lo``.
+        """The same keys as `parts`, not simplified: intervals may overlap, and empty ones may have ``hi < lo``.
 
-        The number of pairs does not depend on the positions. So the union over pairs of ``[lo[0], hi[-1])`` contains
-        every key that any query between the first and last position sees.
+        Every query has the same number of pairs. So the union of their ``[lo[0], hi[-1])`` contains every key that a
+        query between the first and the last position sees.
         """
         return self.parts(positions, seq_len)
 
@@ -142,7 +142,7 @@ class Mask:
 
         Raises:
             ImportError: matplotlib is not installed.
-            ValueError: an argument is of another kind, missing, or not the mask's own length.
+            ValueError: an argument is missing or has the wrong type, or ``seq_len`` is not the mask's.
         """
         return pictures.plot(self, seq_len, layout, world_size, ax)
 
@@ -157,7 +157,7 @@ class Mask:
         return other.after(self, Or)
 
     def after(self, first: Mask, pair: type[And] | type[Or]) -> Mask:
-        """``first`` and this mask combined. A mask of several masks (`Rows`) combines each of them."""
+        """Combine ``first`` with this mask by ``pair``. `Rows` overrides it, to combine each of its masks."""
         return pair(first, self)
 
     def __bool__(self) -> Never:
@@ -411,15 +411,15 @@ def _both(a: Ends, b: Ends) -> Ends:
 
 
 def _less(b: Ends, a: Ends) -> tuple[Ends, Ends]:
-    """The parts of ``b`` before and after the intervals of ``a``, in which an empty interval has ``lo == hi``."""
+    """The parts of ``b`` before and after the intervals of ``a``. Empty intervals of ``a`` must have ``lo == hi``."""
     return (b[0], torch.minimum(b[1], a[0])), (torch.maximum(b[0], a[1]), b[1])
 
 
 def _tidy(parts: list[Ends]) -> tuple[Ends, ...]:
-    """The same keys in fewer parts: without empty parts, and with parts joined that are adjacent in every row.
+    """The same keys in fewer parts: empty ones are dropped, and those that are adjacent in every row are joined.
 
-    At least one part is returned. An empty interval has ``lo == hi``. Bounds that have overflowed stay as they are, for
-    `intervals` to refuse: they must not be taken for an empty interval.
+    At least one part is returned. An empty interval has ``lo == hi``. Bounds that have overflowed stay unchanged, and
+    raise later (`geometry.require_ends`).
     """
     kept: list[Ends] = []
     for lo, hi in parts:

@@ -34,7 +34,7 @@ class RotaryEmbedding(nn.Module):
         theta: the base of the wavelengths, a positive number.
 
     Raises:
-        ValueError: an argument is of another kind.
+        ValueError: an argument has the wrong type.
 
     Examples:
         >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -110,7 +110,7 @@ class SelfAttention(nn.Module):
         cp: the group that holds the sequence; None: this device holds all of it.
 
     Raises:
-        ValueError: an argument is of another kind, or the numbers of heads do not match.
+        ValueError: an argument has the wrong type, or the numbers of heads do not match.
 
     Examples:
         >>> layer = df.nn.SelfAttention(64, heads=4, kv_heads=2, cp=df.ContextParallel(dist.group.WORLD))

@@ -30,24 +30,24 @@ def overlap(plan: Plan, kv_heads: int, batch: int, abilities: Abilities, intra_n
         abilities: the kernel's.
         intra_node: whether all ranks are on one host, where an exchange takes much less time than a pass.
     """
-    if isinstance(plan, ChunkwisePlan):  # its kernel calls may not depend on what travels
+    if isinstance(plan, ChunkwisePlan):  # its kernel calls must be the same on any number of ranks
         return plan
     first_heads = math.ceil(kv_heads * FIRST_HEADS)
     splits_heads = intra_node and abilities.some_heads and abilities.two_sources and first_heads < kv_heads
-    forward = hold_back(plan.forward, plan.rank, first_heads) if splits_heads else plan.forward
-    forward = two_at_once(forward) if abilities.two_sources else forward
-    if not plan.moves_queries:  # partial states that travel have all rows
-        forward = leave_rows_out(forward)
+    forward = defer_heads(plan.forward, plan.rank, first_heads) if splits_heads else plan.forward
+    forward = fuse_passes(forward) if abilities.two_sources else forward
+    if not plan.moves_queries:  # partial states that are sent need all rows
+        forward = skip_rows(forward)
     backward = plan.backward
     enough = batch * plan.lengths[plan.rank] * first_heads >= abilities.smallest_work
     if splits_heads and enough:
-        backward = hold_back_to_the_end(backward, plan.rank, first_heads, kv_heads)
+        backward = defer_heads_to_the_end(backward, plan.rank, first_heads, kv_heads)
     elif abilities.separate_gradients:
-        backward = keys_last(backward) if plan.moves_queries else queries_last(backward)
+        backward = defer_dkv(backward) if plan.moves_queries else defer_dq(backward)
     return replace(plan, forward=forward, backward=backward)
 
 
-def hold_back(stages: Sequence[Stage], rank: int, first_heads: int) -> tuple[Stage, ...]:
+def defer_heads(stages: Sequence[Stage], rank: int, first_heads: int) -> tuple[Stage, ...]:
     """Forward: in the first stage only the first ``first_heads`` key heads attend to the rank's local keys.
 
     The other heads attend to the local and the first remote keys in one pass of the second stage, so they keep no
@@ -70,12 +70,12 @@ def hold_back(stages: Sequence[Stage], rank: int, first_heads: int) -> tuple[Sta
     return first, replace(stages[1], passes=(both,)), *stages[2:]
 
 
-def two_at_once(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+def fuse_passes(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """Forward: every two passes of a stage over the same queries become one pass over two sources."""
     return tuple(replace(stage, passes=_paired(stage.passes)) for stage in stages)
 
 
-def leave_rows_out(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+def skip_rows(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """Forward: a pass works only on the rows that see one of its keys. See `distflash.liveness`."""
     passes = [each for stage in stages for each in stage.passes]
     # Heads may attend to the same keys in different passes, which then share the intervals.
@@ -95,11 +95,11 @@ def leave_rows_out(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     return tuple(replace(stage, passes=tuple(map(changed, stage.passes))) for stage in stages)
 
 
-def hold_back_to_the_end(stages: Sequence[Stage], rank: int, first_heads: int, kv_heads: int) -> tuple[Stage, ...]:
+def defer_heads_to_the_end(stages: Sequence[Stage], rank: int, first_heads: int, kv_heads: int) -> tuple[Stage, ...]:
     """Backward: all but the first ``first_heads`` key heads process the local keys last, overlapping the dK/dV sends.
 
-    Only if nothing is added to dK and dV of the local keys before the last stage (gradients of other ranks, or passes
-    of other ranks' queries): the last pass would overwrite it.
+    This pass overwrites dK and dV of the local keys. So stages are returned unchanged if other ranks' gradients are
+    added to them before.
     """
     stages = tuple(stages)
     passes = [each for stage in stages for each in stage.passes]
@@ -114,12 +114,12 @@ def hold_back_to_the_end(stages: Sequence[Stage], rank: int, first_heads: int, k
     return first, *middle, replace(stages[-1], passes=(rest,))
 
 
-def queries_last(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+def defer_dq(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """Backward: the last pass is split, so that computing its dQ overlaps the last dK/dV sends."""
     return _last_in_two(stages, Gradients.OF_KEYS, Gradients.OF_QUERIES)
 
 
-def keys_last(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+def defer_dkv(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """Backward: the last pass is split, so that computing its dK and dV overlaps the last dQ sends."""
     return _last_in_two(stages, Gradients.OF_QUERIES, Gradients.OF_KEYS)
 

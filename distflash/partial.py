@@ -2,12 +2,11 @@
 
 The state is the maximum ``m`` of the scores ``s``, ``total = sum exp(s - m)``, and ``weighted = sum exp(s - m) v``.
 From it follow ``out = weighted / total`` and ``lse = m + log(total)``. The states of two disjoint sets of keys merge
-into the state of their union. The merge is associative and commutative, and its identity is the state of no key
-(https://arxiv.org/abs/1805.02867, https://arxiv.org/abs/2112.05682; derivation in ``docs/math.md``).
+into the state of their union. The merge is associative and commutative. Its identity element is the state of an empty
+set of keys (https://arxiv.org/abs/1805.02867, https://arxiv.org/abs/2112.05682; derivation in ``docs/math.md``).
 
-Between passes the state stays in float32 and undivided: only the last pass divides, takes the logarithm and rounds to
-the inputs' dtype. So a ring does the arithmetic of a single loop over all keys, and its error does not grow with the
-number of ranks.
+Between passes the state stays in float32, and O is not normalised: only the last pass divides, takes the logarithm and
+rounds to the inputs' dtype. So the rounding error does not grow with the number of ranks.
 
 [Note: shapes] B batch, T local queries, H query heads, V head dim of the values.
 """
@@ -26,9 +25,10 @@ class Softmax:
     """The running state of an online softmax.
 
     Attributes:
-        maximum: ``[...]``, of the scores; ``-inf`` for no key. In base 2 where the kernel's base is (`Kernel.base`).
-        total: ``[...]``, the sum of exponentials; 0 for no key.
-        weighted: ``[..., V]``, the sum of exponentials times values; 0 for no key.
+        maximum: ``[...]``, of the scores; ``-inf`` without keys. Kernels that use exp2 multiply it by log2(e), see
+            `Kernel.base`.
+        total: ``[...]``, the sum of exponentials; 0 without keys.
+        weighted: ``[..., V]``, the sum of exponentials times values; 0 without keys.
     """
 
     maximum: Tensor
@@ -47,7 +47,7 @@ class Softmax:
         return Softmax(maximum, total, (p if dropped is None else p.mul_(dropped)) @ values)
 
     def merge(self, other: Softmax, base: float = math.e) -> Softmax:
-        """The state of the keys of both, which must be disjoint. base: of the exponentials, see `maximum`."""
+        """The state over the keys of both, which must be disjoint. base: the kernel's, e or 2."""
         maximum = torch.maximum(self.maximum, other.maximum)
         a, b = (_power(base, s.maximum - _finite(maximum)) for s in (self, other))
         return Softmax(
@@ -57,7 +57,7 @@ class Softmax:
         )
 
     def finish(self, base: float = math.e) -> tuple[Tensor, Tensor]:
-        """``(out, lse)``: ``[..., V]`` and ``[...]``. For no key ``(0, -inf)``, never NaN."""
+        """``(out, lse)``: ``[..., V]`` and ``[...]``. Without keys ``(0, -inf)``, never NaN."""
         return self.weighted * self.inverse_total[..., None], self.lse(base)
 
     def with_sinks(self, sinks: Tensor, base: float = math.e) -> Softmax:
@@ -67,11 +67,11 @@ class Softmax:
 
     @property
     def inverse_total(self) -> Tensor:
-        """``1 / total``, which `weighted` is multiplied by in the end; 0 for no key."""
+        """``1 / total``; 0 without keys."""
         return torch.where(self.total > 0, 1 / self.total, 0.0)
 
     def lse(self, base: float = math.e) -> Tensor:
-        """The natural log of the sum of exponentials; ``-inf`` for no key."""
+        """The natural log of the sum of exponentials; ``-inf`` without keys."""
         return torch.where(self.total > 0, self.maximum * math.log(base) + self.total.log(), -torch.inf)
 
     @property
@@ -124,7 +124,7 @@ class Partial:
         return self.maxima if self.running is None else self.running.maximum
 
     def fill_identity(self, sinks: Tensor | None, base: float = math.e) -> None:
-        """Initialise to "no key seen": out = 0, and lse = -inf or, with sinks, the sink logit."""
+        """Initialise to the state without keys: out = 0, and lse = -inf or, with sinks, the sink logit."""
         self.final.zero_()
         if sinks is None:
             self.lse.fill_(-torch.inf)
@@ -140,7 +140,7 @@ class Partial:
             self.running.weighted.zero_()
 
     def merge(self, arrived: tuple[Tensor, ...], base: float) -> None:
-        """Merge in another rank's state of these queries, over other keys: `Softmax.merge`."""
+        """Merge in a state of the same queries that another rank computed over other keys. See `Softmax.merge`."""
         assert self.running is not None
         own, other = _heads_first(self.running), _heads_first(Softmax(*arrived))
         maximum = torch.maximum(own.maximum, other.maximum)
@@ -178,7 +178,7 @@ class Partial:
 
 
 def _heads_first(state: Softmax) -> Softmax:
-    """``weighted`` as ``[B, H, T, V]``, as `Softmax` has it, a view of that of a `Partial`."""
+    """A view of the state with ``weighted`` as ``[B, H, T, V]``."""
     return Softmax(state.maximum, state.total, state.weighted.transpose(1, 2))
 
 

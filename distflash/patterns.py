@@ -213,12 +213,11 @@ class ImageBlocks(Mask):
 
 @dataclass(frozen=True)
 class Tree(Mask):
-    """Sequences that share prefixes: a query sees its own segment causally and its ancestors' segments wholly.
+    """Sequences that share prefixes: a query sees its own segment causally, and all of its ancestors' segments.
 
-    Each segment follows its parent's text as if no other segment lay between. Reinforcement learning packs a prompt
-    and its rollouts so, and prefix trees share what samples have in common; tree attention is described in SpecInfer
-    (https://arxiv.org/abs/2305.09781). One prompt of 2 tokens with two rollouts of 2,
-    ``Tree(parents=[-1, 0, 0], lengths=[2, 2, 2])``::
+    Each segment continues its parent's text. For example a prompt and its rollouts in reinforcement learning, or the
+    prefix tree of several samples; see tree attention in SpecInfer (https://arxiv.org/abs/2305.09781). One prompt of 2
+    tokens with two rollouts of 2, ``Tree(parents=[-1, 0, 0], lengths=[2, 2, 2])``::
 
         x . . . . .
         x x . . . .
@@ -228,8 +227,8 @@ class Tree(Mask):
         x x . . x x
 
     The keys of a query are ``[start of its segment, i + 1)`` and the ranges of its ancestors: several intervals, which
-    `parts` spreads over as few pairs of monotone ends as it finds. A prompt with any number of rollouts takes two;
-    segments in depth-first or breadth-first order take few, those in another order may take more, and time with them.
+    `parts` assigns to as few parts with monotone bounds as it finds. A prompt with any number of rollouts needs two.
+    Segments in depth-first or breadth-first order need few; other orders may need more, and are slower.
 
     Args:
         parents: integers ``[segments]`` in a sequence, an array or a tensor: the segment that each one continues,
@@ -319,10 +318,10 @@ def _tables(parents: tuple[int, ...], lengths: tuple[int, ...]) -> _Tables:
 def _paths(
     parents: tuple[int, ...], lengths: tuple[int, ...], starts: tuple[int, ...], *, join_forks: bool
 ) -> list[Path]:
-    """Of each segment the ranges of its ancestors and, last, its own, with ranges that touch joined.
+    """For each segment, the ranges of its ancestors and, last, its own. Ranges that touch are joined.
 
-    The last range's start never moves backwards from one segment to the next: it either begins with the segment, or
-    the segment continues the one just before it and shares that one's last range.
+    The start of the last range does not decrease from one segment to the next: it is either the segment's start, or the
+    segment continues the previous one and shares its last range.
     """
     children = Counter(parents)
     paths: list[Path] = []

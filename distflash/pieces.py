@@ -1,4 +1,4 @@
-"""Tokens in chunks that are cut at fixed places, whatever the number of ranks, and who sees whose chunks.
+"""Chunks of tokens at positions that do not depend on the number of ranks, and which chunks see each other.
 
 [Note: shapes] T local queries, N chunks of queries, M chunks of keys.
 """
@@ -19,7 +19,7 @@ Ranges = tuple[range, ...]
 
 @dataclass(frozen=True)
 class Gathered(Tokens):
-    """Tokens at some positions of a sequence, as one rank's: ascending ranges."""
+    """The tokens in ascending ranges of positions, on a single rank."""
 
     ranges: Ranges
 
@@ -46,8 +46,8 @@ class Chunks:
 
     Attributes:
         ranges: their positions, ascending.
-        owners: by chunk, the rank that holds it.
-        starts: by chunk, the index of its first token among its owner's.
+        owners: for each chunk, the rank that holds it.
+        starts: for each chunk, the local index of its first token on that rank.
     """
 
     ranges: Ranges
@@ -56,10 +56,10 @@ class Chunks:
 
     @staticmethod
     def of(tokens: Tokens, size: int) -> Chunks:
-        """``tokens`` in chunks of ``size``, the last of a sequence may be shorter.
+        """``tokens`` in chunks of ``size``; the last of a sequence may be shorter.
 
         Raises:
-            ValueError: a chunk is held by several ranks.
+            ValueError: several ranks hold parts of a chunk.
         """
         ranges, ranks = tokens.chunks(size), range(tokens.world_size)
         starts, stops = (torch.tensor(ends, dtype=torch.int64) for ends in _ends(ranges))
@@ -94,7 +94,7 @@ class Chunks:
         return self.by_rank.get(rank, [])
 
     def local(self, number: int) -> range:
-        """A chunk's tokens among its owner's."""
+        """A chunk's local indices on its rank."""
         return range(self.starts[number], self.starts[number] + len(self.ranges[number]))
 
 
@@ -117,12 +117,12 @@ def seen(geometry: Geometry, queries: Chunks, keys: Chunks) -> Tensor:
 
 
 def wanted(sees: Tensor, owners: Tensor, ranks: int) -> list[list[int]]:
-    """By ranks, which columns any of its rows sees. owners: by rows."""
+    """For each rank, the columns that any of its rows sees. owners: the rank of each row."""
     return [sees[owners == rank].any(0).nonzero().flatten().tolist() for rank in range(ranks)]
 
 
 def joined(ranges: Iterable[range]) -> Ranges:
-    """Ascending ranges, of which those that touch are one."""
+    """Ascending ranges, joined where they touch."""
     found: list[range] = []
     for r in ranges:
         if found and found[-1].stop == r.start:

@@ -35,8 +35,8 @@ class What(Enum):
     __hash__ = object.__hash__
 
 
-# Dictionary key of tensors on this rank (local or received): their kind, and the rank that owns the tokens.
-Arrived = tuple[What, int]
+# The dictionary key of local and received tensors: their kind, and the source rank of their tokens.
+TensorKey = tuple[What, int]
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,9 @@ class Transfer:
         of: the rank whose keys or queries they belong to.
         peer: the other rank.
         count: the number of tokens.
-        until: the first stage that may read the received tensor or overwrite the sent one; the engine waits just before
-            it.
-        rows: of a send, the rows of this rank's tensors that are sent; of gradients that are received, the rows that
-            they are added to. Ascending ranges; None for all rows.
+        until: the first stage that may read the received tensor or overwrite the sent one. The engine waits before it.
+        rows: for a send, which rows of this rank's tensors; for received gradients, the rows that they are added to.
+            Ascending ranges; None for all rows.
     """
 
     sends: bool
@@ -87,8 +86,8 @@ class Pass:
         sources: the ranks of the keys.
         visible: for each source, the interval of its keys that each query sees.
         heads: the key heads; None for all.
-        begun: with two sources: the first ``begun`` KV heads attended to the first source in an earlier pass, so here
-            they attend only to the second; all other KV heads attend to both.
+        begun: with two sources, the number of KV heads that attended to the first source in an earlier pass. These, the
+            lowest-numbered, attend only to the second source here; all others attend to both.
         first: whether this is the first pass of these queries and heads (other than begun heads). If so, the
             online-softmax state is initialised (from the sinks, if any) instead of loaded.
         last: whether this is their last pass, which divides and rounds the result.
@@ -118,7 +117,7 @@ class Pass:
 
     @cached_property
     def facts(self) -> tuple[object, ...]:
-        """This pass's part of the cache key of a kernel launch: all that the launch depends on, other than tensors."""
+        """This pass's part of the cache key of a kernel launch: all that the launch depends on except tensors."""
         live = None if self.live is None else self.live.count
         return self.heads, self.begun, self.first, self.last, self.gradients, live
 
@@ -171,10 +170,9 @@ class Plan:
         rank: this rank.
         forward, backward: the stages, the same number on every rank.
         lengths: the number of local keys of every rank.
-        rows: for every remote source: the source-local indices of the keys that this rank receives, as ascending
-            ranges.
+        rows: for every remote source, which of its local keys this rank receives, as ascending ranges.
         pairs: int64 ``[W, W]``, allowed (query, key) pairs of each rank's queries (row) with each source (column).
-        remote: how many remote keys the queries of each rank see.
+        remote: for each rank, how many remote keys its queries see.
     """
 
     rank: int
@@ -191,7 +189,7 @@ class Plan:
 
     @property
     def exchanges(self) -> int:
-        """How many times keys, queries or partial states move between ranks in forward."""
+        """The number of forward stages in which ranks exchange tensors."""
         return len(self.forward) - 1
 
     @cached_property
@@ -287,7 +285,7 @@ class Plan:
         return sum(self.moved(what, backward) * width for what, width in widths.items())
 
     def to(self, device: torch.device) -> Plan:
-        """The same plan with all intervals on ``device``. Passes that share intervals still share them."""
+        """The same plan with all intervals on ``device``, copied once where passes share them."""
         moved: dict[int, Intervals] = {}
 
         def on_device(rows: Intervals) -> Intervals:
@@ -312,12 +310,12 @@ class Plan:
         return replace(self, forward=changed(self.forward), backward=changed(self.backward))
 
     @cached_property
-    def done_with(self) -> tuple[tuple[frozenset[Arrived], ...], tuple[frozenset[Arrived], ...]]:
+    def done_with(self) -> tuple[tuple[frozenset[TensorKey], ...], tuple[frozenset[TensorKey], ...]]:
         """For each stage, forward and backward, the received keys and queries that no later stage reads or sends."""
         return self._done_with(self.forward), self._done_with(self.backward)
 
-    def _done_with(self, stages: tuple[Stage, ...]) -> tuple[frozenset[Arrived], ...]:
-        last: dict[Arrived, int] = {}
+    def _done_with(self, stages: tuple[Stage, ...]) -> tuple[frozenset[TensorKey], ...]:
+        last: dict[TensorKey, int] = {}
         for number, stage in enumerate(stages):
             for each in stage.passes:
                 last |= dict.fromkeys(((What.KEYS, source) for source in each.sources), number)

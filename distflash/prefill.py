@@ -1,4 +1,4 @@
-"""A chunk of a sequence through a cache: its keys are kept, its queries see all that is kept.
+"""Chunked prefill: append a chunk's keys to the cache, and attend to all keys in it.
 
 [Note: shapes] B sequences, T local tokens of the chunk, H query heads, G key/value heads, D head dim of q and k, V of
 v.
@@ -18,13 +18,13 @@ from distflash.context import ContextParallel
 from distflash.engine import Call
 from distflash.exact import Same
 from distflash.given import Numbers
+from distflash.host_to_device import to_device
 from distflash.kernels import Kernel, Problem
 from distflash.kernels.base import Scores
 from distflash.ledger import Ledger, Move
 from distflash.masks import Mask
 from distflash.plan import Plan
 from distflash.transport import Message, during, preparing
-from distflash.upload import upload
 from distflash.validation import came
 
 CHUNK = "attention over a cache"
@@ -32,13 +32,13 @@ CHUNK = "attention over a cache"
 
 @dataclass(frozen=True)
 class Forward:
-    """A chunk of all sequences.
+    """The arguments of a chunk's forward, besides q, k and v.
 
     Attributes:
         cp: the group of the call.
-        cache: which the chunk goes through.
+        cache: the keys before the chunk.
         mask: of the whole sequence.
-        tokens: of the chunk, on all ranks.
+        tokens: the number of tokens of the chunk, over all ranks.
         numbers: see `attention`.
         sinks, alibi_slopes: ``[H]`` or None.
     """
@@ -57,7 +57,7 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, forward: Forward) -> tuple[Tensor, 
     """``(out, lse)`` of `attention` over a cache. q: ``[B, T, H, D]``, k: ``[B, T, G, D]``, v: ``[B, T, G, V]``.
 
     Raises:
-        ValueError: on every rank, and the cache is as it was.
+        ValueError: on every rank; the cache stays unchanged.
     """
     cache = forward.cache
     if (problem := _problem(q, k, v, forward)) is not None:
@@ -89,7 +89,7 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, forward: Forward) -> tuple[Tensor, 
 def _one(
     n: int, q: Tensor, kv: tuple[Tensor, Tensor], ledger: Ledger, plan: Plan, kernel: Kernel, forward: Forward
 ) -> tuple[Tensor, Tensor]:
-    """Sequence ``n`` alone: the messages about its keys are then pieces of memory as they are."""
+    """Attention of sequence ``n``. Sequences are computed one by one, so that their keys are contiguous for sends."""
     store, numbers, count = forward.cache.store, forward.numbers, ledger.counts[forward.cp.rank]
     _keep(n, kv, ledger, forward)
     scores = Scores.of(q.shape[3], numbers.scale, numbers.softcap, forward.alibi_slopes, forward.sinks)
@@ -99,26 +99,28 @@ def _one(
 
 
 def _keep(n: int, kv: tuple[Tensor, Tensor], ledger: Ledger, forward: Forward) -> None:
-    """Write the chunk's keys behind those that there are: those that stay here, and those that others bring."""
+    """Append the chunk's keys that this rank stores: its own, and those that it receives from others."""
     store, rank = forward.cache.store, forward.cp.rank
     start, count = ledger.total - forward.tokens, ledger.counts[rank]
     old = int(torch.searchsorted(ledger.held[rank], start))
     kept = ledger.held[rank][old:]
     moves = [move for move in ledger.moves if rank in (move.sender, move.receiver)]
-    new = _levelled(kv, kept, start, moves, forward) if moves else [x[0] for x in kv]
+    new = _rebalanced(kv, kept, start, moves, forward) if moves else [x[0] for x in kv]
     store.k[n, old:count], store.v[n, old:count] = new
-    store.positions[n, old:count] = upload(kept, store.k.device)
+    store.positions[n, old:count] = to_device(kept, store.k.device)
 
 
-def _levelled(kv: tuple[Tensor, Tensor], kept: Tensor, start: int, moves: list[Move], forward: Forward) -> list[Tensor]:
-    """K and v ``[tokens, G, dim]`` of the tokens at positions ``kept``, once keys have moved between ranks."""
+def _rebalanced(
+    kv: tuple[Tensor, Tensor], kept: Tensor, start: int, moves: list[Move], forward: Forward
+) -> list[Tensor]:
+    """Rebalance the chunk's keys over ranks. Returns k and v ``[tokens, G, dim]`` at the positions ``kept``."""
     cp, device = forward.cp, kv[0].device
     brought = (cp.layout.positions(forward.tokens, cp.world_size, cp.rank) + start).int()
     here = [[x[0]] for x in kv]
     positions, sends, receives = [brought], [], []
     for move in moves:
         if move.sender == cp.rank:
-            at = upload(torch.searchsorted(brought, move.positions), device)
+            at = to_device(torch.searchsorted(brought, move.positions), device)
             sends += [Message(x[0].index_select(0, at), move.receiver, "keys that another rank keeps") for x in kv]
         else:
             room = [x.new_empty(len(move.positions), *x.shape[2:]) for x in kv]
@@ -129,12 +131,12 @@ def _levelled(kv: tuple[Tensor, Tensor], kept: Tensor, start: int, moves: list[M
     cp.transport.exchange(sends, receives).wait()
     every = torch.cat(positions)
     order = every.argsort()
-    at = upload(order[torch.searchsorted(every[order], kept)], device)
+    at = to_device(order[torch.searchsorted(every[order], kept)], device)
     return [torch.cat(pieces).index_select(0, at) for pieces in here]
 
 
 def _ledgers(forward: Forward) -> tuple[list[Ledger], list[Ledger]]:
-    """Of each sequence: which keys are kept of those before the chunk, and which with it."""
+    """For each sequence, the ledgers before the chunk (dropped keys left out) and with it."""
 
     def more(ledger: Ledger) -> Ledger:
         return ledger.with_chunk(forward.cp.layout, forward.tokens)
@@ -190,7 +192,7 @@ def _asked(q: Tensor, k: Tensor, v: Tensor, forward: Forward) -> Problem:
 
 
 def _agree(q: Tensor, kernel: Kernel, asked: Problem, forward: Forward) -> None:
-    """Have the ranks compare the call. Lengths grow from call to call and are no part of its signature."""
+    """Compare the call over the ranks. Lengths grow from call to call, so they are not in the signature."""
     numbers, cp = forward.numbers, forward.cp
     key = (asked, q.shape[0], cp.calls.exact(Same(forward.mask)), numbers)
     cp.agreement.require(

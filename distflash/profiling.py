@@ -16,7 +16,7 @@ from torch.profiler import record_function
 from distflash.kernels.base import Abilities, BackwardContext, Kernel, KeyGradient, Keys, Problem, QueryGradient, Scores
 from distflash.partial import Partial
 from distflash.plan import Gradients, Pass, Stage
-from distflash.transport import Exchanges, Message, Pending
+from distflash.transport import Message, Pending, PointToPoint
 from distflash.transport.failures import ranks
 
 # A context that does nothing; it keeps no state, so one object is enough.
@@ -28,14 +28,16 @@ def named(name: str) -> AbstractContextManager[object]:
     return record_function(f"distflash::{name}") if torch.autograd._profiler_enabled() else NOTHING
 
 
-def ranged(kernel: Kernel, transport: Exchanges, stages: Sequence[Stage], direction: str) -> tuple[Kernel, Exchanges]:
+def ranged(
+    kernel: Kernel, transport: PointToPoint, stages: Sequence[Stage], direction: str
+) -> tuple[Kernel, PointToPoint]:
     """The same kernel and transport, with a range around each pass of ``stages``, each exchange and each wait."""
     names = {
         id(each): f"distflash::{direction} step {number}, {_words(each)}"
         for number, stage in enumerate(stages)
         for each in stage.passes
     }
-    return RangedKernel(kernel, names), RangedExchanges(transport)
+    return RangedKernel(kernel, names), RangedPointToPoint(transport)
 
 
 def _words(each: Pass) -> str:
@@ -81,10 +83,10 @@ class RangedKernel(Kernel):
 
 
 @dataclass(frozen=True)
-class RangedExchanges:
+class RangedPointToPoint:
     """A transport whose exchanges, and waits for them, are ranges of a trace."""
 
-    inner: Exchanges
+    inner: PointToPoint
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         what = " and ".join(dict.fromkeys(message.what for message in (*receives, *sends)))
@@ -94,7 +96,7 @@ class RangedExchanges:
 
 @dataclass(frozen=True)
 class RangedPending:
-    """Messages in flight, of which the wait is a range of a trace."""
+    """Messages in flight, with a profiler range for the wait."""
 
     inner: Pending
     what: str

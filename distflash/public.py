@@ -1,4 +1,4 @@
-"""What `import distflash` gives. A module of its own, so that the command line can answer without loading torch."""
+"""The public names. `import distflash` loads this module, and torch, when the first one is used."""
 
 from distflash import kernels, nn, transport
 from distflash.api import attention

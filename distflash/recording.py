@@ -1,4 +1,4 @@
-"""One run of a step as values that can be compared: its loss, what its modules computed, and all gradients."""
+"""Records the values of one training step: its loss, the outputs of its modules, and all gradients."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as hooks
 
-# Parts of a parameter's name that a wrapper brings: torch.compile, FSDP1, checkpoint_wrapper.
+# Parts of parameter names that wrappers add: torch.compile, FSDP1, checkpoint_wrapper.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(frozen=True)
 class Event:
-    """A tensor that a module was given or returned, the ``call``-th time that it was called.
+    """An input or output tensor of a module.
 
-    ``module`` is empty for the root; ``part`` counts the tensors of one input or output.
+    ``module`` is empty for the root; ``call`` counts calls of the module, ``part`` the tensors of one input or output.
     """
 
     module: str
@@ -30,13 +30,13 @@ class Event:
 
     @property
     def name(self) -> str:
-        """As a reader looks for it."""
+        """The name in reports."""
         name = self.module or "model"
         return name + (f" (call {self.call + 1})" if self.call else "") + (f"[{self.part}]" if self.part else "")
 
     @property
     def where(self) -> str:
-        """The code that computes this tensor: a module, or what its parent does before it calls the module."""
+        """The code that computes this tensor: a module, or its parent before it calls the module."""
         if self.returned:
             return self.name
         parent = self.module.rpartition(".")[0] or "model"
@@ -45,17 +45,17 @@ class Event:
 
 @dataclass
 class Run:
-    """What one rank has of one run.
+    """The values of one run on one rank.
 
     Attributes:
         loss: scalar, on the CPU.
-        events: of the root's outputs, or of all modules, on the CPU, in the order of execution.
-        returned: what step returned beside the loss.
-        gradients: by parameter, of parts that FSDP holds the whole; on the parameter's device.
-        parts: by parameter, the 2-norm of this rank's own gradient, before it is combined with the others'.
+        events: the root's outputs, or inputs and outputs of all modules, on the CPU, in the order of execution.
+        returned: tensors that step returned besides the loss.
+        gradients: by parameter, unsharded, on the parameter's device.
+        parts: by parameter, the 2-norm of this rank's gradient before the reduction over ranks.
         averaged: whether a wrapper (DDP, FSDP, DeepSpeed) averages gradients over the ranks.
         roots: the modules that were called from outside of any module.
-        eps: the relative spacing of the shortest floating dtype in use.
+        eps: the largest machine epsilon of the floating dtypes in use.
     """
 
     loss: Tensor
@@ -73,8 +73,8 @@ class Recorder:
     """Records the modules that this thread calls, through torch's hooks for all modules.
 
     Args:
-        model: the only root; None to take every module that is called from outside of any.
-        layers: keep what every module was given and returned, not only what a root returns.
+        model: the only root; None for every module that is called from outside of any.
+        layers: record inputs and outputs of all modules, not only the roots' outputs.
         inputs: leaf tensors that require a gradient, by name, compared like parameters.
     """
 
@@ -107,7 +107,7 @@ class Recorder:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """Stop recording; gradients are as they were."""
+        """Stop recording, and restore gradients."""
         for handle in self._handles:
             handle.remove()
         for p, gradient in self._before.items():
@@ -117,7 +117,7 @@ class Recorder:
                 p.grad = gradient
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those that require a gradient, by name."""
+        """The parameters that require a gradient, by name."""
         for root in self.roots:
             prefix = self._prefix(root)
             for name, p in root.named_parameters():
@@ -130,15 +130,15 @@ class Recorder:
         return any(x.grad is not None and bool(_local(x.grad).count_nonzero()) for x in tensors)
 
     def require_same_weights(self) -> None:
-        """Refuse a step that trains: what follows would compare different models."""
+        """Raise a ValueError if the step has changed the weights: later runs would be of another model."""
         changed = [name for name, p in self.parameters() if p._version != self._versions[p]]
         if changed:
             raise ValueError(f"step: changed the weights, {changed[0]} among them; leave the optimizer out of it")
 
     def run(self, loss: Tensor, returned: list[Tensor], gradients: Mapping[str, Tensor] | None) -> Run:
-        """All ranks call: the gradients of a model that FSDP has sharded are put together.
+        """The recorded run. All ranks call, since gradients under FSDP are gathered.
 
-        gradients: instead of those that parameters hold.
+        gradients: in place of ``p.grad``.
         """
         leaves: list[tuple[str, Tensor]] = [*self.inputs.items(), *self.parameters()]
         if gradients is None:
@@ -165,7 +165,7 @@ class Recorder:
             self._versions.setdefault(p, p._version)
 
     def _prefix(self, root: nn.Module) -> str:
-        """The first root's names are its own; those of further ones begin with what they are."""
+        """The prefix of a root's names: empty for the first root."""
         number = self.roots.index(root)
         return f"{type(root).__name__}#{number}." if number else ""
 
@@ -180,7 +180,7 @@ class Recorder:
             return
         if not self._stack and self.model is None and module not in self._names:
             self._add_root(module)
-        # Where the stack is empty and this is no root, a layer is computed again, in backward.
+        # An empty stack and no root: activation checkpointing recomputes a layer in backward.
         if module in self._names and (self._stack or module in self.roots):
             self._stack.append(module)
             if self.layers and len(self._stack) > 1:
@@ -190,7 +190,7 @@ class Recorder:
         if self._is_foreign() or not self._stack or self._stack[-1] is not module:
             return
         self._stack.pop()
-        # Here, since FSDP has put the whole parameters into the module, whose gradients are not combined yet.
+        # Here, because FSDP has now gathered the module's parameters, whose gradients are not reduced yet.
         for name, p in module.named_parameters(recurse=False):
             self._measure_part(f"{self._names[module]}.{name}".removeprefix("."), p)
         if self.layers or not self._stack:
@@ -216,7 +216,7 @@ class Recorder:
                 self.events[Event(self._names[module], returned, call, part)] = whole(x.detach()).to("cpu", copy=True)
 
     def _is_foreign(self) -> bool:
-        """Another thread's (a simulated rank), or of a graph that is being compiled."""
+        """Whether the call is another thread's (a simulated rank), or part of a compilation."""
         return torch.compiler.is_compiling() or threading.get_ident() != self._thread
 
 
@@ -232,12 +232,12 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def whole(x: Tensor) -> Tensor:
-    """The tensor that ranks hold in parts. All ranks must call."""
+    """The full tensor of a DTensor. All ranks must call."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def _gradient(x: Tensor) -> Tensor:
-    """A copy, zeros where there is none: no gradient and a gradient of zero train alike."""
+    """The gradient, unsharded; zeros for None."""
     return torch.zeros_like(whole(x.detach())) if x.grad is None else whole(x.grad.detach())
 
 
@@ -246,7 +246,7 @@ def _local(x: Tensor) -> Tensor:
 
 
 def _plain(root: nn.Module, name: str) -> str:
-    """A parameter's or module's name without the parts that wrappers bring, such as DDP's ``module``."""
+    """A parameter's or module's name without the parts that wrappers add, such as DDP's ``module``."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     if _is_wrapper(root) and parts and parts[0] == "module":
         parts = parts[1:]
@@ -254,13 +254,13 @@ def _plain(root: nn.Module, name: str) -> str:
 
 
 def _is_wrapper(root: nn.Module) -> bool:
-    """Such as DDP's and DeepSpeed's: all that they hold is another module."""
+    """Whether it is a wrapper, like DDP's and DeepSpeed's: its only child is ``module``."""
     return [name for name, _ in root.named_children()] == ["module"]
 
 
 @torch.no_grad()
 def nudge(roots: Sequence[nn.Module], eps: float, seed: int) -> Callable[[], None]:
-    """Multiply every weight by 1 + eps or 1 - eps, at random, the same on every rank; returns what undoes it."""
+    """Multiply every weight by 1 + eps or 1 - eps at random, the same on every rank. Returns a function to undo it."""
     before = [(p, _local(p.detach()).clone()) for root in roots for p in root.parameters() if p.is_floating_point()]
     for number, (p, old) in enumerate(before):
         generator = torch.Generator().manual_seed(seed * len(before) + number)

@@ -77,7 +77,7 @@ def _require(
         agreement.refuse(kind, sure=seq_len is None)
         raise
     known = None if seq_len is None else as_length(seq_len)
-    compared = {**collectives.like(x, dim), "layout it has": layout, "seq_len": known, **fields}
+    compared = {**collectives.equal_fields(x, dim), "layout it has": layout, "seq_len": known, **fields}
     agreement.require(kind, lambda: compared, key=None if known is None else tuple(compared.values()))
     if known is not None:
         return dim, known
@@ -107,7 +107,7 @@ class _Return(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, route: Route, kind: str, agreement: Agreement) -> Tensor:
         ctx.how = dim, route, kind, agreement
-        sizes = collectives.like(x, dim)
+        sizes = collectives.equal_fields(x, dim)
         agreement.require(f"{kind} backward", lambda: sizes, key=tuple(sizes.values()))
         counts = [route.held, *route.receives, 1]
         pool = x.new_zeros(collectives.with_rows(x, dim, sum(counts))).index_add_(dim, route.index, x)

@@ -13,9 +13,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from distflash.host_to_device import to_device
 from distflash.layouts import Layout
 from distflash.masks import Documents
-from distflash.upload import upload
 
 # The position of a row of zeros.
 NOWHERE = -1
@@ -43,8 +43,8 @@ class Route:
 
     def to(self, device: torch.device) -> Route:
         """The same with every tensor on ``device``."""
-        sends = tuple(upload(rows, device) for rows in self.sends)
-        return replace(self, sends=sends, index=upload(self.index, device))
+        sends = tuple(to_device(rows, device) for rows in self.sends)
+        return replace(self, sends=sends, index=to_device(self.index, device))
 
 
 def route(wanted: Sequence[Tensor], layout: Layout, seq_len: int, rank: int) -> Route:
@@ -89,7 +89,7 @@ def halo_route(
     """The route to a rank's rows with ``left`` rows before each run, and the indices of its own rows among them."""
     held = [layout.positions(seq_len, world_size, each) for each in range(world_size)]
     wanted = [_with_halo(positions, left, documents, seq_len) for positions in held]
-    places = upload(wanted[rank][1], device)
+    places = to_device(wanted[rank][1], device)
     return route([positions for positions, _ in wanted], layout, seq_len, rank).to(device), places
 
 

@@ -66,18 +66,17 @@ class Sharding:
     def gather(self, x: Tensor, dim: int = 1, seq_len: int | None = None) -> Tensor:
         """The tokens of all ranks (all-gather), as `unshard`. All ranks must call it.
 
-        For a layer that mixes tokens, other than attention: it runs on the full sequence, and `shard` takes this rank's
-        part of its output. The sum over ranks of the layer's gradients is then that of one process. The backward is a
-        reduce-scatter.
+        For layers other than attention that mix tokens: the layer runs on the full sequence, and `shard` takes this
+        rank's part of its output. The weights' gradients, summed over ranks, are then those of one process. The
+        backward is a reduce-scatter.
 
         Args:
             x: this rank's tokens along ``dim``.
-            seq_len: the global length. If given, ranks do not exchange their lengths, for which the host would
-                synchronise with the GPU.
+            seq_len: the global length. If None, ranks exchange their lengths, and the host synchronises with the GPU.
 
         Raises:
-            ValueError: on every rank, if an argument is wrong on any rank, or arguments differ. With ``seq_len``, on
-                GPUs only before the first call with these sizes.
+            ValueError: on every rank, if an argument is wrong on any rank, or arguments differ. On GPUs with
+                ``seq_len``, only the first call with these sizes is checked.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)

@@ -1,4 +1,4 @@
-"""What is wrong with a call's arguments, in words, found on metadata alone: before any data moves.
+"""Checks of a call's arguments. They read metadata only, and return the error message or None.
 
 [Note: shapes] B batch, T local queries, H query heads, G key/value heads, D head dim of q and k, V head dim of v.
 """
@@ -21,14 +21,14 @@ from distflash.transport import Transport
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ORDER = "[batch, seq_local, heads, head_dim]"
-# What kernels compute in: a smaller scale would be 0 there, a larger one infinite.
+# Bounds of a scale in float32, in which kernels compute.
 SMALLEST, LARGEST = (float(n) for n in (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max))
-# Seconds, some 30 years: what a timedelta and torch's milliseconds can hold.
+# Seconds: 30 years, which fits a timedelta and torch's milliseconds.
 _LONGEST = 1e9
 
 
 def tensors_problem(q: Tensor, k: Tensor, v: Tensor, self_attention: bool = True) -> str | None:
-    """What is wrong with the kinds, shapes, dtypes or devices of q, k and v; None if nothing is.
+    """Check the types, shapes, dtypes and devices of q, k and v.
 
     self_attention: whether q, k and v are of the same tokens.
     """
@@ -48,7 +48,7 @@ def tensors_problem(q: Tensor, k: Tensor, v: Tensor, self_attention: bool = True
 
 
 def _kind_problem(name: str, x: object) -> str | None:
-    """Whether it is a tensor of the plain kind, whose elements lie at strides."""
+    """Check that it is a dense, strided, local tensor."""
     if not isinstance(x, Tensor):
         return f"{name}: expected a tensor, got {came(x)}"
     if _is_distributed(x):
@@ -61,12 +61,12 @@ def _kind_problem(name: str, x: object) -> str | None:
 
 
 def _is_distributed(x: Tensor) -> bool:
-    """Whether it is a DTensor, whose module takes long to import."""
+    """Whether it is a DTensor, without importing its module, which is slow."""
     return hasattr(x, "to_local") and hasattr(x, "device_mesh")
 
 
 def came(value: object) -> str:
-    """What came in place of what was expected, in a few words: no tensor is printed, or copied from a GPU."""
+    """A short description of a wrong argument. Tensors are neither printed nor copied from a GPU."""
     is_number = isinstance(value, Tensor) and value.is_cpu and not value.dim()
     if not is_number and hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, Real):
         return f"a {type(value).__name__} of {value.dtype} {list(value.shape)}"  # type: ignore[attr-defined]
@@ -84,7 +84,7 @@ def _shapes_problem(q: Tensor, k: Tensor, v: Tensor, self_attention: bool) -> st
         and k.shape[1]
         and T % k.shape[1] == 0
     ):
-        # As many tokens and other numbers of heads, if the two had changed places.
+        # With dimensions 1 and 2 swapped the shapes would be valid.
         return (
             f"q, k, v: look heads-first, [batch, heads, seq_local, head_dim], with {T} query heads, {k.shape[1]} "
             f"key/value heads and {H} tokens; pass q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2){order}"
@@ -125,7 +125,7 @@ def call_problem(
     self_attention: bool,
     dropout_seed: int | Tensor | None = None,
 ) -> str | None:
-    """What is wrong with a call's arguments, but for their length; None if nothing is."""
+    """Check all arguments of a call, except lengths."""
     problem = mask_problem(mask) or tensors_problem(q, k, v, self_attention)
     if problem is not None:
         return problem
@@ -156,13 +156,13 @@ def seed_problem(dropout_p: float, seed: object, q: Tensor) -> str | None:
 
 
 def numbers_problem(scale: object, softcap: object, dropout_p: object) -> str | None:
-    """What is wrong with the numbers that form scores."""
+    """Check the numbers that form scores."""
     problem = _real_problem("scale", scale, "multiply q by it instead, and pass scale=1.0")
     problem = problem or _real_problem("softcap", softcap, "softcap is not differentiable here; pass float(softcap)")
     problem = problem or _real_problem("dropout_p", dropout_p, "one probability is for all heads")
     if problem is not None:
         return problem
-    # At 0 a masked score would be -inf * 0.
+    # A scale of 0 would make masked scores -inf * 0.
     if scale is not None and not SMALLEST <= abs(_as_float(scale)) <= LARGEST:
         return (
             f"scale: expected a finite number other than 0 (in float32), or None for d_qk ** -0.5, got {came(scale)}; "
@@ -176,7 +176,7 @@ def numbers_problem(scale: object, softcap: object, dropout_p: object) -> str | 
 
 
 def _real_problem(name: str, value: object, remedy: str) -> str | None:
-    """Whether ``value`` is one real number, or None, and loses nothing by being taken for one."""
+    """Check that ``value`` is None or a real number, without a gradient that would be lost."""
     if value is None or isinstance(value, float):
         return None
     if isinstance(value, Tensor):
@@ -200,12 +200,12 @@ def _as_float(value: object) -> float:
 
 
 def as_number(value: float | Tensor | None) -> float | None:
-    """A number that `numbers_problem` has found nothing wrong with, as Python's own."""
+    """A number that has passed `numbers_problem`, as a Python float."""
     return None if value is None else _as_float(value)
 
 
 def per_head_problem(name: str, x: Tensor | None, q: Tensor, grad: bool) -> str | None:
-    """What is wrong with a tensor of one number per query head (sinks, alibi_slopes)."""
+    """Check a tensor with one number per query head (sinks, alibi_slopes)."""
     if x is None:
         return None
     if not isinstance(x, Tensor) or x.dtype not in DTYPES:
@@ -222,7 +222,7 @@ def per_head_problem(name: str, x: Tensor | None, q: Tensor, grad: bool) -> str 
 
 
 def device_problem(q: Tensor, transport: Transport) -> str | None:
-    """Whether the group can send what is on q's device."""
+    """Check that the group can send tensors on q's device."""
     if transport.world_size == 1:
         return None
     if q.is_meta:
@@ -241,7 +241,7 @@ def device_problem(q: Tensor, transport: Transport) -> str | None:
 
 
 def tokens_problem(x: object) -> str | None:
-    """Whether it is a tensor ``[batch, tokens, ...]``."""
+    """Check that it is a tensor ``[batch, tokens, ...]``."""
     if (problem := _kind_problem("x", x)) is not None:
         return problem
     assert isinstance(x, Tensor)
@@ -249,7 +249,7 @@ def tokens_problem(x: object) -> str | None:
 
 
 def mean_problem(loss_sum: object, token_count: object, reduction: object) -> str | None:
-    """What is wrong with the arguments of `ContextParallel.mean`."""
+    """Check the arguments of `ContextParallel.mean`."""
     if not isinstance(reduction, str) or reduction not in ("sum", "mean"):
         given = "is missing" if reduction is None else f"expected 'sum' or 'mean', got {came(reduction)}"
         return (
@@ -278,9 +278,9 @@ def mean_problem(loss_sum: object, token_count: object, reduction: object) -> st
 
 
 def kernel_for(problem: Problem, asked: Kernel | None, known: Sequence[Kernel], repeats: bool = False) -> Kernel | str:
-    """The kernel asked for, or else the first known that takes the problem; or, in words, why there is none.
+    """The kernel that the user passed, else the first in ``known`` that supports the problem; or the error message.
 
-    repeats: whether it has to give the same bits in every run.
+    repeats: whether the same bits are required in every run.
     """
     if repeats and isinstance(asked, Hopper) and not asked.deterministic:
         return (
@@ -300,19 +300,19 @@ def kernel_for(problem: Problem, asked: Kernel | None, known: Sequence[Kernel], 
 
 
 def require_layout(layout: object) -> None:
-    """Refuse what is no layout, a name above all."""
+    """Raise a ValueError unless it is a layout."""
     if not isinstance(layout, Layout):
         raise ValueError(f"layout: expected a Layout such as df.Zigzag(), got {came(layout)}{hint(layout)}")
 
 
 def require_schedule(schedule: object) -> None:
-    """Refuse what is no schedule."""
+    """Raise a ValueError unless it is a schedule."""
     if not isinstance(schedule, Schedule):
         raise ValueError(f"schedule: expected a Schedule such as df.Ring(), got {came(schedule)}{hint(schedule)}")
 
 
 def schedule_of(schedule: Schedule, reproducible: object) -> Schedule:
-    """The schedule that `ContextParallel` was asked for: ``reproducible`` is short for one of them."""
+    """The schedule of a `ContextParallel`; ``reproducible=True`` is short for `Reproducible`."""
     require_schedule(schedule)
     if not isinstance(reproducible, bool):
         raise ValueError(
@@ -330,7 +330,7 @@ def schedule_of(schedule: Schedule, reproducible: object) -> Schedule:
 
 
 def require_kernel(kernel: object) -> None:
-    """Refuse what is neither None nor a kernel."""
+    """Raise a ValueError unless it is None or a kernel."""
     if kernel is not None and not isinstance(kernel, Kernel):
         raise ValueError(
             f"kernel: expected a kernel such as df.kernels.Triton(), or None for the best that fits, got {came(kernel)}"
@@ -339,7 +339,7 @@ def require_kernel(kernel: object) -> None:
 
 
 def require_timeout(timeout: object) -> timedelta | None:
-    """A positive number of seconds, or a timedelta, as a timedelta; None as it is."""
+    """A timeout, given as seconds or a timedelta, as a timedelta; None stays None. Else a ValueError."""
     if timeout is None:
         return None
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
@@ -352,7 +352,7 @@ def require_timeout(timeout: object) -> timedelta | None:
 
 
 def mask_problem(mask: object) -> str | None:
-    """Whether it is a mask at all."""
+    """Check that it is a mask."""
     if isinstance(mask, Mask):
         return None
     return f"mask: expected a Mask such as df.Causal(), got {came(mask)}{hint(mask) or _mask_hint(mask)}"
@@ -373,7 +373,7 @@ def _mask_hint(mask: object) -> str:
 
 
 def hint(value: object) -> str:
-    """What a string or a class lacks to be the object that was expected; nothing for others."""
+    """A hint for strings and classes that were passed in place of an object; else empty."""
     if isinstance(value, str):
         return "; objects, not strings"
     if isinstance(value, type):

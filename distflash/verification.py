@@ -21,13 +21,13 @@ from distflash import groups
 from distflash.comparison import Comparison, judge
 from distflash.context import ContextParallel
 from distflash.differences import Report
-from distflash.meeting import Meeting
+from distflash.rank_texts import RankTexts
 from distflash.recording import Recorder, Run, nudge, tensors_in
 from distflash.transport import Alone, Transport
 
 Step = Callable[[Any, ContextParallel | None], Any]
 
-NUDGES = 2  # nudged replays: with one, a scalar's would sometimes be small by chance
+NUDGES = 2  # nudged replays: the change of a scalar in a single one may be small by chance
 
 
 def verify(
@@ -64,7 +64,7 @@ def verify(
         The report, the same on every rank. A difference does not raise: see `Report.ok` and `Report.require`.
 
     Raises:
-        ValueError: on every rank: an argument is of another kind, or step does not return what it should.
+        ValueError: on every rank: an argument has the wrong type, or step does not return what it should.
         RuntimeError: another rank raised; the message has its error. That rank raises its own error.
 
     Examples:
@@ -82,9 +82,9 @@ def verify(
     """
     _require_arguments(step, cp, model, reduction)
     ranks = cp.transport if group is None else groups.wider_transport(group, cp.transport)
-    meeting = Meeting(ranks, "distflash.verify", release=lambda words: cp.refuse(words, in_attention=True))
-    replays = _Replays(step, batch, cp, model, reduction, meeting)
-    with meeting.part(), _every_call_compared(cp):
+    texts = RankTexts(ranks, "distflash.verify", release=lambda words: cp.refuse(words, in_attention=True))
+    replays = _Replays(step, batch, cp, model, reduction, texts)
+    with texts.sharing_errors(), _every_call_compared(cp):
         report = replays.report(layers=False)
         if not report.ok:  # again with the layers, to find where the difference starts; recording them takes memory
             report = replays.report(layers=True)
@@ -102,11 +102,11 @@ class _Replays:
     cp: ContextParallel
     model: nn.Module | None
     reduction: str | None
-    meeting: Meeting
+    texts: RankTexts
 
     def report(self, layers: bool) -> Report:
         """Compare all runs. The same on every rank."""
-        comparison = Comparison(self.cp, self.meeting.transport, self.reduction, *self.all(layers))
+        comparison = Comparison(self.cp, self.texts.transport, self.reduction, *self.all(layers))
         return judge(comparison.tables(), comparison.notes)
 
     def all(self, layers: bool) -> tuple[Run, Run, list[Run]]:
@@ -136,7 +136,7 @@ class _Replays:
         gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(gpus), Recorder(self.model, layers, inputs) as recorder:
             loss, returned, gradients = _parts(self.step(self.batch, cp))
-            done = self.meeting.exchange(str(int(gradients is not None or recorder.has_gradients())))
+            done = self.texts.exchange(str(int(gradients is not None or recorder.has_gradients())))
             if "1" not in done and loss.requires_grad:
                 loss.backward()
             recorder.require_same_weights()
@@ -147,7 +147,7 @@ def _parts(result: Any) -> tuple[Tensor, list[Tensor], Mapping[str, Tensor] | No
     """The loss, further tensors and gradients that step returned."""
     loss, *others = result if isinstance(result, tuple | list) and result else (result,)
     if isinstance(loss, int | float):
-        loss = torch.tensor(float(loss))  # float32, in which losses are computed: a Python number no longer says it
+        loss = torch.tensor(float(loss))  # float32, the usual dtype of losses
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise ValueError(f"step: expected it to return the loss, a scalar, first; got {what}")
@@ -162,7 +162,7 @@ def _calls(cp: ContextParallel) -> int:
 
 @contextmanager
 def _alone(roots: Sequence[nn.Module], cp: ContextParallel) -> Iterator[None]:
-    """Modules that hold ``cp`` in an attribute have a group of one there: the whole sequence is on this device."""
+    """Within it, modules with ``cp`` in an attribute have a group of one rank there, for the whole sequence."""
     alone = ContextParallel(Alone(device=cp.transport.device))
     holders = [
         (module, name) for root in roots for module in root.modules() for name, x in vars(module).items() if x is cp
@@ -178,7 +178,7 @@ def _alone(roots: Sequence[nn.Module], cp: ContextParallel) -> Iterator[None]:
 
 @contextmanager
 def _every_call_compared(cp: ContextParallel) -> Iterator[None]:
-    """Ranks compare every call of attention, and not only those of a new signature."""
+    """Within it, ranks compare every call of attention, not only those with a new signature."""
     before = cp.check_every_call
     try:
         cp.check_every_call = True

@@ -1,4 +1,4 @@
-"""For all tests: a folder's name is its tests' mark; without --full hypothesis draws the same examples in every run."""
+"""Settings for all tests: folders become marks, and without --full hypothesis draws the same examples in every run."""
 
 import os
 from pathlib import Path

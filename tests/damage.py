@@ -1,4 +1,4 @@
-"""What may happen to a file of a checkpoint: a bit that changes, and a pickle in its place that runs code."""
+"""Ways to damage a checkpoint's file: a flipped bit, and a pickle that runs code."""
 
 from pathlib import Path
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import distflash as df
-from distflash.dealing import keepers
+from distflash.cache_balance import storing_ranks
 from distflash.kernels.base import Scores
 from distflash.kernels.decoding import BEYOND, DIFFER, FULL, Decoding, Store, Table
 from distflash.masks import Mask
@@ -21,12 +21,12 @@ from tests import oracle
 
 @dataclass(frozen=True)
 class Case:
-    """Some steps of ``new`` tokens each after ``lengths`` tokens of each sequence.
+    """Decoding steps of ``new`` tokens each, after ``lengths`` tokens of each sequence.
 
     Attributes:
-        dropped: keys below this position are kept by nobody; the mask must not reach so far.
-        unequal: how much more often a rank keeps a key than the one after it.
-        masks: one of each sequence, in place of ``mask``.
+        dropped: keys below this position are not stored; the mask must not allow them.
+        unequal: how much more often a rank stores a key than the next rank.
+        masks: one per sequence, in place of ``mask``.
     """
 
     name: str
@@ -76,7 +76,7 @@ def cases() -> list[Case]:
 
 
 def features() -> list[Case]:
-    """Every feature at a size that an interpreter can manage, on 1, 2, 3 and 8 ranks."""
+    """Every feature, small enough for Triton's interpreter, on 1, 2, 3 and 8 ranks."""
     half, first = torch.bfloat16, df.FirstTokens(5)
     heads = [
         Case(f"{h} heads for {g}, {n} new", heads=h, kv_heads=g, new=n, dtype=dtype)
@@ -137,7 +137,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
 
 
 def make_stores(case: Case, x: Inputs) -> list[Store]:
-    """Each rank's, with what is not a key poisoned: NaN, and positions that mean nothing."""
+    """Each rank's store. Unused memory is poisoned: NaN, and invalid positions."""
     B, W, C, device = len(case.lengths), case.world_size, case.room, x.k.device
     generator = torch.Generator().manual_seed(1)
     weights = case.unequal ** -torch.arange(W, dtype=torch.float64)
@@ -210,8 +210,8 @@ def run(decoding: Decoding, case: Case, x: Inputs, stores: list[Store]) -> tuple
 
 
 def check_stores(case: Case, x: Inputs, stores: list[Store], before: Tensor, lengths: Sequence[int]) -> None:
-    """Who keeps each of the new keys, where, and that all ranks know."""
-    whose = keepers(before, case.new)
+    """Check which rank stores each new key, its index, and that all ranks know it."""
+    whose = storing_ranks(before, case.new)
     after = before + torch.nn.functional.one_hot(whose, case.world_size).sum(1).int()
     for rank, store in enumerate(stores):
         assert torch.equal(store.counts, after)
@@ -226,7 +226,7 @@ def check_stores(case: Case, x: Inputs, stores: list[Store], before: Tensor, len
 
 
 def dense(case: Case, x: Inputs, compute: torch.dtype, stored: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """What `run` should give, by `oracle.dense` of each sequence."""
+    """The expected result of `run`, by `oracle.dense` on each sequence."""
     found, device = [], x.q.device
     for n in range(case.steps):
         for b, length in enumerate(case.lengths):
@@ -244,7 +244,7 @@ def dense(case: Case, x: Inputs, compute: torch.dtype, stored: torch.dtype | Non
 
 
 def check(decoding: Decoding, case: Case, device: torch.device | str = "cpu") -> None:
-    """Assert that all steps are as exact as the arithmetic of the accumulator with the inputs' rounding can be."""
+    """Assert that all steps are as exact as dense attention with the same roundings."""
     x = make_inputs(case, device)
     out, lse = run(decoding, case, x, make_stores(case, x))
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
@@ -263,7 +263,7 @@ FAULTS = {"queries": DIFFER, "counts": DIFFER, "lengths": DIFFER, "full": FULL, 
 
 
 def check_fault(decoding: Decoding, fault: str, world_size: int, device: torch.device | str = "cpu") -> None:
-    """Assert that a step which cannot be made gives NaN and says why, and leaves the cache alone until it is reset."""
+    """Assert that an impossible step gives NaN, sets the fault, and leaves the cache unchanged until it is reset."""
     case = Case("fault", lengths=(9, 14), new=2, steps=1, d_qk=16, d_v=16, room=40, world_size=world_size)
     x = make_inputs(case, device)
     stores, table = make_stores(case, x), make_table(case, device)

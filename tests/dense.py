@@ -91,7 +91,7 @@ def make_inputs(p: Problem) -> Inputs:
 
 
 def dense(p: Problem, x: Inputs) -> Results:
-    """The definition, in float64, with the whole score matrix; gradients by autograd."""
+    """Dense attention in float64; gradients by autograd."""
     q, k, v = (t.double().requires_grad_() for t in (x.q.clone(), x.k.clone(), x.v.clone()))
     sinks = None if x.sinks is None else x.sinks.clone().double().requires_grad_()
     s = scores(p, q, k, x.slopes)
@@ -145,12 +145,12 @@ def visible(p: Problem, device: torch.device) -> Tensor:
 
 
 def per_query_head(p: Problem, x: Tensor) -> Tensor:
-    """``[B, S, G, D]``, each key head once for each of its query heads; of query heads as they are."""
+    """Expand key heads ``[B, S, G, D]`` to query heads; query heads stay unchanged."""
     return x.repeat_interleave(p.heads // x.shape[2], dim=2)
 
 
 def on_rank(p: Problem, x: Inputs, cp: df.ContextParallel | None) -> Results:
-    """This rank's part of the results, from tensors that every rank holds whole."""
+    """This rank's part of the results, from inputs that every rank holds in full."""
     shard = (lambda t, dim=1: t.clone()) if cp is None else cp.shard
     q, k, v = (t.requires_grad_() for t in (shard(x.q), *(keys_of(p, t, cp) for t in (x.k, x.v))))
     sinks = None if x.sinks is None else x.sinks.clone().requires_grad_()
@@ -183,7 +183,7 @@ def join(
 
     Args:
         layout, seq_len: of the queries.
-        kv_layout, kv_len: of the keys, where they are not those of the queries.
+        kv_layout, kv_len: of the keys, if they differ from the queries'.
     """
     W = len(parts)
 
@@ -209,7 +209,7 @@ def on_ranks(
     kernel: df.kernels.Kernel | None = None,
     schedule: Schedule | None = None,
 ) -> Results:
-    """The problem over simulated ranks, put together."""
+    """The unsharded results of the problem on simulated ranks."""
     kernel = df.kernels.Reference() if kernel is None else kernel
     parts = df.transport.Simulator(world_size).run(
         lambda transport: on_rank(p, x, df.ContextParallel(transport, layout, schedule or df.Ring(), kernel))
@@ -218,7 +218,7 @@ def on_ranks(
 
 
 def assert_exact(p: Problem, x: Inputs, got: Results) -> None:
-    """In float64: equal to the definition up to the rounding of float64."""
+    """Assert equality with dense attention in float64, up to rounding."""
     truth = dense(p, x)
     assert got.keys() == truth.keys()
     for name, value in got.items():
@@ -257,7 +257,7 @@ def in_dtype(p: Problem, dtype: torch.dtype) -> Problem:
 
 
 def largest_score(p: Problem, x: Inputs) -> float:
-    """The largest magnitude of a score that is seen."""
+    """The largest magnitude of an unmasked score."""
     s = scores(p, x.q.double(), x.k.double(), x.slopes)
     seen = s[s > -torch.inf].abs()
     return float(seen.max()) if len(seen) else 0.0
@@ -268,7 +268,7 @@ def _error(got: Tensor, truth: Tensor) -> float:
 
 
 def _norm(t: Tensor) -> float:
-    """The 2-norm without the -inf of rows that see nothing; NaN counts."""
+    """The 2-norm without the -inf of rows with no visible key; NaN counts."""
     return float(torch.where(t == -torch.inf, 0.0, t).norm())
 
 

@@ -1,4 +1,4 @@
-"""What `tests/fuzz.py` does: each random call is solved by simulated or real ranks, and compared with dense float64."""
+"""The work of `tests/fuzz.py`: solve random calls on simulated or real ranks, and compare with dense float64."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def real_part(case: Case) -> Results:
 
 
 def check(case: Case, x: Inputs, parts: list[Results]) -> None:
-    """Assert that the joined results are what the definition says."""
+    """Assert that the joined results equal dense attention."""
     p = case.problem
     got = dense.join(parts, case.layout, p.queries, p.kv_layout, p.seq_len)
     truth = dense.dense(p, x)
@@ -193,7 +193,7 @@ def check(case: Case, x: Inputs, parts: list[Results]) -> None:
 
 
 def _assert_zeros(case: Case, x: Inputs, got: Results) -> None:
-    """Queries that see nothing and keys that nobody sees have exact zeros."""
+    """Queries with no visible key, and keys that no query sees, must have exact zeros."""
     visible = dense.visible(case.problem, x.q.device)
     for names, unseen in ((("out", "dq"), ~visible.any(-1)), (("dk", "dv"), ~visible.any(-2))):
         for name in names:

@@ -1,4 +1,4 @@
-"""What the library's ``generate`` makes of tiny models, on one process and over ranks, in its various modes."""
+"""``generate`` on tiny models in several modes, on one process and over ranks."""
 
 from __future__ import annotations
 

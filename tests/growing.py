@@ -24,7 +24,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Chunk:
-    """So many tokens, sharded: of all sequences, or of one, through ``cache[row]``."""
+    """A chunk of tokens, sharded: of all sequences, or of one, through ``cache[row]``."""
 
     tokens: int
     row: int | None = None
@@ -32,7 +32,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Step:
-    """So many tokens, which all ranks have: of all sequences, or of one."""
+    """A few tokens, the same on all ranks: of all sequences, or of one."""
 
     tokens: int
     row: int | None = None
@@ -62,11 +62,11 @@ Action = Chunk | Step | Truncate | Reorder | MakeRoom
 
 @dataclass(frozen=True)
 class Script:
-    """What happens to a cache.
+    """A sequence of actions on a cache.
 
     Attributes:
-        problem: mask, shapes and numbers of the calls. ``seq_len`` is how long a sequence may become.
-        actions: one after the other.
+        problem: mask, shapes and numbers of the calls. ``seq_len`` is the largest length of a sequence.
+        actions: in order.
         capacity: of the cache.
     """
 
@@ -86,7 +86,7 @@ class New:
 
 @dataclass(frozen=True)
 class Told:
-    """What a script is on every rank: the tokens that come, sinks and slopes."""
+    """The inputs of a script, the same on every rank: tokens, sinks and slopes."""
 
     news: tuple[New | None, ...]
     sinks: Tensor | None
@@ -95,7 +95,7 @@ class Told:
 
 @dataclass
 class History:
-    """The keys and values of a sequence by the definition: ``[1, L, G, dim]``."""
+    """All keys and values of a sequence: ``[1, L, G, dim]``."""
 
     k: Tensor
     v: Tensor
@@ -110,7 +110,7 @@ class History:
 
 @dataclass(frozen=True)
 class Lopsided(df.Layout):
-    """A layout of a user's own: of each half the first rank has nothing, and others the more the later they come."""
+    """An uneven user layout: of each half, rank 0 has nothing, and later ranks have more."""
 
     def ranges(self, seq_len: int, world_size: int, rank: int) -> tuple[range, ...]:
         if world_size == 1:
@@ -185,7 +185,7 @@ def _dense(
 
 
 def on_rank(script: Script, x: Told, cp: df.ContextParallel) -> list[Results]:
-    """What this rank returns of each action that has tokens: its part of a chunk, the whole of a step."""
+    """This rank's results of each action with tokens: its part of a chunk, or all of a step."""
     p = script.problem
     cache = df.Cache(
         cp, batch=p.batch, kv_heads=p.kv_heads, d_qk=p.d_qk, d_v=p.d_v, capacity=script.capacity, dtype=p.dtype
@@ -202,7 +202,7 @@ def on_rank(script: Script, x: Told, cp: df.ContextParallel) -> list[Results]:
                 cache.make_room(p.mask)
         if new is not None:
             results.append(_called(script, action, new, x, cache))
-        check_books(cache)
+        check_records(cache)
     return results
 
 
@@ -221,14 +221,14 @@ def _called(script: Script, action: Any, new: New, x: Told, cache: df.Cache) -> 
 
 
 def poison(cache: df.Cache) -> None:
-    """Memory that no token has been written to may hold anything."""
+    """Fill memory without tokens with NaN."""
     cache.store.k.fill_(torch.nan)
     cache.store.v.fill_(torch.nan)
     cache.store.positions.fill_(-7)
 
 
-def check_books(cache: df.Cache) -> None:
-    """Host and device agree on what this rank keeps, and ranks keep each position at most once, evenly dealt."""
+def check_records(cache: df.Cache) -> None:
+    """Check that host and device agree, that each position is stored at most once, and that ranks are balanced."""
     store, rank = cache.store, cache.cp.rank
     assert store.lengths.tolist() == list(cache.lengths)
     for n, ledger in enumerate(cache.ledgers()):
@@ -270,7 +270,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def assert_exact(script: Script, x: Told, got: Sequence[Results]) -> None:
-    """In float64: equal to dense attention over the whole sequence, up to the rounding of float64."""
+    """Assert equality with dense attention over the whole sequence in float64, up to rounding."""
     for n, (mine, truth) in enumerate(zip(got, by_definition(script, x, torch.float64), strict=True)):
         for name, value in mine.items():
             assert value.dtype == torch.float64
@@ -280,7 +280,7 @@ def assert_exact(script: Script, x: Told, got: Sequence[Results]) -> None:
 
 
 def assert_as_exact(script: Script, x: Told, got: Sequence[Results]) -> None:
-    """In fewer bits: no less exact, all calls together, than dense attention that rounds at the same places."""
+    """In lower precision: assert that all calls together are as exact as dense attention with the same roundings."""
     p = script.problem
     truth, plain = by_definition(script, x, torch.float64), by_definition(script, x, torch.float32, p.dtype)
     for name in ("out", "lse"):

@@ -1,4 +1,4 @@
-"""Triton's interpreter, mended where it is wrong."""
+"""Triton's interpreter, with fixes."""
 
 import contextlib
 from collections.abc import Iterator

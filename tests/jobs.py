@@ -1,4 +1,4 @@
-"""Commands as users start them, for tests: nothing of them is left where one hangs."""
+"""Runs commands as users start them, and stops all their processes if one hangs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def start(*command: object, **env: str) -> subprocess.Popen[str]:
 
 
 def finish(job: subprocess.Popen[str], expected: int = 0, timeout: float = 60) -> str:
-    """Wait for the job and return what it printed; a hang or another exit code fails with that text."""
+    """Wait for the job and return its output. A hang or another exit code fails the test."""
     try:
         output, _ = job.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -68,7 +68,7 @@ def wait_until(condition: Callable[[], bool], *jobs: subprocess.Popen[str], time
 
 
 def kill(job: subprocess.Popen[str]) -> str:
-    """End the job and all its processes as a machine does that loses power; what it had printed."""
+    """Kill the job and all its processes, as after a power failure, and return its output."""
     for pid in [job.pid, *descendants(job.pid)]:
         try:
             os.kill(pid, signal.SIGKILL)

@@ -18,14 +18,14 @@ from distflash.intervals import build
 from distflash.kernels.base import Kernel, KeyGradient, Keys, QueryGradient, Scores
 from distflash.layouts import Contiguous, Layout, Striped, Zigzag
 from distflash.masks import Mask
-from distflash.overlap import hold_back, hold_back_to_the_end, leave_rows_out, queries_last
+from distflash.overlap import defer_dq, defer_heads, defer_heads_to_the_end, skip_rows
 from distflash.partial import Partial, accumulator_dtype
 from distflash.plan import Pass, Stage
 
 
 @dataclass(frozen=True)
 class Case:
-    """One rank's attention over the keys of all ranks, one hop an owner."""
+    """One rank's attention over the keys of all ranks, one pass per source."""
 
     name: str
     mask: Mask = field(default_factory=masks.Causal)
@@ -80,7 +80,7 @@ def cases() -> list[Case]:
 
 
 def features() -> list[Case]:
-    """Every feature at a size that an interpreter can manage."""
+    """Every feature, small enough for Triton's interpreter."""
     d = masks.Documents
     lengths = [Case(f"length {n}", seq_len=n, dtype=torch.bfloat16) for n in (1, 2, 63, 64, 65, 128, 191)]
     kinds = [
@@ -131,7 +131,7 @@ def features() -> list[Case]:
 
 @dataclass(frozen=True)
 class Blind(Mask):
-    """Causal, but queries of ``[start, stop)`` see nothing, and nobody sees their keys or earlier ones after them."""
+    """Causal, but queries of ``[start, stop)`` see no key, and later queries see only keys from ``stop`` on."""
 
     start: int
     stop: int
@@ -173,12 +173,12 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
 
 
 def dense(x: Inputs, compute: torch.dtype, stored: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Attention and its gradients by the definition, the whole matrix at once.
+    """Dense attention and its gradients.
 
     Args:
-        compute: float64 for the truth.
-        stored: the dtype to which out, P and dS are rounded where a kernel must round them (before the second products
-            and at the end); None rounds nothing. With ``compute`` float32 this is what a kernel may be compared to.
+        compute: the dtype of the computation; float64 for the reference.
+        stored: the dtype to which out, P and dS are rounded where kernels round them (before the second matrix products
+            and at the end); None for no rounding. With ``compute`` float32, a bound for a kernel's error.
     """
 
     def rounded(t: Tensor) -> Tensor:
@@ -253,8 +253,8 @@ def run(
     for buffer in (into.final, into.lse, *(into.running.tensors if into.running else ())):
         buffer.fill_(torch.nan)
     stages = [Stage(passes=(each,)) for each in passes]
-    ahead = hold_back(stages, case.rank, held_back) if held_back else stages
-    for stage in leave_rows_out(ahead) if live else ahead:
+    ahead = defer_heads(stages, case.rank, held_back) if held_back else stages
+    for stage in skip_rows(ahead) if live else ahead:
         for each in stage.passes:
             kernel.forward(x.q, tuple(keys[s] for s in each.sources), each, x.scores, into)
 
@@ -268,10 +268,10 @@ def run(
     shares = {s: KeyGradient(_poison(keys[s].k, dtype), _poison(keys[s].v, dtype)) for s in sources}
     back = [*stages, Stage()]
     if held_back and saved.dq_accum is not None:
-        back = list(hold_back_to_the_end(back, case.rank, held_back, x.k.shape[2]))
+        back = list(defer_heads_to_the_end(back, case.rank, held_back, x.k.shape[2]))
         assert len(back[-1].passes) == 1
     elif kernel.abilities(device).separate_gradients:
-        back = list(queries_last(back))
+        back = list(defer_dq(back))
     for stage in back:
         for each in stage.passes:
             (source,) = each.sources
@@ -284,7 +284,7 @@ def run(
 
 
 def window_rings(world_size: int, tokens: int, **options: Any) -> list[Case]:
-    """Rings under a window shorter than the ``tokens`` of a rank, and with a few rows that see nothing."""
+    """Rings with a window shorter than the ``tokens`` of a rank, and a few rows with no visible key."""
     layouts: list[Layout] = [Contiguous(), Zigzag(), Striped()]
     window = masks.Window(tokens // 3, 0)
     return [
@@ -304,7 +304,7 @@ def check(
     live: bool = True,
     maxima: bool = False,
 ) -> None:
-    """Assert that the kernel is as exact as float32 arithmetic with the inputs' rounding can be."""
+    """Assert that the kernel is as exact as dense float32 attention with the same roundings."""
     x = make_inputs(case, device)
     got = run(kernel, case, x, held_back, live, maxima)
     truth = dense(x, torch.float64)
@@ -359,7 +359,7 @@ def assert_as_exact(name: str, got: Tensor, plain: Tensor, truth: Tensor, dtype:
 
 
 def scaled(case: Case, factor: int) -> Case:
-    """The case at a size fit for a GPU: sequences and the masks' lengths times ``factor``."""
+    """The case at a size for GPUs: sequences and the masks' lengths times ``factor``."""
     return replace(case, seq_len=case.seq_len * factor, mask=_scaled_mask(case.mask, factor))
 
 

@@ -1,4 +1,4 @@
-"""What has to hold of the plans of all ranks, checked on the data: no tensor and no transport."""
+"""Invariants of the plans of all ranks, checked as data, without tensors or a transport."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distflash.plan import Gradients, Pass, Plan, Stage, What
 
 
 def check(plans: Sequence[Plan], geometry: Geometry, kv_heads: int) -> None:
-    """Assert everything below of the plans of all ranks, for so many key heads."""
+    """Check all invariants below for the plans of all ranks."""
     for backward in (False, True):
         stages = [plan.backward if backward else plan.forward for plan in plans]
         assert len({len(s) for s in stages}) == 1, "ranks have equally many stages"
@@ -40,7 +40,7 @@ _WAYS = {
 
 
 def _check_messages(stages: Sequence[Sequence[Stage]]) -> None:
-    """Every send has its receive, in the same stage and the same order, and the other way round."""
+    """Sends and receives match one to one, in the same stage and order."""
     between = defaultdict(lambda: ([], []))
     for rank, of_rank in enumerate(stages):
         for number, stage in enumerate(of_rank):
@@ -53,7 +53,7 @@ def _check_messages(stages: Sequence[Sequence[Stage]]) -> None:
 
 
 def _check_buffers(plans: Sequence[Plan], stages: Sequence[Sequence[Stage]]) -> None:
-    """Nothing is read before it has arrived, or after it has been given up."""
+    """Nothing is read before it has arrived, or after it has been freed."""
     for plan, of_rank in zip(plans, stages, strict=True):
         done_with = plan.done_with[of_rank is plan.backward]
         at_hand, written = {What.KEYS: {plan.rank}, What.QUERIES: {plan.rank}}, {(What.KEY_GRADIENTS, plan.rank)}
@@ -81,7 +81,7 @@ def _check_buffers(plans: Sequence[Plan], stages: Sequence[Sequence[Stage]]) -> 
 
 
 def _check_returns(plans: Sequence[Plan], stages: Sequence[Sequence[Stage]]) -> None:
-    """What is computed of another rank's queries or keys goes to that rank, once, and is not written afterwards."""
+    """Results for another rank's queries or keys are sent to that rank once, and not written afterwards."""
     for plan, of_rank in zip(plans, stages, strict=True):
         backward = of_rank is plan.backward
         written: dict[tuple[What, int], int] = {}
@@ -134,7 +134,7 @@ def _check_pairs(name: str, counts: dict[tuple[int, int], Tensor], geometry: Geo
 
 
 def _check_first_and_last(plan: Plan, kv_heads: int) -> None:
-    """Of each rank's queries and each head, one pass starts from nothing, before all others; and one ends."""
+    """For each rank's queries and each head, only the first pass has ``first``, and only the last has ``last``."""
     for queries in {each.queries for each in plan.passes}:
         for head in range(kv_heads):
             marks = [_first_of(each, head) for each in plan.passes if each.queries == queries and _is_of(each, head)]
@@ -153,7 +153,7 @@ def _check_first_and_last(plan: Plan, kv_heads: int) -> None:
 
 
 def _check_live_rows(plan: Plan, head: int) -> None:
-    """Of each group of rows: live where it sees a key, starts in the first of these passes, and ends in the last."""
+    """Each row group is live in passes in which it sees a key, starts in the first of them, and ends in the last."""
     passes = [each for each in plan.passes if _is_of(each, head)]
     assert all(each.queries == plan.rank for each in passes), "states that travel are of all rows"
     rows = len(passes[0].visible[0].row_lo)
@@ -196,7 +196,7 @@ def _first_of(each: Pass, head: int) -> bool:
 
 
 def _check_overwriting(plan: Plan, kv_heads: int) -> None:
-    """Of each source's dK and dV and each head: written once, and nothing is added before that."""
+    """For each source and head, dK and dV are overwritten once, before anything is added."""
     events: dict[tuple[int, int], list[str]] = defaultdict(list)
     arriving: list[tuple[int, int]] = []
     for number, stage in enumerate((*plan.backward, Stage())):

@@ -1,4 +1,4 @@
-"""Poisoned memory: what `torch.empty` and its like return is NaN until it is written."""
+"""Poisoned memory: `torch.empty` and similar functions return NaN."""
 
 import torch
 import torch.utils.deterministic

@@ -30,11 +30,11 @@ class Case:
 
     Attributes:
         strides: of each tensor, a name of `STRIDES`.
-        views: q, k and v are views of what requires a gradient, rather than such tensors themselves.
+        views: whether q, k and v are views of tensors that require a gradient.
         gradients: which of q, k, v and sinks require one.
         uses: which of out and lse the loss depends on.
-        says_seq_len: whether the call says it.
-        mesh: of the ranks, where they are on one of two dimensions.
+        says_seq_len: whether ``seq_len`` is passed.
+        mesh: the shape of a two-dimensional mesh, if any.
     """
 
     problem: Problem
@@ -52,7 +52,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Dealt(df.Layout):
-    """Runs of any lengths, ``[ends[n - 1], ends[n])`` for rank ``owners[n]``: shards as uneven as can be."""
+    """A layout of runs of any lengths, ``[ends[n - 1], ends[n])`` for rank ``owners[n]``."""
 
     ends: tuple[int, ...]
     owners: tuple[int, ...]
@@ -64,7 +64,7 @@ class Dealt(df.Layout):
 
 @dataclass(frozen=True)
 class HeldBack(df.kernels.Hopper):
-    """The Hopper kernel where any number of keys is enough to hold heads back for."""
+    """The Hopper kernel with deferred heads for any number of keys."""
 
     def abilities(self, device: torch.device) -> Abilities:
         return replace(super().abilities(device), smallest_work=0)
@@ -198,7 +198,7 @@ def _case(
 
 
 def _by_ulysses(random: Random, case: Case) -> Case:
-    """Heads for tokens among as many ranks as divide the heads, and another schedule among the others."""
+    """`Ulysses` over as many ranks as divide the heads, with another inner schedule."""
     divisors = [n for n in range(1, case.ranks + 1) if case.ranks % n == 0 and case.problem.heads % n == 0]
     degree, dim = random.choice(divisors[-2:]), random.choice((0, 1))
     groups = case.ranks // degree
@@ -281,7 +281,7 @@ def _simple_mask(random: Random, seq_len: int) -> df.Mask:
 
 
 def describe(case: Case) -> dict[str, str]:
-    """By what the summary counts cases."""
+    """The labels by which the summary counts cases."""
     name: Any = type(case.kernel).__name__ if case.kernel is not None else "best"
     return {
         "kernel": "Hopper" if isinstance(case.kernel, HeldBack) else name,

@@ -39,7 +39,7 @@ class RankError(AssertionError):
 
 @dataclass(frozen=True)
 class Reply:
-    """What a rank returned if ``ok``, else how it failed."""
+    """A rank's result if ``ok``, else its error."""
 
     ok: bool
     value: Any
@@ -55,7 +55,7 @@ class Ranks:
     """``count`` processes in one process group.
 
     Args:
-        backend: "gloo", or "nccl", where rank n takes GPU n; ranks beyond the last GPU begin anew with the first.
+        backend: "gloo", or "nccl" with GPU n (modulo the number of GPUs) for rank n.
         timeout: seconds that a call of `run` may take.
     """
 

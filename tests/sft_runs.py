@@ -1,4 +1,4 @@
-"""Tiny runs of TRL's SFTTrainer: on one process as it is, and over ranks with distflash."""
+"""Tiny runs of TRL's SFTTrainer: unchanged on one process, and over ranks with distflash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What hypothesis draws: masks, layouts and whole attention problems."""
+"""Hypothesis strategies for masks, layouts and whole attention problems."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.oracle import Blind
 
 
 def examples(count: int) -> settings:
-    """So many examples of a test in CI, ten times as many with ``--full``."""
+    """The number of examples of a test; ten times as many with ``--full``."""
     return settings(
         max_examples=count * settings.default.max_examples // settings.get_profile("distflash").max_examples
     )
@@ -93,7 +93,7 @@ def combinations(a: st.SearchStrategy[df.Mask], b: st.SearchStrategy[df.Mask]) -
 
 @dataclass(frozen=True)
 class Nodes(df.DoubleRing):
-    """A double ring over nodes of so many ranks as divide their number, at most ``most``."""
+    """A double ring whose nodes have the largest number of ranks up to ``most`` that divides the world size."""
 
     most: int = 2
 
@@ -115,7 +115,7 @@ schedules = st.sampled_from(SCHEDULES)
 
 
 def rows(seq_len: int, count: int) -> st.SearchStrategy[df.Rows]:
-    """Masks for so many sequences of a batch, some of them combined with one for all."""
+    """Masks for ``count`` sequences of a batch, some of them combined with one for all."""
     one = masks(seq_len) | patterns(seq_len)
     each = st.lists(one, min_size=count, max_size=count).map(df.Rows)
     return each | combinations(each, simple_masks(seq_len)) | combinations(simple_masks(seq_len), each)

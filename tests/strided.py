@@ -1,4 +1,4 @@
-"""The same numbers at other strides: what users pass when they slice, transpose and expand."""
+"""Copies of tensors with other strides, as after slices, transposes and expands."""
 
 from __future__ import annotations
 

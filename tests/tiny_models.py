@@ -1,4 +1,4 @@
-"""Tiny models of Transformers with random weights, and what the library's own eager attention makes of them."""
+"""Tiny Transformers models with random weights, and their results with eager attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small model that has learnt a text by heart, for the tests of what is done with trained models."""
+"""A small model that has memorised a text, for tests of inference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny runs of the trainers of Transformers and TRL: on one process as they are, and over ranks with distflash."""
+"""Tiny runs of the trainers of Transformers and TRL: unchanged on one process, and over ranks with distflash."""
 
 from __future__ import annotations
 
@@ -269,9 +269,9 @@ _CLOCK = ("second", "runtime", "time")
 
 
 def assert_as_alone(got: Sequence[Outcome], exact: Outcome, nudged: Outcome) -> None:
-    """All that each rank logged, and its weights, are those of one process, up to what rounding makes of them.
+    """Assert that each rank's logs and weights equal those of one process, up to rounding.
 
-    That is measured by a run on one process whose weights are moved by one rounding unit before every step.
+    The effect of rounding is measured by a run whose weights are moved by one rounding unit before every step.
     """
     unit = torch.finfo(torch.float32).eps
     for outcome in got:

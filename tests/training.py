@@ -1,4 +1,4 @@
-"""Tiny training runs: from the same weights and data on one device by plain torch, and by DeepSpeed over ranks."""
+"""Tiny training runs from the same weights and data: plain torch on one device, and DeepSpeed over ranks."""
 
 from __future__ import annotations
 
@@ -150,9 +150,9 @@ def nudge(model: torch.nn.Module, seed: int) -> None:
 
 
 def assert_as_alone(run: Run, outcomes: Sequence[Outcome]) -> None:
-    """Losses and weights of every rank equal those of one device, up to what rounding makes of them.
+    """Assert that losses and weights of every rank equal those of one device, up to rounding.
 
-    That is measured: by a run on one device whose weights are moved by one rounding unit at every step.
+    The effect of rounding is measured by a run whose weights are moved by one rounding unit before every step.
     """
     (exact, norms), (nudged, _) = alone(run), alone(run, nudged=True)
     if run.clip:

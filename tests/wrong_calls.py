@@ -38,13 +38,13 @@ class Wrong:
 
 
 def tensors(**changes: Any) -> dict[str, Any]:
-    """Good arguments of a rank, but for the changes."""
+    """Valid arguments of a rank, with these changes."""
     shapes = {"q": (1, S // W, 4, 16), "k": (1, S // W, 2, 16), "v": (1, S // W, 2, 16)}
     return {name: zeros(shape) for name, shape in shapes.items()} | changes
 
 
 def attend(what: str, words: str, **changes: Any) -> Wrong:
-    """A call of attention with arguments that are good but for the changes."""
+    """A call of attention with valid arguments, except these changes."""
     return Wrong(
         what,
         lambda cp: df.attention(**tensors(**changes), cp=cp),

@@ -1,4 +1,4 @@
-"""More wrong calls, as in `tests.wrong_calls`: queries that are other tokens than keys, and masks for each sequence."""
+"""More wrong calls, as in `tests.wrong_calls`: chunks of queries, cross-attention, and masks per sequence."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import distflash as df
-from benchmarks.contest import Candidate
+from benchmarks.comparison import Candidate
 from benchmarks.peers.local import require
 
 NAME = "all-to-all on cuDNN"

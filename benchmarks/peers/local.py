@@ -1,4 +1,4 @@
-"""Attention on one device by others. What makes a candidate raises where its library does not import."""
+"""Attention of other libraries on one device. Makers raise if the library does not import."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import distflash as df
-from benchmarks.contest import Candidate
+from benchmarks.comparison import Candidate
 from distflash.masks import And
 
 CUDNN, FLASH, FLASH4, FLEX = "SDPA cuDNN", "SDPA flash", "flash-attn-4", "FlexAttention"
@@ -20,7 +20,7 @@ CUDNN, FLASH, FLASH4, FLEX = "SDPA cuDNN", "SDPA flash", "flash-attn-4", "FlexAt
 
 @cache
 def sdpa(backend: SDPBackend) -> Candidate:
-    """PyTorch's scaled_dot_product_attention by one of its kernels: full and causal."""
+    """PyTorch's scaled_dot_product_attention with one of its kernels: full and causal."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: df.Mask) -> Tensor:
         require(mask, df.Full, df.Causal)
@@ -43,7 +43,7 @@ def flex() -> Candidate:
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
-    @lru_cache(16)  # more than a contest has: masks are not made on the clock
+    @lru_cache(16)  # more than a comparison has: masks are not made on the clock
     def blocks(mask: df.Mask, length: int, device: torch.device) -> Any:
         if isinstance(mask, df.Full):
             return None

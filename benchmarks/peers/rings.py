@@ -1,4 +1,4 @@
-"""Causal attention over several devices by others, on zigzag shards."""
+"""Causal attention of other libraries over several devices, on zigzag shards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import distflash as df
-from benchmarks.contest import Candidate
+from benchmarks.comparison import Candidate
 from benchmarks.peers import zigzag
 from benchmarks.peers.local import require
 from distflash.transport import Transport
@@ -22,7 +22,7 @@ TORCH = {"torch, all-gather": "allgather", "torch, all-to-all": "alltoall"}
 
 
 def makers(transport: Transport) -> dict[str, Callable[[], Candidate]]:
-    """All but PyTorch's, which need `torch_context_parallel`. Each raises where its library does not import."""
+    """All except PyTorch's, which need `torch_context_parallel`. Each raises if its library does not import."""
     return {ZIGZAG4: lambda: zigzag.ring(transport, zigzag.FlashAttention4()), PACKAGE: ring_flash_attn}
 
 

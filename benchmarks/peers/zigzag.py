@@ -1,12 +1,12 @@
-"""The best ring that can be put together of others' kernels: zigzag shards, each hop one call of a flash kernel.
+"""A ring built from other libraries' kernels: zigzag shards, each ring step one call of a flash kernel.
 
-Under a causal mask and zigzag shards a rank sees its own keys causally; of a rank before it, the first half of the keys
-with all its queries; of a rank after it, all keys with the second half of its queries. So every hop is one call that is
-causal or full, and any kernel that returns its log-sum-exp will do; the idea is that of ring-flash-attn. Keys travel
-from neighbour to neighbour while the hop before computes, and each part of dK and dV goes straight home to its owner.
+With a causal mask and zigzag shards, local keys are causal; of keys of a lower rank, all queries see the first half;
+all keys of a higher rank are seen by the second half of the queries. So every ring step is one causal or full call, for
+any kernel that returns its log-sum-exp, as in ring-flash-attn. Keys are sent to the neighbour during the previous
+step's compute, and dK and dV are sent directly to their source.
 
-What such a ring cannot help: a kernel hands over each hop's output and gradients rounded to the input's dtype, and
-merging is one more pass over memory.
+Two limits of this design: a kernel rounds each step's output and gradients to the input's dtype, and merging is another
+pass over memory.
 
 [Note: shapes] q, out, dout ``[B, T, H, D]``, k, v ``[B, T, G, D]``, lse ``[B, H, T]``, T even and equal on all ranks.
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import distflash as df
-from benchmarks.contest import Candidate
+from benchmarks.comparison import Candidate
 from benchmarks.peers.local import require
 from distflash.transport import Message, Pending, Transport
 
@@ -30,7 +30,7 @@ _ALL = slice(None)
 
 
 class Flash(Protocol):
-    """A kernel for one hop, on as many queries as keys, or on all or half of either."""
+    """A kernel for one ring step, on all or half of the queries and keys."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """``(out, lse)``."""
@@ -39,7 +39,7 @@ class Flash(Protocol):
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
     ) -> tuple[Tensor, ...]:
-        """``(dq, dk, dv)``, from the log-sum-exp of all hops."""
+        """``(dq, dk, dv)``, from the log-sum-exp of all ring steps."""
         ...
 
     def merge(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -49,7 +49,7 @@ class Flash(Protocol):
 
 @dataclass(frozen=True)
 class Block:
-    """The queries and keys of one hop."""
+    """The queries and keys of one ring step."""
 
     rows: slice
     keys: slice
@@ -108,7 +108,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """``(dq, dk, dv)`` of this rank's tokens."""
     rank, W, half = transport.rank, transport.world_size, q.shape[1] // 2
-    dq, dkv, home = q, (k, v), _Home(slice(0), ())  # all three are replaced in the first steps
+    dq, dkv, pending = q, (k, v), _GradientExchange(slice(0), ())  # all three are replaced in the first steps
     keys = _Keys(transport, k, v)
     for step in range(W):
         at = Block.of(step, rank, half)
@@ -120,27 +120,27 @@ def backward(
                 dq, dkv = _sum_of(part, transport), tuple(_sum_of(x, transport) for x in parts)
             else:
                 dq[:, at.rows] += part
-                home.add_to(dkv)
-                home = _Home.start(step, parts, (k, v), transport)
-    home.add_to(dkv)
+                pending.add_to(dkv)
+                pending = _GradientExchange.start(step, parts, (k, v), transport)
+    pending.add_to(dkv)
     return tuple(x.to(q.dtype) for x in (dq, *dkv))
 
 
 @dataclass
-class _Home:
-    """One hop's parts of dK and dV: this rank's on their way to their owner, another's on their way here."""
+class _GradientExchange:
+    """dK and dV of one ring step in flight: sent to their source, and received from another rank."""
 
     keys: slice
     arriving: tuple[Tensor, ...]
     pending: Pending | None = None
 
     @staticmethod
-    def start(step: int, parts: list[Tensor], like: tuple[Tensor, ...], transport: Transport) -> _Home:
+    def start(step: int, parts: list[Tensor], like: tuple[Tensor, ...], transport: Transport) -> _GradientExchange:
         owner, source = ((transport.rank + n) % transport.world_size for n in (-step, step))
         keys = Block.of(step, source, like[0].shape[1] // 2).keys
         arriving = tuple(torch.empty_like(x[:, keys], memory_format=torch.contiguous_format) for x in like)
         sends = [Message(part.contiguous(), owner) for part in parts]
-        return _Home(keys, arriving, transport.exchange(sends, [Message(x, source) for x in arriving]))
+        return _GradientExchange(keys, arriving, transport.exchange(sends, [Message(x, source) for x in arriving]))
 
     def add_to(self, dkv: tuple[Tensor, ...]) -> None:
         if self.pending is None:

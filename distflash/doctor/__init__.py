@@ -1,4 +1,4 @@
-"""`distflash doctor`: is this machine fit for distflash, alone or with the ranks of a launcher?"""
+"""`distflash doctor`: checks of this machine, with one process or with the ranks of a launcher."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch.distributed as dist
 
 from distflash.doctor import attention, machine, ring
 from distflash.doctor.findings import Finding, from_json, merged, print_table, to_json
-from distflash.meeting import Meeting
+from distflash.rank_texts import RankTexts
 from distflash.transport import Alone, Distributed
 
 __all__ = ["diagnose"]
 
 
 def diagnose(device: str | None = None, timeout: float = 120.0) -> int:
-    """Make all checks on every rank, and print on the first what all have found.
+    """Run all checks on every rank, and print the findings of all on rank 0.
 
     Args:
-        device: "cuda" or "cpu"; None for cuda where torch sees a GPU.
+        device: "cuda" or "cpu"; None for cuda if torch sees a GPU.
         timeout: seconds after which a rank that does not answer is a fault.
 
     Returns:
@@ -39,14 +39,14 @@ def diagnose(device: str | None = None, timeout: float = 120.0) -> int:
     )
     assert dist.group.WORLD is not None
     code = Examination(Distributed(dist.group.WORLD), own, timeout).run()
-    if code == 0:  # after a fault ranks may be anywhere, and a farewell may hang
+    if code == 0:  # after a fault, destroying the group may hang
         dist.destroy_process_group()
     return code
 
 
 @dataclass
 class Examination:
-    """The checks of one rank, section by section, beside those of the other ranks."""
+    """The checks of one rank. Ranks exchange their findings after each section."""
 
     ranks: Alone | Distributed
     device: torch.device
@@ -54,10 +54,10 @@ class Examination:
     faults: int = 0
 
     def __post_init__(self) -> None:
-        self.meeting = Meeting(self.ranks, "distflash.doctor", patience=2 * self.timeout)
+        self.texts = RankTexts(self.ranks, "distflash.doctor", patience=2 * self.timeout)
 
     def run(self) -> int:
-        """All sections; the exit code."""
+        """Run all sections, and return the exit code."""
         alone = isinstance(self.ranks, Alone)
         self.section("Versions", machine.versions)
         self.section("Devices", lambda: machine.gpus(self.device))
@@ -73,9 +73,9 @@ class Examination:
         return 1 if self.faults else 0
 
     def section(self, title: str, check: Callable[[], Iterable[Finding]]) -> bool:
-        """Whether all ranks found nothing wrong. Every rank's findings are gathered before the next section begins."""
+        """Run a section, and print the findings of all ranks. Returns whether there is no fault."""
         findings = _guarded(title, check)
-        lines = merged([from_json(text) for text in self.meeting.exchange(to_json(findings))])
+        lines = merged([from_json(text) for text in self.texts.exchange(to_json(findings))])
         faults = sum(not finding.ok for finding, _ in lines)
         self.faults += faults
         if self.ranks.rank == 0:
@@ -84,7 +84,7 @@ class Examination:
 
 
 def _guarded(title: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """What was found, an error being a fault like any other."""
+    """The findings of a check. An exception is a fault."""
     findings: list[Finding] = []
     try:
         findings.extend(check())

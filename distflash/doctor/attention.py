@@ -1,9 +1,8 @@
-"""Attention of every kernel, and over all ranks, against its definition in float64.
+"""Compares attention of every kernel, and over all ranks, with a float64 reference.
 
 [Note: shapes] B batch, S tokens, H query heads, G key/value heads, D head dim.
 
-How inexact may a result be? As plain torch in the same dtype is, which is measured beside it: at most `TIMES` as far
-from float64, plus one rounding of the largest gradient.
+The error may be at most `TIMES` that of plain torch in the same dtype, plus one rounding of the largest gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from distflash.transport import Alone, Transport
 TIMES = 2
 KERNELS: tuple[Kernel, ...] = (Reference(), Triton(), Hopper())
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SEQ_LEN = 261  # that no tile divides
+SEQ_LEN = 261  # not a multiple of any tile
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 RESULTS = ("out", "dq", "dk", "dv")
 
@@ -47,14 +46,14 @@ class Case:
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
-    """Grouped query heads under each mask."""
+    """Grouped-query attention with each mask."""
     documents = Documents([0, 3, 130, 131, 200, SEQ_LEN])
     masks = {"causal": Causal(), "window": Causal() & Window(100), "documents": Causal() & documents}
     return [Case(name, mask, dtype) for name, mask in masks.items()]
 
 
 def kernels(device: torch.device) -> Iterator[Finding]:
-    """Each kernel alone on this rank: compiled, forward and all gradients."""
+    """Each kernel on this rank: compilation, forward and all gradients."""
     for kernel in KERNELS:
         name = type(kernel).__name__
         problems = {dtype: Problem(device, dtype, HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM) for dtype in DTYPES}
@@ -71,14 +70,14 @@ def kernels(device: torch.device) -> Iterator[Finding]:
 
 
 def over_ranks(ranks: Transport, device: torch.device) -> Iterator[Finding]:
-    """Attention whose sequence all ranks hold together, by the kernel that calls get by default."""
+    """Attention sharded over all ranks, with the default kernel."""
     for dtype in (torch.bfloat16, torch.float32):
         check = f"over {ranks.world_size} ranks, {str(dtype).removeprefix('torch.')}"
         yield judged(check, ContextParallel(ranks), cases(dtype), device)
 
 
 def judged(check: str, cp: ContextParallel, problems: list[Case], device: torch.device) -> Finding:
-    """The largest error of all cases, in units of what plain torch's explains."""
+    """The largest error of all cases, relative to its bound."""
     start = time.perf_counter()
     worst, where = 0.0, ""
     for case in problems:
@@ -86,10 +85,10 @@ def judged(check: str, cp: ContextParallel, problems: list[Case], device: torch.
         exact, plain = (_dense(case.mask, [x.to(dtype) for x in tensors]) for dtype in (torch.float64, case.dtype))
         found = _on_rank(cp, case.mask, tensors)
         scale = max(float(x.norm()) for x in exact[1:])
-        for name, got, truth, dense in zip(RESULTS, found, exact, plain, strict=True):
-            floor = torch.finfo(torch.float32).eps * (float(truth.norm()) if name == "out" else scale)
-            bound = TIMES * float((dense - truth).norm()) + floor
-            excess = float((got.double() - cp.shard(truth)).norm()) / bound
+        for name, got, expected, dense in zip(RESULTS, found, exact, plain, strict=True):
+            floor = torch.finfo(torch.float32).eps * (float(expected.norm()) if name == "out" else scale)
+            bound = TIMES * float((dense - expected).norm()) + floor
+            excess = float((got.double() - cp.shard(expected)).norm()) / bound
             if not excess <= worst:  # NaN is the worst
                 worst, where = inf if excess != excess else excess, f"{case.name}, {name}"
     result = f"{worst:.2f} of the bound ({where}), {time.perf_counter() - start:.1f} s"
@@ -106,7 +105,7 @@ def _on_rank(cp: ContextParallel, mask: Mask, tensors: list[Tensor]) -> list[Ten
 
 
 def _dense(mask: Mask, tensors: list[Tensor]) -> list[Tensor]:
-    """The definition in plain torch, with the whole matrix of scores: output and dq, dk, dv in float64."""
+    """Dense attention in plain torch: output and dq, dk, dv, returned in float64."""
     q, k, v, dout = tensors
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     group = HEADS // KV_HEADS

@@ -1,4 +1,4 @@
-"""What a check found on one rank, and tables of what all ranks found."""
+"""Findings of one rank, and tables of the findings of all ranks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ COLUMNS = ("check", "ranks", "result", "")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line.
+    """One line of the table.
 
     Attributes:
-        check: what was looked at.
-        result: a version, a bandwidth, an error beside its bound, or what went wrong.
+        check: what was checked.
+        result: for example a version, a bandwidth, an error relative to its bound, or an error message.
         remedy: what to do; empty if nothing is wrong.
-        amount: by which results of several ranks are compared, of which the largest is shown; None: all are shown.
+        amount: a number to order results of several ranks by; only the largest is shown. None: all are shown.
         same: whether all ranks must have the same result.
     """
 
@@ -35,17 +35,17 @@ class Finding:
 
 
 def to_json(findings: Sequence[Finding]) -> str:
-    """For the other ranks."""
+    """Findings as JSON, to send to other ranks."""
     return json.dumps([asdict(finding) for finding in findings])
 
 
 def from_json(text: str) -> list[Finding]:
-    """The findings of another rank."""
+    """The inverse of `to_json`."""
     return [Finding(**finding) for finding in json.loads(text)]
 
 
 def merged(by_rank: Sequence[Sequence[Finding]]) -> list[tuple[Finding, str]]:
-    """One line for what several ranks found alike, with the ranks; ordered as on the first rank that made the check."""
+    """Equal findings of several ranks as one line with the list of ranks, in the order of the checks."""
     order: dict[str, int] = {}
     alike: dict[tuple[str, str, str], list[tuple[int, Finding]]] = {}
     for rank, findings in enumerate(by_rank):
@@ -63,7 +63,7 @@ def merged(by_rank: Sequence[Sequence[Finding]]) -> list[tuple[Finding, str]]:
 
 
 def print_table(title: str, lines: Sequence[tuple[Finding, str]]) -> None:
-    """With rich where it is installed, else as plain text."""
+    """Print a table with rich if it is installed, else as plain text."""
     cells = [(f.check, ranks, f.result, "ok" if f.ok else "FAULT") for f, ranks in lines]
     remedies = dict.fromkeys(f"{f.check}: {f.remedy}" for f, _ in lines if not f.ok)
     if importlib.util.find_spec("rich") is not None:

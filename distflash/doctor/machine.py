@@ -1,4 +1,4 @@
-"""Versions, GPUs, and how GPUs of one host reach each other."""
+"""Versions, GPUs, and peer access between GPUs of one host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPTIONAL = ("triton", "einops", "deepspeed", "transformers")
 
 
 def versions() -> Iterator[Finding]:
-    """Of what distflash runs on, and of what it works with where that is installed."""
+    """Versions of required packages, and of optional ones if they are installed."""
     python = platform.python_version_tuple()
     old = tuple(map(int, python[:2])) < OLDEST_PYTHON
     yield Finding("python", platform.python_version(), f"needs {'.'.join(map(str, OLDEST_PYTHON))}" if old else "")
@@ -41,7 +41,7 @@ def _version(name: str) -> str:
 
 
 def gpus(device: torch.device) -> Iterator[Finding]:
-    """This rank's device, and which GPUs of the host it reads directly."""
+    """This rank's device, and the GPUs of the host to which it has peer access."""
     if device.type != "cuda":
         yield Finding("device", f"CPU, {torch.get_num_threads()} threads")
         return

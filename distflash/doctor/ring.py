@@ -1,4 +1,4 @@
-"""A ring of messages: does each arrive as it was sent, and how fast is the link to the next rank?"""
+"""A ring of messages, to check their content and to measure the bandwidth to the next rank."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ REPETITIONS = 3
 
 
 def messages(ranks: Distributed, device: torch.device) -> Iterator[Finding]:
-    """Every rank sends to the next while it receives from the one before, as attention does."""
+    """Every rank sends to the next rank while it receives from the previous one, as in ring attention."""
     after, before = ((ranks.rank + step) % ranks.world_size for step in (1, -1))
     rates, damaged = [], []
     for mebibytes in SIZES:
         sent = torch.full((mebibytes * 2**18,), ranks.rank, dtype=torch.int32, device=device)
         received = torch.full_like(sent, -1)
         seconds = []
-        for _ in range(1 + REPETITIONS):  # the first one opens the connection
+        for _ in range(1 + REPETITIONS):  # the first opens the connection and is not measured
             _finish(device)
             start = time.perf_counter()
             ranks.exchange([Message(sent, after)], [Message(received, before)]).wait()

@@ -1,4 +1,4 @@
-"""Labels, which are shifted before the sequence is sharded, and digests, by which ranks compare batches.
+"""Shifting of labels before the sequence is sharded, and digests to compare batches over ranks.
 
 [Note: shapes] B batch, S global tokens.
 """
@@ -53,7 +53,7 @@ def _equal(labels: Tensor, tokens: Tensor, ignored: int) -> bool:
 
 
 def digest(*tensors: Tensor) -> str:
-    """A few words that differ where the tensors, their shapes or their types do."""
+    """A digest of tensors, their shapes and dtypes."""
     made = hashlib.blake2b(digest_size=7)
     for x in tensors:
         made.update(f"{x.dtype} {tuple(x.shape)}".encode())

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel needs to know of a call to say whether it supports it: no tensor values."""
+    """What decides whether a kernel supports a call. It holds no tensors."""
 
     device: torch.device
     dtype: torch.dtype
@@ -83,13 +83,13 @@ class Scores:
 
     @cached_property
     def facts(self) -> tuple[float, ...]:
-        """The scalars' part of the cache key of a kernel launch; see `Pass.facts`."""
+        """The scalars, as part of the cache key of a kernel launch; see `Pass.facts`."""
         if self.dropout is None:
             return self.scale, self.softcap
         return self.scale, self.softcap, self.dropout.threshold, self.dropout.first_head
 
     def of_heads(self, heads: slice) -> Scores:
-        """Those of some query heads."""
+        """The same for a slice of the query heads."""
         slopes, sinks = (None if x is None else x[heads] for x in (self.alibi_slopes, self.sinks))
         dropout = None if self.dropout is None else self.dropout.of_heads(heads)
         return replace(self, alibi_slopes=slopes, sinks=sinks, dropout=dropout)
@@ -113,7 +113,7 @@ class BackwardContext:
         dout: ``[B, T, H, V]``, the gradient of the output, in q's dtype.
         lse: ``[B, H, T]``, of the final softmax (over all sources, sinks included); ``-inf`` for rows with no visible
             key.
-        own_delta: `delta`, of a kernel without ``lse_delta``.
+        own_delta: `delta`, for kernels without ``lse_delta``.
         lse_delta: ``[2, B * H, T']``, T' at least T: lse (in base 2) and delta in the layout that the kernel's loops
             read; None if they read ``lse`` and ``own_delta``.
         counter: int32 ``[2]``, zeros from the first pass on: the atomic counter of the tile scheduler of a kernel that
@@ -170,11 +170,10 @@ class KeyGradient:
 
 @dataclass(frozen=True)
 class Abilities:
-    """Optional features of a kernel. Every kernel can run a pass of all heads over one source; these go beyond that.
-    Plans make use of it (`overlap`).
+    """Optional features of a kernel, which `overlap` uses. Every kernel runs passes of all heads over one source.
 
     Attributes:
-        two_sources: one forward launch loops over the K/V of two ranks without storing softmax state in between; also
+        two_sources: one forward launch loops over the K/V of two ranks without storing softmax state in between, and
             supports `Pass.begun`.
         some_heads: passes over a subset of the key heads, forward and backward (with `BackwardContext.dq_accum`).
         smallest_work: the least ``batch * keys * KV heads`` of a backward pass over a subset of the heads; below it,
@@ -192,24 +191,24 @@ class Kernel(ABC):
     """Exact attention of one rank's queries over one source's keys, forward and backward.
 
     Attributes:
-        base: of the exponentials in the running state between passes: e or 2. The maximum is in the same base.
+        base: e or 2, the base of the exponentials in the running state. With 2, scores and their maximum are multiplied
+            by log2(e).
     """
 
     base: ClassVar[float] = math.e
 
     @abstractmethod
     def not_supported_reasons(self, problem: Problem) -> list[str]:
-        """Every reason why this kernel cannot take the problem, each a readable sentence part; empty if it can."""
+        """Why this kernel does not support the problem, as clauses of an error message; empty if it does."""
 
     def abilities(self, device: torch.device) -> Abilities:
         """By default none."""
         return Abilities()
 
     def rehearsing(self, machine: Machine) -> Kernel | None:
-        """This kernel for a dry run on meta tensors, from which all that it would launch on the GPU ``machine`` is
-        compiled ahead of time (`warming`).
+        """This kernel for a dry run on meta tensors, which finds the launches to compile ahead of time (`warming`).
 
-        None, the default, if the kernel needs no compilation.
+        machine: the GPU to compile for. None, the default, if the kernel needs no compilation.
         """
         return None
 
@@ -252,7 +251,7 @@ class Kernel(ABC):
         Args:
             saved: of the queries, from `preprocess`.
             keys: of the pass's source.
-            each: if ``first``, dQ starts from zero; if ``last``, ``dq.final`` is written; both for all heads, even if
-                `Pass.heads` selects only some.
-                ``gradients`` leaves out either dQ or dK and dV, for kernels with `Abilities.separate_gradients`.
+            each: if ``first``, dQ of all heads starts from zero, even if `Pass.heads` selects only some; if ``last``,
+                ``dq.final`` of all heads is written. ``gradients`` may exclude dQ, or dK and dV, for kernels with
+                `Abilities.separate_gradients`.
         """

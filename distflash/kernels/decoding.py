@@ -80,7 +80,7 @@ class Decoding(ABC):
         """Store this rank's share of the new keys, and attend to all of its keys.
 
         Each new key, in order, is stored by the rank with the fewest keys at that time, the lowest of several
-        (`dealing.keepers`), after its other keys. `merge` updates lengths and counts.
+        (`cache_balance.storing_ranks`), after its other keys. `merge` updates lengths and counts.
 
         Args:
             q: ``[B, n, H, D]``, k: ``[B, n, G, D]``, v: ``[B, n, G, V]``, the same on all ranks.

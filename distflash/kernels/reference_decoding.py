@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distflash.dealing import keepers
+from distflash.cache_balance import storing_ranks
 from distflash.kernels.base import Scores
 from distflash.kernels.decoding import BEYOND, DIFFER, FULL, WORDS, Decoding, Store, Table
 from distflash.partial import Softmax, accumulator_dtype
@@ -49,7 +49,7 @@ class ReferenceDecoding(Decoding):
             softmax = softmax.merge(Softmax(sink, torch.ones_like(sink), torch.zeros_like(softmax.weighted)))
         out, lse = (x.masked_fill(store.fault != 0, torch.nan) for x in softmax.finish())
         sound = (store.fault == 0).int()
-        kept = torch.zeros_like(store.counts).scatter_add_(1, keepers(store.counts, n), sound.expand(B, n))
+        kept = torch.zeros_like(store.counts).scatter_add_(1, storing_ranks(store.counts, n), sound.expand(B, n))
         store.counts.add_(kept)
         store.lengths.add_(n * sound)
         return out.to(q.dtype), lse
@@ -58,7 +58,7 @@ class ReferenceDecoding(Decoding):
 def _keep(k: Tensor, v: Tensor, store: Store, rank: int) -> Tensor:
     """Write this rank's new keys behind those that there are: int64 ``[B]``, how many it then has."""
     n = k.shape[1]
-    mine = keepers(store.counts, n) == rank
+    mine = storing_ranks(store.counts, n) == rank
     slots = store.counts[:, rank, None] + mine.cumsum(1) - 1
     full = store.counts.sum(1) + n > store.room * store.world_size
     store.fault.copy_(torch.where((store.fault == 0) & full.any(), FULL, store.fault))

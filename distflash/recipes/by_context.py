@@ -1,4 +1,4 @@
-"""Losses by how many bytes a prediction has before it: as numbers, as a table and as a picture."""
+"""Losses by context length, that is by the number of bytes before a prediction: numbers, a table, a plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mean:
-    """Bits per byte of predictions from `first` to `last` bytes of context. error: standard error over sequences."""
+    """Mean bits per byte of predictions with `first` to `last` bytes of context. error: standard error."""
 
     first: int
     last: int
@@ -24,17 +24,17 @@ class Mean:
 
 @dataclass(frozen=True)
 class ByContext:
-    """Losses of N sequences in B ranges of context.
+    """Losses of N sequences in B bins of context length.
 
-    edges: int64 [B + 1], ascending: range b is of predictions from edges[b] to edges[b + 1] - 1 bytes.
-    sums: float64 [N, B], in nats, over the predictions of a range.
+    edges: int64 [B + 1], ascending: bin b has predictions with edges[b] to edges[b + 1] - 1 bytes of context.
+    sums: float64 [N, B], the sum of the losses in a bin, in nats.
     """
 
     edges: Tensor
     sums: Tensor
 
     def mean(self, first: int, stop: int) -> Mean:
-        """Over contexts of `first` to `stop - 1` bytes, both of which are edges."""
+        """The mean over contexts of `first` to `stop - 1` bytes. Both are edges."""
         begin, end = (int(torch.searchsorted(self.edges, edge)) for edge in (first, stop))
         bits = self.sums[:, begin:end].sum(1) / (stop - first) / math.log(2)
         error = float(bits.std() / len(bits) ** 0.5) if len(bits) > 1 else None
@@ -51,15 +51,12 @@ class ByContext:
         return self.between(self.edges.tolist())
 
     def coarse(self, trained: int | None) -> list[Mean]:
-        """A few ranges, each four times as long as the one before, parted where training ended."""
+        """A few bins, each four times as wide as the one before, split at the training length."""
         return self.between(edges_of(int(self.edges[-1]) - 1, trained, per_octave=0.5).tolist())
 
 
 def edges_of(seq_len: int, trained: int | None, per_octave: float = 4) -> Tensor:
-    """The edges of ranges of 1 to `seq_len` bytes of context, so many an octave, none of which reaches over `trained`.
-
-    int64, for `ByContext`.
-    """
+    """Logarithmic bin edges for 1 to `seq_len` bytes of context, int64. trained: a length that no bin crosses."""
     steps = range(1, math.ceil(math.log2(seq_len) * per_octave))
     last = {round(2 ** (step / per_octave)) for step in steps} | {0, seq_len}
     if trained is not None and trained < seq_len:
@@ -68,7 +65,7 @@ def edges_of(seq_len: int, trained: int | None, per_octave: float = 4) -> Tensor
 
 
 def table(means: list[Mean]) -> Iterator[str]:
-    """A line for each range."""
+    """A line for each bin."""
     width = len(f"{means[-1].last:,}")
     for mean in means:
         yield f"  after {mean.first:{width},} to {mean.last:{width},} bytes: {with_error(mean)}"

@@ -1,4 +1,4 @@
-"""The jobs of the package in one table, and what each needs beside distflash. Nothing here loads any of them."""
+"""A table of the package's jobs and of the extras that each needs. Jobs are imported only when they run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distflash.recipes.options import Placed
 
-# Of the packages that an extra brings, those without which a job cannot run, by the names that Python imports.
+# The packages of an extra that a job cannot run without, by import name.
 PACKAGES = {
     "train": ("matplotlib", "numpy", "rich", "safetensors", "tyro"),
     "deepspeed": ("deepspeed",),
@@ -25,10 +25,10 @@ class Recipe:
 
     Attributes:
         name: of the command.
-        line: what it does, for a list of commands.
-        module: of `distflash.recipes`, whose `main` takes the options and returns an exit code.
-        options: the module of `distflash.recipes` and the class that hold the options.
-        extras: of distflash, which bring what the job needs.
+        line: one line of help.
+        module: in `distflash.recipes`. Its `main` takes the options and returns an exit code.
+        options: a module in `distflash.recipes`, and the options' class in it.
+        extras: the extras of distflash that the job needs.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Recipe:
 
     @property
     def script(self) -> str:
-        """A name for the job as a file."""
+        """The file name of the job as a script."""
         return f"{self.name.replace('-', '_')}.py"
 
     def check_extras(self) -> None:
-        """A ValueError where a package that the job needs is not installed."""
+        """Raise a ValueError if a package that the job needs is not installed."""
         missing = [name for extra in self.extras for name in PACKAGES[extra] if find_spec(name) is None]
         if missing:
             raise ValueError(
@@ -51,7 +51,7 @@ class Recipe:
             )
 
     def load_options(self) -> type[Placed]:
-        """The class of the options, without torch."""
+        """The class of the options. Does not import torch."""
         module, name = self.options
         return getattr(import_module(f"distflash.recipes.{module}"), name)
 

@@ -1,8 +1,8 @@
-"""Checkpoints that are complete or absent, and of which only undamaged ones are read.
+"""Atomic checkpoints with a digest of each file.
 
-A checkpoint is written to a hidden folder, sealed with the digests of its files, and renamed when it is complete: an
-interrupted write leaves the previous one untouched. A run that resumes takes the newest one whose files have their
-digests, and sets those aside that it passed over.
+A checkpoint is written to a hidden folder, which is renamed when it is complete and its digests are written. So an
+interrupted write leaves the previous checkpoint untouched. A run resumes from the newest checkpoint whose files match
+their digests, and renames newer ones that are damaged.
 """
 
 import itertools
@@ -20,15 +20,15 @@ from distflash.recipes.config import ModelConfig, TrainConfig
 from distflash.recipes.together import Refused, gather, on_lead, together
 
 STEP = re.compile(r"step-\d{8,}")
-# Options of the model that say what is kept in memory, not what is computed.
+# Options of the model that affect its memory, not its result.
 MEMORY_ONLY = ("checkpoint_activations", "recompute_attention")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoint that a job reads, and the newer ones that are damaged, each with the reason.
+    """The checkpoint that a job reads, and newer ones that are damaged, each with the reason.
 
-    writer: the program that wrote it. stored: what it says of its model, see `read_shape`.
+    writer: the program that wrote it. stored: the options of its model, see `read_shape`.
     """
 
     source: Path
@@ -41,7 +41,7 @@ class Choice:
         return step_of(self.source)
 
     def set_aside(self) -> list[str]:
-        """Rename the damaged ones, so that they do not count as checkpoints any more; what is to be said of them."""
+        """Rename damaged checkpoints, so that later runs ignore them. Returns a message for each."""
         lines = []
         for path, reason in self.damaged:
             aside = path.rename(free_name(path.with_name(f"damaged-{path.name}")))
@@ -57,16 +57,16 @@ class Checkpoints:
     keep: int
 
     def complete(self) -> list[Path]:
-        """All that were written to their end, the newest first. Folders of other names are not the run's."""
+        """All complete checkpoints, the newest first. Other folders are ignored."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         named = (path for path in found if STEP.fullmatch(path.name) and path.is_dir())
         return sorted(named, key=step_of, reverse=True)
 
     @contextmanager
     def writing(self, step: int, shape: ModelConfig, writer: str, seq_len: int | None = None) -> Iterator[Path]:
-        """A folder to write a checkpoint to, which is `step-*` once all ranks have left the block. All ranks call.
+        """A folder to write a checkpoint to. It is renamed to `step-*` when all ranks have left. All ranks call.
 
-        seq_len: with which the model was trained, for those that ask how it does beyond.
+        seq_len: the training length, for evaluation beyond it.
         """
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".writing-{final.name}"
@@ -89,15 +89,15 @@ class Checkpoints:
         partial.rename(final)
 
     def prune(self) -> None:
-        """Delete all but the newest `keep`. To be called when a later step has shown that the newest is sound."""
+        """Delete all but the newest `keep`. Call it after a later step was finite, so that the newest is known good."""
         for old in self.complete()[self.keep :]:
             discard(old)
 
     def choose(self, shape: ModelConfig, writer: str) -> Choice:
-        """The newest checkpoint that is whole. All ranks call, and nothing is changed on disk.
+        """The newest undamaged checkpoint. All ranks call. Nothing is changed on disk.
 
         Raises:
-            Refused: on every rank, where none is whole, or where it is of another model or another program.
+            Refused: on every rank, if there is none, or if it is of another model or another program.
         """
         choice, damaged = newest_whole(gather(self.complete())[0])
         if choice is None:
@@ -113,7 +113,7 @@ class Checkpoints:
 
 
 def newest_whole(paths: Sequence[Path]) -> tuple[Choice | None, list[str]]:
-    """The first of these checkpoints that is whole, if any is, and what is wrong with those before. All ranks call."""
+    """The first undamaged checkpoint, or None, and what is wrong with those before it. All ranks call."""
     damaged: list[tuple[Path, str]] = []
     for path in paths:
         try:
@@ -127,10 +127,10 @@ def newest_whole(paths: Sequence[Path]) -> tuple[Choice | None, list[str]]:
 
 
 def find_trained(folder: Path, writer: str) -> Choice:
-    """The newest checkpoint that is whole of the run in a folder, or the one that the folder is. All ranks call.
+    """The newest undamaged checkpoint of a run's folder, or `folder` itself if it is one. All ranks call.
 
     Raises:
-        Refused: on every rank, where there is none, or where another program wrote it.
+        Refused: on every rank, if there is none, or if another program wrote it.
     """
     paths = [folder] if STEP.fullmatch(folder.name) else Checkpoints(folder / "checkpoints", keep=1).complete()
     choice, damaged = newest_whole(gather(paths)[0])
@@ -147,13 +147,13 @@ def checkpoints_of(config: TrainConfig) -> Checkpoints:
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or the first of `path-2`, `path-3`, ... where nothing is."""
+    """The first of `path`, `path-2`, `path-3`, ... that does not exist."""
     names = itertools.chain([path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2)))
     return next(name for name in names if not name.exists())
 
 
 def discard(checkpoint: Path) -> None:
-    gone = checkpoint.rename(checkpoint.with_name(f".discarded-{checkpoint.name}"))  # never a step-* that is half there
+    gone = checkpoint.rename(checkpoint.with_name(f".discarded-{checkpoint.name}"))  # no step-* is ever incomplete
     shutil.rmtree(gone)
 
 
@@ -162,7 +162,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_shape(source: Path) -> dict[str, Any]:
-    """The options of the model that `source` was trained with; a ValueError where the file does not say them."""
+    """The options of the model of `source`. Raises a ValueError if its file is damaged."""
     path = source / "model.json"
     stored = manifest.read_json(path)
     names = set(asdict(ModelConfig())) - set(MEMORY_ONLY)
@@ -172,7 +172,7 @@ def read_shape(source: Path) -> dict[str, Any]:
 
 
 def model_of(choice: Choice) -> ModelConfig:
-    """The model that a checkpoint is of; a ValueError where there can be none such."""
+    """The model of a checkpoint. Raises a ValueError if its options are invalid."""
     names = asdict(ModelConfig()).keys() - set(MEMORY_ONLY)
     try:
         return ModelConfig(**{name: choice.stored[name] for name in names})
@@ -183,13 +183,13 @@ def model_of(choice: Choice) -> ModelConfig:
 
 
 def trained_length(choice: Choice) -> int | None:
-    """The sequence length that the model was trained with; None where the checkpoint does not say."""
+    """The sequence length in training; None if the checkpoint does not have it."""
     length = choice.stored.get("seq_len")
     return length if type(length) is int and length > 0 else None
 
 
 def check_shape(source: Path, stored: dict[str, Any], shape: ModelConfig) -> None:
-    """A ValueError that names the first option of the model in which `source` differs from this run."""
+    """Raise a ValueError if the model of `source` differs from this run's, with the first option that differs."""
     for name, value in asdict(shape).items():
         if name not in MEMORY_ONLY and stored[name] != value:
             raise ValueError(

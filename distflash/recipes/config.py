@@ -1,4 +1,4 @@
-"""Every option of the main job, with its help. Command lines turn names into objects here, and nowhere else.
+"""The options of the main job, with their help.
 
 The defaults are the quickstart: a model small enough for two CPU cores, whose loss falls from 5.5 to below 2.5 in two
 minutes. From the root of the repository, without further options:
@@ -13,7 +13,7 @@ from typing import Literal
 
 from distflash.recipes.options import Placed, positive, printable, require, whole_sentences
 
-VOCABULARY = 256  # bytes; text has no byte 0, so that one separates documents
+VOCABULARY = 256  # bytes; byte 0, which text does not have, separates documents
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """Base of the rotary position embedding. Raise it for long sequences (500000 at 128K tokens)."""
     checkpoint_activations: bool = False
-    """Keep only the input of each block and the result of its attention, and recompute the rest in backward: less
-    memory, and up to a third more work in all but the attention."""
+    """Keep only the input of each block and the output of its attention, and recompute the rest in backward: less
+    memory, and up to a third more work outside attention."""
     recompute_attention: bool = False
-    """Beside --checkpoint-activations: recompute attention too, ring and all. The least memory, and the most work."""
+    """With --checkpoint-activations: recompute attention and its communication too. Least memory, most work."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "dim", "heads", "kv_heads"):
@@ -80,7 +80,7 @@ class OptimizerConfig:
     lr: float = 2e-3
     """Highest learning rate, reached after the warm-up."""
     min_lr_ratio: float = 0.1
-    """Where the cosine ends, as a share of lr."""
+    """The learning rate at the end of the cosine, as a fraction of lr."""
     warmup: int = 10
     """Steps over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.1
@@ -105,7 +105,7 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 @whole_sentences
 class TrainConfig(Placed):
-    """Train a byte-level decoder with every sequence sharded over all ranks, or over those of a data-parallel group.
+    """Train a byte-level decoder. Every sequence is sharded over all ranks, or over those of a data-parallel group.
 
     The defaults take about 3 minutes on two CPU cores, with two ranks.
     """
@@ -114,16 +114,16 @@ class TrainConfig(Placed):
     """A text file, or a folder whose text files are read in the order of their paths. Left out: the source of the
     running Python's standard library."""
     seq_len: int = 1024
-    """Tokens (bytes) of one sequence, over all its ranks together. It need not be divisible by anything."""
+    """Tokens (bytes) of one whole sequence. It need not be divisible by anything."""
     batch_size: int = 2
-    """Sequences of one step, over all data-parallel groups together."""
+    """Sequences in one step, over all data-parallel groups."""
     data_parallel: int = 1
-    """Groups of ranks that train side by side, each on its share of the batch. The ranks of one group hold each of its
-    sequences together."""
+    """Number of data-parallel groups, each with its share of the batch. The ranks of one group shard each of its
+    sequences."""
     fsdp: bool = False
-    """Shard weights, gradients and optimizer state over all ranks (FSDP2). Left out: every rank holds all of them."""
+    """Shard weights, gradients and optimizer state over all ranks (FSDP2). By default every rank holds all of them."""
     steps: int = 250
-    """Optimizer steps of the whole run, those before a resume included."""
+    """Optimizer steps of the whole run, including those before a resume."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data. It does not depend on the number of ranks."""
     layout: Literal["zigzag", "contiguous", "striped", "balanced"] = "zigzag"
@@ -149,9 +149,9 @@ class TrainConfig(Placed):
     log_every: int = 10
     """Steps between printed lines where the output is no terminal. metrics.jsonl has every step."""
     verify: bool = False
-    """Replay the first batch unsharded, compare its loss, output and all gradients with those of the sharded step, and
-    stop with an error where they differ by more than rounding explains, with the first layer that differs. Every rank
-    holds the whole batch for it. Sharpest with --dtype float32."""
+    """Replay the first batch unsharded, and compare loss, output and all gradients with the sharded step. If they
+    differ by more than rounding, stop with an error that names the first layer that differs. Every rank holds the whole
+    batch for it. Most sensitive with --dtype float32."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -167,7 +167,7 @@ class TrainConfig(Placed):
         for name, limit in (("seed", 2**64), ("threads", 2**16), ("checkpoint_every", 2**63)):
             came = getattr(self, name)
             require(0 <= came < limit, f"--{name.replace('_', '-')}", came, f"0 or more, and less than {limit}")
-        # Checkpoints, logs and pictures are named after it, and not all of what writes them takes such a name.
+        # Not all libraries that write to it support other names.
         shown = printable(self.out)
         require(shown == str(self.out), "--out", shown, "a name in UTF-8")
         require(not (self.resume and self.overwrite), "--resume", "--overwrite beside it", "one of the two")

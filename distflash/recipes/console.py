@@ -17,7 +17,7 @@ Options = TypeVar("Options", bound=Placed)
 
 @dataclass(frozen=True)
 class Launch(Generic[Options]):
-    """A job and the ranks that do it."""
+    """A job's options and the number of ranks."""
 
     job: Options
     ranks: int | None = field(default=None, metadata={"help": HELP})
@@ -28,12 +28,12 @@ class Launch(Generic[Options]):
 
     @property
     def count(self) -> int:
-        """How many ranks are to be started; 1: this process is the rank."""
+        """How many ranks to start; 1: this process is the rank."""
         return ranks_to_start(self.ranks, self.job.device_type)
 
 
 def run(recipe: Recipe, arguments: Sequence[str]) -> int:
-    """`distflash NAME ARGUMENTS`. The options are read here, before ranks are started, so that refusals are quick."""
+    """`distflash NAME ARGUMENTS`. Options are checked before ranks are started, so that errors come quickly."""
 
     def job() -> int:
         options = recipe.load_options()
@@ -51,7 +51,7 @@ def run(recipe: Recipe, arguments: Sequence[str]) -> int:
 
 
 def script(name: str) -> NoReturn:
-    """The job of that name with the options of this process's command line, on the ranks of its launcher."""
+    """Run the named job with this process's command line, on the ranks of its launcher."""
     recipe = BY_NAME[name]
     end_with(lambda: with_extras(recipe, lambda: run_here(recipe, parse(recipe.load_options(), None))))
 
@@ -63,7 +63,7 @@ def run_here(recipe: Recipe, options: Placed) -> int:
 
 
 def with_extras(recipe: Recipe, job: Callable[[], int]) -> int:
-    """The exit code of `job`; 2, and a line, where a package that it needs is not installed."""
+    """The exit code of `job`. If a package that it needs is missing, prints a line and returns 2."""
     try:
         recipe.check_extras()
     except ValueError as error:

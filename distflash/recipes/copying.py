@@ -1,4 +1,4 @@
-"""`distflash copy`: a job of the package as a script of the user's own."""
+"""`distflash copy`: write a job of the package as a script to edit."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from distflash.recipes.catalogue import Recipe
 from distflash.recipes.options import Placed
 
 HEAD = """\
-# {module} of distflash {version}, to be changed at will.
-# The modules that it imports stay those of the package: copy what you change of them, too.
+# A copy of {module}, distflash {version}, for you to edit.
+# It imports other modules of the package: copy those that you change, too.
 # torchrun --standalone --nproc-per-node 2 {script} --help
 """
-# For a job whose libraries read the environment when they are imported.
+# For jobs whose libraries read environment variables at import.
 BEFORE = """
 if __name__ == "__main__":  # before the imports below
     from distflash.recipes.{options} import {kind}
@@ -38,10 +38,10 @@ def copy(recipe: Recipe, to: Path | None) -> Path:
     """Write the job's main module as a script, and return its path.
 
     Args:
-        to: a file, or a folder that is there; None for a file named after the job in this folder.
+        to: a file, or an existing folder; None for a file named after the job in this folder.
 
     Raises:
-        ValueError: there is such a file.
+        ValueError: the file exists.
     """
     path = Path() if to is None else to
     if path.is_dir():

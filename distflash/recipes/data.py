@@ -1,4 +1,4 @@
-"""Text as bytes, and which bytes make the batch of a step. A batch depends on seed and step, not on the ranks."""
+"""Text as bytes, and the batch of each step, which depends on seed and step only, not on the ranks."""
 
 import hashlib
 import os
@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SEPARATOR = 0  # a byte that no text holds: one follows every document
+SEPARATOR = 0  # follows every document; no text has this byte
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents one after the other, each followed by a separator. Only the bytes of a window are ever read.
+    """Concatenated documents, each followed by a separator. Files are read only where a window needs them.
 
-    files: the documents. ends [len(files)]: the offset behind each one's separator.
+    files: the documents. ends [len(files)]: the offset after each one's separator.
     """
 
     files: tuple[Path, ...]
@@ -31,7 +31,7 @@ class Corpus:
         return self.ends[-1]
 
     def fingerprint(self) -> str:
-        """Equal where ranks, or two runs, see the same file names and sizes in the same order."""
+        """A digest of file names and sizes in order, to compare ranks or runs."""
         lines = (b"%s %d\n" % (os.fsencode(file.name), end) for file, end in zip(self.files, self.ends, strict=True))
         return hashlib.sha256(b"".join(lines)).hexdigest()[:16]
 
@@ -42,7 +42,7 @@ class Corpus:
         while index < len(self.files) and (begin := self.ends[index - 1] if index else 0) < stop:
             first, last = max(start, begin), min(stop, self.ends[index] - 1)
             if first < last:
-                # A file that shrank since its size was taken reads as separators, not as an error in mid-run.
+                # A file that has shrunk since is padded with separators, so that the run goes on.
                 text = np.fromfile(self.files[index], np.uint8, count=last - first, offset=first - begin)
                 window[first - start : first - start + len(text)] = text
             index += 1
@@ -58,10 +58,10 @@ class Corpus:
         positions: Tensor,
         share: tuple[int, int] = (0, 1),
     ) -> tuple[Tensor, Tensor]:
-        """The tokens and labels, int64 [sequences, len(positions)], of one step at `positions` of each sequence.
+        """The tokens and labels of one step at `positions` of each sequence: int64 [sequences, len(positions)].
 
-        share: (n, of) for the n-th of so many equal parts of the batch.
-        Labels are shifted in the global sequence, before it is sharded: the label of a shard's last token is there too.
+        share: (n, count) for part n of `count` equal parts of the batch.
+        Labels are shifted before sharding, so the last token of a shard has its label.
         """
         offsets = np.random.default_rng((seed, step)).integers(0, self.size - seq_len, size=batch_size)
         windows = np.stack([self.read(int(offset), seq_len + 1) for offset in offsets[share[0] :: share[1]]])
@@ -71,18 +71,18 @@ class Corpus:
 
 
 def open_corpus(data: Path | None, seq_len: int) -> Corpus:
-    """The corpus of `--data`; a ValueError where there is none, or where it is shorter than a sequence."""
+    """The corpus of `--data`. Raises a ValueError if there is none, or if it is shorter than a sequence."""
     return corpus_of(standard_library() if data is None else text_files(data), data, seq_len, "--data")
 
 
 def open_held_out(data: Path | None, seq_len: int) -> Corpus:
-    """The corpus of `--held-out`, which no run has trained on; by default what the default of `--data` leaves out."""
+    """The corpus of `--held-out`; by default Python's tests, which the default of `--data` excludes."""
     files = standard_library(tests=True) if data is None else text_files(data, "--held-out")
     return corpus_of(files, data or "this Python", seq_len, "--held-out")
 
 
 def corpus_of(files: tuple[Path, ...], source: object, seq_len: int, option: str) -> Corpus:
-    """The files as documents; a ValueError for the option where they are fewer or shorter than a sequence needs."""
+    """The files as documents. Raises a ValueError for the option if they are shorter than a sequence."""
     if not files:
         raise ValueError(f"{option}: {source} holds no text file; give a text file or a folder of text files")
     ends = tuple(accumulate(file.stat().st_size + 1 for file in files))
@@ -96,9 +96,9 @@ def corpus_of(files: tuple[Path, ...], source: object, seq_len: int, option: str
 
 
 def standard_library(*, tests: bool = False) -> tuple[Path, ...]:
-    """The source of the running Python's standard library, either its tests or all else. It is on every machine."""
+    """The source files of Python's standard library, either its tests or the rest. Every machine has them."""
     root, files = sysconfig.get_paths()["stdlib"], list[str]()
-    # Strings, since thousands of paths would take half a second; and without a look at what is installed beside it.
+    # Strings, because thousands of Path objects take half a second. Installed packages are skipped.
     for folder, below, names in os.walk(root):
         below[:] = [name for name in below if name not in ("site-packages", "dist-packages", "__pycache__")]
         is_test = not {"test", "tests", "idle_test"}.isdisjoint(os.path.relpath(folder, root).split(os.sep))
@@ -107,7 +107,7 @@ def standard_library(*, tests: bool = False) -> tuple[Path, ...]:
 
 
 def text_files(data: Path, option: str = "--data") -> tuple[Path, ...]:
-    """`data` itself if it is a file, else the text files below it in the order of their paths, hidden ones left out."""
+    """`data` if it is a file, else the text files below it, sorted by path, without hidden ones."""
     if data.is_file():
         return (data,)
     if not data.is_dir():
@@ -119,6 +119,6 @@ def text_files(data: Path, option: str = "--data") -> tuple[Path, ...]:
 
 
 def is_text(file: Path) -> bool:
-    """Whether the beginning of the file holds no byte 0, the rule by which git tells text from binary."""
+    """Whether the first 8192 bytes have no byte 0: git's rule for text files."""
     with file.open("rb") as stream:
         return b"\0" not in stream.read(8192)

@@ -1,7 +1,7 @@
-"""DeepSpeed's checkpoints, which are pickles, read so that they can make nothing but weights and state.
+"""DeepSpeed's checkpoints. They are pickles, and are read without executing code from them.
 
-An unrestricted pickle runs whatever its writer liked. So all files are scanned before DeepSpeed opens any of them, and
-`torch.load` is then held to what `weights_only=True` allows, which DeepSpeed itself switches off.
+All files are scanned before DeepSpeed opens any, and `torch.load` is restricted to `weights_only=True`, which DeepSpeed
+turns off.
 """
 
 import os
@@ -23,15 +23,15 @@ from distflash.recipes.config import require
 from distflash.recipes.together import Refused, together
 from distflash.recipes.weights import check_finite
 
-# DeepSpeed's name for what it writes to a folder of its own, which is a checkpoint's here.
+# DeepSpeed's tag, a subfolder of the checkpoint.
 TAG = "state"
 
-# What DeepSpeed stores beside tensors, numbers and containers: plain data, whose making runs nothing else.
+# Classes that DeepSpeed stores besides tensors, numbers and containers. They are plain data, safe to unpickle.
 PLAIN = (LossScaler, ZeroStageEnum, fragment_address)
 
 
 def writer_of(engine: Any, stages: int) -> str:
-    """What has to be the same for a checkpoint to be read again."""
+    """A description of everything that must match for a checkpoint to be loaded."""
     return (
         f"launch/train_deepspeed.py with ZeRO-{int(engine.zero_optimization_stage())} on {dist.get_world_size()} ranks"
         f" in {stages} stage{'s' * (stages > 1)}"
@@ -39,27 +39,27 @@ def writer_of(engine: Any, stages: int) -> str:
 
 
 def check_engine(engine: Any) -> None:
-    """A ValueError where the JSON chose a checkpoint engine whose files this module does not know."""
+    """Raise a ValueError if the JSON chose a checkpoint engine whose files this module cannot scan."""
     kind = type(engine.checkpoint_engine)
     require(kind is TorchCheckpointEngine, "--deepspeed", f"a {kind.__name__}", "none but DeepSpeed's default")
 
 
 def save_checkpoint(engine: Any, folder: Path) -> None:
-    """All ranks call; a NotFinite on all of them, before anything is written, where a weight is not finite."""
+    """Save. All ranks call. Raises NotFinite on all, before anything is written, if a weight is not finite."""
     check_finite({name: local(p) for name, p in engine.module.named_parameters()})
     engine.save_checkpoint(folder, tag=TAG)
 
 
 def local(parameter: nn.Parameter) -> torch.Tensor:
-    """What this rank holds of a parameter, under ZeRO-3 a part."""
+    """This rank's part of a parameter; the whole without ZeRO-3."""
     return getattr(parameter, "ds_tensor", parameter).detach()
 
 
 def load_checkpoint(engine: Any, source: Path) -> None:
-    """Read what as many ranks and stages wrote. All ranks call.
+    """Load a checkpoint written by the same number of ranks and stages. All ranks call.
 
     Raises:
-        Refused: on every rank, with the file that holds more than weights and state, or none that DeepSpeed reads.
+        Refused: on every rank, if a file has unsafe content, or if DeepSpeed finds nothing to load.
     """
     together(lambda: scan(source / TAG))
     with weights_only():
@@ -69,13 +69,13 @@ def load_checkpoint(engine: Any, source: Path) -> None:
 
 
 def scan(folder: Path) -> None:
-    """Look at this rank's share of the files, all of which some rank looks at."""
+    """Scan this rank's share of the files. Together the ranks scan all of them."""
     for file in sorted(folder.rglob("*.pt"))[dist.get_rank() :: dist.get_world_size()]:
         scan_file(file)
 
 
 def scan_file(file: Path) -> None:
-    """A ValueError where loading the file would make anything beside weights and state. It is not loaded."""
+    """Raise a ValueError if loading the file could run code. The file is not loaded."""
     try:
         with safe_globals(list(PLAIN)):
             strange = get_unsafe_globals_in_checkpoint(str(file))
@@ -90,7 +90,7 @@ def scan_file(file: Path) -> None:
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """Within, `torch.load` makes tensors, containers and `PLAIN` only, whatever `weights_only` its callers pass."""
+    """Within it, `torch.load` restores tensors, containers and `PLAIN` only, whatever its callers pass."""
     names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     os.environ[names[0]] = "1"

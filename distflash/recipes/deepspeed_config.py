@@ -1,6 +1,6 @@
-"""Options of the DeepSpeed job, and how they and a JSON configuration come together.
+"""Options of the DeepSpeed job, merged with DeepSpeed's JSON configuration.
 
-What both could say, the command line says, and the JSON has "auto" there; everything else is the JSON's alone.
+Settings that both have come from the command line; the JSON has "auto" for them. All others come from the JSON.
 """
 
 import json
@@ -15,7 +15,7 @@ from distflash.recipes.config import TrainConfig
 from distflash.recipes.options import require, whole_sentences
 
 CONFIGS = Path(__file__).parent / "configs"
-# Those that come with the package, by the names that --deepspeed takes.
+# The configurations of the package, by name for --deepspeed.
 BUNDLED = {path.stem: path for path in CONFIGS.glob("*.json")}
 
 
@@ -30,19 +30,18 @@ class DeepSpeedConfig(TrainConfig):
     out: Path = Path("runs/deepspeed")
     """Folder of the run: metrics.jsonl, loss.png and checkpoints."""
     deepspeed: Path = Path("zero1")
-    """DeepSpeed's configuration: zero1 or zero3, which come with the package, or a JSON file."""
+    """DeepSpeed's configuration: zero1, zero3 (both in the package), or a JSON file."""
     pipe: int = 1
-    """Stages of the pipeline, each with its share of the layers. All other ranks hold a sequence together, but for
-    those of other --data-parallel groups."""
+    """Pipeline stages. The ranks of one stage and one --data-parallel group shard each sequence."""
     micro_batch_size: int = 1
-    """Sequences that a data-parallel group takes at a time. Its share of the batch is made of so many micro-batches."""
+    """Sequences of a micro-batch, per data-parallel group."""
 
     verify: bool = False
-    """Before DeepSpeed takes the model: replay the first batch unsharded, compare its loss, output and all gradients
-    with those of the sharded step, and stop with an error where they differ by more than rounding explains. How ZeRO
-    and the pipeline combine gradients is not compared."""
+    """Before DeepSpeed wraps the model: replay the first batch unsharded, compare loss, output and all gradients with
+    the sharded step, and stop with an error if they differ by more than rounding. ZeRO's and the pipeline's reduction
+    of gradients is not checked."""
 
-    # What the main job has and this one has not.
+    # Options of the main job that this one does not have.
     fsdp: Suppress[bool] = False
 
     def __post_init__(self) -> None:
@@ -68,7 +67,7 @@ class DeepSpeedConfig(TrainConfig):
         )
 
     def before_main(self) -> None:
-        os.environ["DS_ACCELERATOR"] = self.device_type  # which DeepSpeed reads when it is imported
+        os.environ["DS_ACCELERATOR"] = self.device_type  # DeepSpeed reads it at import
 
     @property
     def settings(self) -> Path:
@@ -77,11 +76,11 @@ class DeepSpeedConfig(TrainConfig):
 
     @property
     def micro_batches(self) -> int:
-        """How many micro-batches make a step."""
+        """Micro-batches per step."""
         return self.batch_size // (self.data_parallel * self.micro_batch_size)
 
     def for_deepspeed(self) -> dict[str, Any]:
-        """The JSON with what the command line decides; a ValueError where it decides that itself, and otherwise."""
+        """The JSON, completed from the command line. Raises a ValueError if the two contradict."""
         import torch  # not above: `--help` needs none
 
         settings = read_object(self.settings)
@@ -110,7 +109,7 @@ class DeepSpeedConfig(TrainConfig):
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a ValueError that names the file where there is none."""
+    """The object in a JSON file. Raises a ValueError that names the file if there is none."""
     try:
         settings = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

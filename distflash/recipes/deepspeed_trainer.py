@@ -1,4 +1,4 @@
-"""The run on DeepSpeed, in the order of its execution. Options, model, data and reports are those of the main job."""
+"""The DeepSpeed job, in the order of execution. Options, model, data and reports are those of the main job."""
 
 import os
 import time
@@ -49,10 +49,10 @@ def main(config: DeepSpeedConfig) -> int:
 
 
 def join_deepspeed(device: torch.device) -> None:
-    """Let DeepSpeed use the process group that there is."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # which it reads, with or without a launcher
+    """Let DeepSpeed use the existing process group."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it even without a launcher
     if device.type == "cpu":
-        # An all-reduce of its own in shared memory, which would be compiled first, for half a minute.
+        # DeepSpeed's shared-memory all-reduce; compiling it takes half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
 
@@ -84,9 +84,9 @@ def train(config: DeepSpeedConfig, corpus: Corpus, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """A model on an engine of DeepSpeed, and its data.
+    """A model in a DeepSpeed engine, and its data.
 
-    parameters: how many the model has, on all stages. verified: the report of --verify, on the weights of the seed.
+    parameters: their number, over all stages. verified: the report of --verify, for the initial weights.
     """
 
     config: DeepSpeedConfig
@@ -126,11 +126,11 @@ class Job:
         loss, norm = loss.item(), self.engine.get_global_grad_norm()
         seconds = time.perf_counter() - begin
         if norm is not None:
-            norm = float(norm) if norm >= 0 else nan  # -1 is DeepSpeed's word for a norm that is not finite
+            norm = float(norm) if norm >= 0 else nan  # DeepSpeed returns -1 if the norm is not finite
         return metrics_of(self.config, self.device, step, loss, norm, rate, seconds)
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's tokens of its group's share of a batch, a micro-batch at a time."""
+        """The micro-batches of this rank's group, sharded to this rank's tokens."""
         config, topology = self.config, self.topology
         tokens, labels = self.corpus.batch(
             seed=config.seed,
@@ -144,7 +144,7 @@ class Job:
         return zip(tokens.to(self.device).split(size), labels.to(self.device).split(size), strict=True)
 
     def accumulate(self, batch: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        """What `train_batch` is to a pipeline: forward and backward of each micro-batch, one step of the optimizer."""
+        """Forward and backward of each micro-batch and one optimizer step: `train_batch` without a pipeline."""
         losses = []
         for tokens, labels in batch:
             logits = self.engine(tokens, self.config.seq_len)
@@ -167,7 +167,7 @@ class Job:
 def verify_decoder(
     config: DeepSpeedConfig, corpus: Corpus, device: torch.device, topology: dfd.Topology, decoder: Decoder
 ) -> df.Report:
-    """Verify the first step of the decoder on the ranks that DeepSpeed is about to spread it over."""
+    """Verify the first step of the decoder, before DeepSpeed wraps it."""
     share = topology.data_rank, topology.data
     step = Step(config, corpus, device, topology.cp, share, "mean")
     return verify_step(step, decoder.to(device), topology.cp, 0, "mean")

@@ -1,4 +1,4 @@
-"""Evaluation in the order of its execution: model, held-out text, losses by context, what is told and drawn of them."""
+"""The evaluation job, in the order of execution: model, held-out text, losses by context length, report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from distflash.recipes.trainer import check_folder, check_same, on_ranks
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured: seq_len, trained: tokens of a sequence, here and in training, where that is known."""
+    """What is measured. seq_len: tokens per sequence. trained: the same in training, if known."""
 
     config: EvaluateConfig
     corpus: Corpus
@@ -51,7 +51,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> int:
 
 
 def agree(config: EvaluateConfig, trained: Trained) -> Job:
-    """Open the text and look at the output folder; a Refused on all ranks where any refuses or reads other text."""
+    """Open the text and check the output folder. Raises Refused on all ranks if any fails or has another text."""
     source, told = trained.choice.source, trained_length(trained.choice)
     if None not in (told, config.trained_seq_len) and told != config.trained_seq_len:
         raise Refused(
@@ -92,14 +92,14 @@ def measure(job: Job, trained: Trained) -> ByContext:
 
 
 def offset_of(n: int, job: Job) -> int:
-    """Where sequence `n` begins: evenly spread, and overlapping only where there is too little text."""
+    """The start of sequence `n`. Sequences are evenly spaced, and overlap only if there is too little text."""
     return n * (job.corpus.size - job.seq_len - 1) // max(1, job.config.sequences - 1)
 
 
 def losses_of(window: Tensor, chunk: int, trained: Trained, caches: list[df.Cache]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each chunk: the bytes of context, int64 [T], and the losses in nats, float32 [T], of this rank's predictions.
+    """For each chunk, this rank's predictions: context lengths, int64 [T], and losses in nats, float32 [T].
 
-    window: int64 [S + 1], on every rank, of which each byte but the first is predicted.
+    window: int64 [S + 1], the same on every rank. Every byte except the first is predicted.
     """
     for cache in caches:
         cache.truncate(0)
@@ -113,7 +113,7 @@ def losses_of(window: Tensor, chunk: int, trained: Trained, caches: list[df.Cach
 
 
 def tell(job: Job, trained: Trained, measured: ByContext) -> None:
-    """On the first rank: print, write and draw."""
+    """Print, write and plot the results, on rank 0."""
     choice, length = trained.choice, job.trained
     known = "" if length is None else f", trained with {length:,} bytes a sequence"
     print(f"checkpoint: {choice.source}{known}")
@@ -131,7 +131,7 @@ def tell(job: Job, trained: Trained, measured: ByContext) -> None:
 
 
 def record(job: Job, trained: Trained, measured: ByContext) -> dict[str, Any]:
-    """What evaluation.json holds. Bits are per byte; `by_context` has them from `first` to `last` bytes of context."""
+    """The content of evaluation.json. Bits are per byte; `by_context` has a bin per range of context lengths."""
     config, length = job.config, job.trained
     beyond = None if length is None or length >= job.seq_len else measured.mean(length + 1, job.seq_len + 1)
     within = None if length is None else measured.mean(1, min(length, job.seq_len) + 1)

@@ -1,7 +1,7 @@
-"""FSDP2: weights, gradients and optimizer state in equal parts on all ranks, data x context alike.
+"""FSDP2: weights, gradients and optimizer state sharded over all data x context ranks.
 
-Context parallelism shards activations and nothing else, so its ranks shard the model like any data-parallel ones do.
-FSDP averages gradients over them, and `cp.mean(..., reduction="mean")` brings that average to the gradient of the loss.
+Context parallelism shards activations only, so FSDP treats context ranks like data-parallel ranks. It averages
+gradients over all of them; with `cp.mean(..., reduction="mean")` that average is the gradient of the loss.
 """
 
 from typing import Literal
@@ -17,9 +17,9 @@ from distflash.recipes.model import Decoder
 
 
 def shard_model(model: Decoder, compute_dtype: torch.dtype) -> None:
-    """Shard the model over all ranks, in place. Blocks are gathered one at a time, and in the compute type."""
+    """Shard the model over all ranks, in place. Blocks are gathered one at a time, in the compute type."""
     mesh = init_device_mesh(model.head.weight.device.type, (dist.get_world_size(),))
-    # Their inputs, the residual stream, stay in float32.
+    # Inputs of blocks, the residual stream, stay in float32.
     blocks = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=blocks)
@@ -27,13 +27,13 @@ def shard_model(model: Decoder, compute_dtype: torch.dtype) -> None:
 
 
 def end_forward(model: Decoder) -> None:
-    """Shard again what a forward without a backward leaves whole: zero_grad would miss the sharded gradients."""
+    """Reshard after a forward without a backward: otherwise zero_grad would miss the sharded gradients."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 class ShardedGradients:
-    """The gradients of a model that FSDP has sharded, averaged over all ranks when backward returns."""
+    """The gradients of a model under FSDP, which backward averages over all ranks."""
 
     reduction: Literal["mean"] = "mean"
 
@@ -44,13 +44,13 @@ class ShardedGradients:
         self.model.zero_grad()
 
     def combine(self) -> None:
-        """FSDP has done it."""
+        """Nothing to do: FSDP has reduced them."""
 
     def clip(self, limit: float) -> Tensor:
-        """Scale to a norm of at most `limit` (0: leave as it is) and return the norm before, over all parts."""
+        """Clip the global norm to `limit` (0: no clipping) and return the norm before."""
         return whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit if limit > 0 else torch.inf))
 
 
 def whole(x: Tensor) -> Tensor:
-    """The tensor that ranks hold in parts. All ranks must call."""
+    """The full tensor of a DTensor. All ranks must call."""
     return x.full_tensor() if isinstance(x, DTensor) else x

@@ -1,4 +1,4 @@
-"""Generation in the order of its execution: prompt, model, prefill in chunks, decoding token by token, end."""
+"""The generation job, in the order of execution: prompt, model, chunked prefill, decoding, end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def generate(config: GenerateConfig, device: torch.device) -> int:
     sampler = Sampler(config.temperature, config.top_p, torch.Generator().manual_seed(config.seed))
     text, clock = ByteText(os.fsencode(config.stop or "")), Clock(device)
     with trained.inference():
-        # The last token waits: decoded on all ranks, it gives all of them the logits of the first new one.
+        # The last prompt token is decoded, which gives every rank the logits of the first new token.
         prefill(trained, tokens[:, :-1], config.chunk, caches)
         clock.prefilled = clock.now()
         for token in decode(trained, tokens[:, -1:], caches, sampler, config.max_new_tokens):
@@ -50,7 +50,7 @@ def generate(config: GenerateConfig, device: torch.device) -> int:
 
 
 def read_prompt(config: GenerateConfig) -> bytes:
-    """On the first rank. Without any text, what comes before a document: a separator."""
+    """The prompt, on rank 0. An empty one is replaced by a separator, which starts a document."""
     if config.prompt is not None:
         prompt = os.fsencode(config.prompt)
     elif config.prompt_file is not None:
@@ -63,20 +63,20 @@ def read_prompt(config: GenerateConfig) -> bytes:
 
 
 def prefill(trained: Trained, tokens: Tensor, chunk: int, caches: list[df.Cache]) -> None:
-    """Put `tokens` [1, S], which every rank has, into the caches. All ranks call."""
+    """Fill the caches with `tokens` [1, S], the same on every rank. All ranks call."""
     for part in tokens.split(chunk, dim=1) if tokens.shape[1] else ():
         trained.model.prefill(trained.cp.shard(part), part.shape[1], caches)
 
 
 def decode(trained: Trained, token: Tensor, caches: list[df.Cache], sampler: Sampler, limit: int) -> Iterator[int]:
-    """New tokens, the same on all ranks, after `token` [1, 1]. All ranks take as many."""
+    """Generate tokens after `token` [1, 1], the same on all ranks. All ranks must consume equally many."""
     for _ in range(limit):
         token = sampler(trained.model.decode(token, caches)[0, -1])
         yield int(token)
 
 
 def show(text: str) -> None:
-    """On the first rank's terminal, at once."""
+    """Print on rank 0, and flush."""
     if text and is_lead():
         sys.stdout.buffer.write(text.encode())
         sys.stdout.buffer.flush()
@@ -84,7 +84,7 @@ def show(text: str) -> None:
 
 @dataclass
 class Clock:
-    """When the first rank began, in seconds, had the prompt in the caches, and had each new token."""
+    """Times in seconds: start, end of the prefill, and each new token."""
 
     device: torch.device
     prefilled: float = 0.0
@@ -97,7 +97,7 @@ class Clock:
         return time.perf_counter()
 
     def report(self, prefilled: int) -> str:
-        """After so many tokens of the prompt. The first new token is not counted: kernels are compiled for it."""
+        """Rates in words. The first new token is not counted, since kernels are compiled for it."""
         seconds, steps = self.prefilled - self.start, len(self.decoded) - 1
         parts = [f"prefill: {prefilled:,} tokens in {seconds:.2f} s, {prefilled / seconds:,.0f} tokens/s"]
         if steps > 0:

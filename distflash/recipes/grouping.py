@@ -1,7 +1,7 @@
-"""A checkpoint with fewer key heads than the one that it is made of, written as the first one of another run.
+"""Convert a checkpoint to fewer key heads. The result is step 0 of another run.
 
-Each attention's keys and values are read whole on every rank, pooled, and then sharded as the model is: a head that one
-rank holds alone says nothing about its group. All else is read as a run reads it that resumes.
+Key and value projections are read unsharded on every rank, pooled, and sharded like the model, because pooling needs
+all heads of a group. Everything else is read as by a run that resumes.
 """
 
 from dataclasses import fields
@@ -23,7 +23,7 @@ from distflash.recipes.weights import WRITER, load_state, read_whole, save_state
 
 
 def source_of(path: Path) -> Path:
-    """The checkpoint that `--source` names, by itself or as the newest one of its run's folder."""
+    """The checkpoint of `--source`, which is a checkpoint or a run's folder (then its newest one)."""
     complete = Checkpoints(path / "checkpoints", keep=1).complete()
     source = complete[0] if complete else path
     require((source / "model.json").exists(), "--source", path, "a run's --out, or a step-* folder of its checkpoints")
@@ -31,7 +31,7 @@ def source_of(path: Path) -> Path:
 
 
 def open_source(path: Path) -> tuple[Path, int, ModelConfig]:
-    """The checkpoint, the steps that it has made and its model. All ranks call; a Refused where it is damaged."""
+    """The checkpoint, its number of steps and its model. All ranks call. Raises Refused if it is damaged."""
     source = together(lambda: source_of(path))[0]
     found = check(source)
     if found.writer != WRITER:
@@ -40,7 +40,7 @@ def open_source(path: Path) -> tuple[Path, int, ModelConfig]:
 
 
 def shape_of(source: Path) -> ModelConfig:
-    """The model of a checkpoint, without what says how much memory its training took."""
+    """The model of a checkpoint, without MEMORY_ONLY options."""
     stored = read_shape(source)
     names = {each.name for each in fields(ModelConfig)} - set(MEMORY_ONLY)
     try:
@@ -52,7 +52,7 @@ def shape_of(source: Path) -> ModelConfig:
 def write_grouped(config: TrainConfig, source: Path, shape: ModelConfig, method: Method, device: torch.device) -> None:
     """Write the source with the key heads of `config.model` as step 0 of the run in `--out`. All ranks call.
 
-    shape: of the source, whose key heads are as many, which changes nothing, or more.
+    shape: the source's model, with at least as many key heads.
     """
     cp = df.ContextParallel(mesh_of(config, device)["context"], layout=config.make_layout())
     model, optimizer = build(config, cp, device)
@@ -61,7 +61,7 @@ def write_grouped(config: TrainConfig, source: Path, shape: ModelConfig, method:
     if config.model.kv_heads == shape.kv_heads:
         changed = {}
     load_state(source, model, optimizer, anew={name for names in changed.values() for name in names})
-    if method != "random":  # which are as the model was built
+    if method != "random":  # random heads are already initialised
         for names in changed.values():
             pool(source, names, shape, config.model.kv_heads, method)
     with checkpoints_of(config).writing(0, config.model, WRITER) as folder:
@@ -69,7 +69,7 @@ def write_grouped(config: TrainConfig, source: Path, shape: ModelConfig, method:
 
 
 def keys_and_values(path: str, attention: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of an attention that have key heads, biases too, by their names in the model."""
+    """The weights and biases of an attention's key and value projections, by their names in the model."""
     projections = {name: attention.get_submodule(name) for name in ("k_proj", "v_proj")}
     return {
         f"{path}.{projection}.{name}": parameter
@@ -82,7 +82,7 @@ def keys_and_values(path: str, attention: nn.Module) -> dict[str, nn.Parameter]:
 def pool(
     source: Path, parameters: dict[str, nn.Parameter], shape: ModelConfig, into: int, method: Literal["mean", "first"]
 ) -> None:
-    """Give the parameters the pooled heads of the source. All ranks call."""
+    """Set the parameters to the pooled heads of the source. All ranks call."""
     rows = shape.kv_heads * shape.head_dim
     whole = read_whole(source, {name: torch.Size((rows, *p.shape[1:])) for name, p in parameters.items()})
     for name, parameter in parameters.items():
@@ -90,7 +90,7 @@ def pool(
 
 
 def assign(parameter: nn.Parameter, whole: Tensor) -> None:
-    """Copy a whole tensor into a parameter, of which this rank may hold a part."""
+    """Copy a full tensor into a parameter, which may be sharded."""
     whole = whole.to(parameter.device)
     if isinstance(parameter, DTensor):
         parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))

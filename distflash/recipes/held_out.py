@@ -1,4 +1,4 @@
-"""The loss on text that no run trains on, by the number of steps that were made: measured, kept, and drawn."""
+"""The held-out loss during training: measured, stored, and plotted against steps."""
 
 import json
 from collections.abc import Mapping
@@ -15,16 +15,16 @@ from distflash.recipes.step import Step
 from distflash.recipes.together import is_lead, together
 from distflash.recipes.trainer import check_same
 
-SEED = 0  # of which parts of the text are read: the same ones in every run
-# Nats per byte by steps that were made.
+SEED = 0  # selects the same parts of the text in every run
+# Steps done -> loss in nats per byte.
 Curve = dict[int, float]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Measures a model as it is trained, and keeps the result in a file.
+    """Measures a model during training, and writes the results to a file.
 
-    every: steps from one measurement to the next; the last of `steps` is always measured. batches: read each time.
+    every: steps between measurements; the last step is always measured. batches: per measurement.
     """
 
     corpus: Corpus
@@ -34,7 +34,7 @@ class HeldOut:
     batches: int
 
     def watch(self, model: Decoder, forward_backward: Step, done: int) -> None:
-        """Measure after so many steps if it is due. All ranks call."""
+        """Measure after `done` steps if it is due. All ranks call."""
         if done % self.every == 0 or done == self.steps:
             curve = {**(read_curve(self.path) if self.path.exists() else {}), done: self.loss(model, forward_backward)}
             if is_lead():
@@ -42,7 +42,7 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, model: Decoder, forward_backward: Step) -> float:
-        """The mean over the same batches each time. All ranks call."""
+        """The mean loss, over the same batches every time. All ranks call."""
         config = replace(forward_backward.config, seed=SEED)
         forward = replace(forward_backward, config=config, corpus=self.corpus)
         total = sum(forward.loss(model, number).item() for number in range(self.batches))
@@ -51,7 +51,7 @@ class HeldOut:
 
 
 def open_on_all(data: Path | None, seq_len: int) -> Corpus:
-    """The corpus of `--held-out`; a Refused on all ranks where any refuses it or reads another."""
+    """The corpus of `--held-out`. Raises Refused on all ranks if any cannot read it or has another text."""
     corpora: list[Corpus] = []
 
     def look() -> str:
@@ -63,7 +63,7 @@ def open_on_all(data: Path | None, seq_len: int) -> Corpus:
 
 
 def read_curve(path: Path) -> Curve:
-    """A ValueError that names the file where it is no curve."""
+    """Raises a ValueError that names the file if it is invalid."""
     try:
         return {int(step): float(loss) for step, loss in manifest.read_json(path).items()}
     except (AttributeError, TypeError, ValueError) as error:
@@ -71,8 +71,8 @@ def read_curve(path: Path) -> Curve:
 
 
 def plot_curves(path: Path, curves: Mapping[str, Curve], before: float, whole: int, title: str) -> None:
-    """Draw held-out losses against steps. before: of the original. whole: the steps that the original has made."""
-    import matplotlib  # only the first rank draws, and only once: the others need not load it
+    """Plot held-out losses against steps. before: the original's loss. whole: the original's number of steps."""
+    import matplotlib  # imported here because only rank 0 plots
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -83,7 +83,7 @@ def plot_curves(path: Path, curves: Mapping[str, Curve], before: float, whole: i
         steps = sorted(curve)
         name = f"{label} ({curve[steps[0]]:.2f} at once, {curve[steps[-1]]:.2f} at the end)"
         axes.plot(steps, [curve[step] for step in steps], color=color, marker="o", markersize=3, label=name)
-    # The losses at once of heads that fit nothing would press all others together.
+    # The initial loss of random heads is left out of the y range: it is far above all others.
     later = [loss for curve in curves.values() for loss in sorted(curve.items())[1:]]
     losses = [before, *(loss for _, loss in later)]
     axes.set_ylim(min(losses) - 0.05, max(losses) + 0.1)

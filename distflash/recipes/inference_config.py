@@ -1,4 +1,4 @@
-"""Every option of the jobs that use what was trained, with its help."""
+"""Options of the generation and evaluation jobs, with their help."""
 
 import math
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from distflash.recipes.options import Placed, printable, require, whole_sentence
 @dataclass(frozen=True)
 @whole_sentences
 class InferenceConfig(Placed):
-    """What generating and evaluating have in common."""
+    """Options that generation and evaluation share."""
 
     checkpoint: Path = Path("runs/train")
-    """The --out of a run of the train job, whose newest checkpoint is read, or that of one checkpoint. It may have
-    been written by any number of ranks."""
+    """The --out of a training run, whose newest checkpoint is read, or one checkpoint. It may be of any number of
+    ranks."""
     chunk: int = 8192
-    """Tokens, over all ranks together, that go through the model at a time. More are faster and need more memory."""
+    """Tokens per forward, over all ranks. Larger chunks are faster and need more memory."""
     layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
     """Which positions of a chunk a rank computes. zigzag and striped balance the work of a causal mask."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -36,26 +36,26 @@ class InferenceConfig(Placed):
 @dataclass(frozen=True)
 @whole_sentences
 class GenerateConfig(InferenceConfig):
-    """Continue a text with a byte-level decoder. Prompt and cache are spread over all ranks.
+    """Continue a text with a byte-level decoder. Prompt and cache are sharded over all ranks.
 
     The prompt is --prompt, --prompt-file or standard input. The new text goes to standard output, and all else to
     standard error. The defaults take under 1 minute on two CPU cores.
     """
 
     prompt: str | None = None
-    """The text to be continued. An empty one begins a document."""
+    """The text to continue. An empty one starts a document."""
     prompt_file: Path | None = None
-    """A file with the text to be continued."""
+    """A file with the text to continue."""
     max_new_tokens: int = 256
-    """The most tokens (bytes) to generate. The end of a document ends them too."""
+    """Most tokens (bytes) to generate. Generation also stops at the end of a document."""
     stop: str | None = None
-    """A text, such as the end of a line, with which the new text ends wherever it appears."""
+    """A stop string, such as a newline, after which generation ends."""
     temperature: float = 0.8
     """Divides the logits. 0 takes the likeliest token."""
     top_p: float = 0.95
-    """The share of the probability that the likeliest tokens have together of which one is drawn. 1: all tokens."""
+    """Nucleus sampling: draw from the likeliest tokens with this total probability. 1: all tokens."""
     seed: int = 0
-    """Seed of what is drawn. It does not depend on the number of ranks."""
+    """Seed of the sampling. Results do not depend on the number of ranks."""
 
     def __post_init__(self) -> None:
         require(
@@ -72,24 +72,22 @@ class GenerateConfig(InferenceConfig):
 @dataclass(frozen=True)
 @whole_sentences
 class EvaluateConfig(InferenceConfig):
-    """Measure a byte-level decoder on text that it was not trained on: bits per byte, and the loss by position.
+    """Measure a byte-level decoder on held-out text: bits per byte, and the loss by position.
 
-    Each sequence is spread over all ranks and goes through the model in chunks. The defaults take about 1 minute on two
-    CPU cores.
+    Each sequence is sharded over all ranks and processed in chunks. The defaults take about 1 minute on two CPU cores.
     """
 
     held_out: Path | None = None
-    """A text file, or a folder whose text files are read in the order of their paths. Left out: the tests of the
-    running Python's standard library, which the default of the training leaves out."""
+    """A text file, or a folder whose text files are read in the order of their paths. By default the tests of Python's
+    standard library, which the default of the training excludes."""
     seq_len: int | None = None
-    """Tokens (bytes) of one sequence. Left out: twice as many as in training, as the checkpoint says."""
+    """Tokens (bytes) of one sequence. By default twice the training length."""
     sequences: int = 64
-    """How many sequences, evenly spread over the text."""
+    """Number of sequences, evenly spaced over the text."""
     trained_seq_len: int | None = None
-    """Tokens of one sequence in training, for what is said of positions beyond. Only for a checkpoint that does not
-    say it."""
+    """The training length, to report losses beyond it. Only for checkpoints without it."""
     out: Path | None = None
-    """Folder for evaluation.json and evaluation.png. Left out: that of the checkpoint's run."""
+    """Folder for evaluation.json and evaluation.png. By default that of the checkpoint's run."""
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "trained_seq_len", "sequences"):

@@ -1,4 +1,4 @@
-"""The steps of a run: their numbers, checkpoints that are due, and what ends it early on all ranks."""
+"""The training loop: steps, checkpoints, and early stops on all ranks."""
 
 import math
 import signal
@@ -17,7 +17,7 @@ from distflash.recipes.together import NotFinite, on_lead
 
 
 class StopSignals:
-    """SIGTERM and SIGINT as a wish that all ranks learn of between two steps, whichever of them it reached."""
+    """Records SIGTERM and SIGINT, which any rank may get. Between steps all ranks agree to stop."""
 
     def __init__(self, device: torch.device) -> None:
         self.asked, self.device = False, device
@@ -36,9 +36,9 @@ class StopSignals:
 
 @dataclass
 class AfterStep:
-    """What follows each step, in this order: its report, a checkpoint if one is due, and whether the run goes on.
+    """What follows each step, in this order: its report, a checkpoint if one is due, and whether to stop.
 
-    save: writes weights and state to a folder. writer: the program, as checkpoints name it.
+    save: writes weights and state to a folder. writer: the program's name in checkpoints.
     """
 
     config: TrainConfig
@@ -46,13 +46,13 @@ class AfterStep:
     writer: str
     report: Reporter
     stop: StopSignals
-    _proven: bool = False  # whether the newest checkpoint is known to be sound
+    _proven: bool = False  # whether a step after the newest checkpoint was finite
 
     def __call__(self, metrics: Metrics) -> bool:
-        """Whether a signal ends the run here. All ranks call.
+        """Returns whether a signal stops the run here. All ranks call.
 
         Raises:
-            NotFinite: on every rank, where the loss or the gradient of the step is not finite.
+            NotFinite: on every rank, if the loss or the gradient of the step is not finite.
         """
         config, done, checkpoints = self.config, metrics.step, checkpoints_of(self.config)
         check_finite(metrics, checkpoints)
@@ -73,14 +73,14 @@ class AfterStep:
 
 
 def loop(first: int, steps: int, step: Callable[[int], Metrics], after: AfterStep) -> None:
-    """Make the steps from `first` on. All ranks call; raises as `AfterStep`."""
+    """Run the steps from `first` on. All ranks call. Raises like `AfterStep`."""
     for number in range(first, steps):
         if after(step(number)):
             break
 
 
 def check_finite(metrics: Metrics, checkpoints: Checkpoints) -> None:
-    """A NotFinite where the step has ruined the weights. All ranks hold the same numbers, and all raise."""
+    """Raise NotFinite if the loss or the gradient is not finite. All ranks have the same numbers, so all raise."""
     if math.isfinite(metrics.loss) and (metrics.grad_norm is None or math.isfinite(metrics.grad_norm)):
         return
     raise NotFinite(
@@ -90,7 +90,7 @@ def check_finite(metrics: Metrics, checkpoints: Checkpoints) -> None:
 
 
 def remedy(step: int, complete: list[Path]) -> str:
-    """What to do after `step` was not finite, with these checkpoints, the newest first."""
+    """What to do after a step that was not finite. complete: checkpoints, the newest first."""
     advice = "a lower --lr or --grad-clip may help"
     if not complete:
         return f"There is no checkpoint yet: start anew; {advice}"

@@ -1,7 +1,7 @@
 """`manifest.json`: the digest of every file of a checkpoint, checked before any of them is read.
 
-It finds damage: bytes that changed, files that are cut short, missing or of another checkpoint. It is no signature:
-whoever may write the files may write their digests. Hence nothing of a checkpoint is ever unpickled without limits.
+It detects damage: changed, truncated or missing files, and files of another checkpoint. It is no signature: whoever can
+write the files can write their digests. So checkpoints are never unpickled without restrictions.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """writer: the kind of checkpoint. step: steps that were made. files: the SHA-256 of each by its relative path."""
+    """writer: the program that wrote it. step: steps done. files: relative path -> SHA-256."""
 
     format: int
     writer: str
@@ -29,14 +29,14 @@ class Manifest:
 
 
 def seal(folder: Path, writer: str, step: int) -> None:
-    """Write the manifest of a folder that is complete. All ranks call, and share the reading."""
+    """Write the manifest of a complete folder. All ranks call, and each hashes a share of the files."""
     names = gather(listing(folder))[0]
     manifest = Manifest(FORMAT, writer, step, digests(folder, names))
     on_lead(lambda: (folder / NAME).write_text(json.dumps(asdict(manifest), indent=1)))
 
 
 def check(folder: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are those that it lists. All ranks call, and share the reading.
+    """Check all files against the manifest, and return it. All ranks call, and each hashes a share of the files.
 
     Raises:
         Refused: on every rank, with the file that is damaged, missing or not listed.
@@ -49,7 +49,7 @@ def check(folder: Path) -> Manifest:
 
 
 def read(folder: Path) -> Manifest:
-    """A ValueError that names the file where there is no manifest, or none that this version understands."""
+    """Read the manifest. Raises a ValueError that names the file if it is missing, invalid or of another format."""
     path = folder / NAME
     if not path.is_file():
         raise ValueError(
@@ -72,7 +72,7 @@ def read(folder: Path) -> Manifest:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; a ValueError that names the file where it is none."""
+    """The content of a JSON file. Raises a ValueError that names the file if it is invalid."""
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -93,13 +93,13 @@ def compare_digests(folder: Path, manifest: Manifest, found: dict[str, str]) -> 
 
 
 def listing(folder: Path) -> list[str]:
-    """The files below a folder but for its manifest, by their relative paths."""
+    """The relative paths of all files below a folder, except its manifest."""
     files = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
     return sorted(str(path) for path in files if str(path) != NAME)
 
 
 def digests(folder: Path, names: list[str]) -> dict[str, str]:
-    """The SHA-256 of each file, which are read by all ranks in turn."""
+    """The SHA-256 of each file. Ranks read the files round-robin."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parts = together(lambda: {name: sha256(folder / name) for name in names[rank::world]})
     found = {name: digest for part in parts for name, digest in part.items()}

@@ -1,6 +1,6 @@
 """A byte-level decoder in the style of Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Nothing here knows of ranks: `cp` is handed to the attention, and everything else acts on each token by itself.
+Only attention depends on ranks, through `cp`. All other layers act on each token separately.
 Shapes: B sequences, T tokens on this rank, V entries of the vocabulary.
 """
 
@@ -17,7 +17,7 @@ from distflash.recipes.config import VOCABULARY, ModelConfig
 
 
 class RMSNorm(nn.Module):
-    """Normalises in float32 and hands on the compute type, so that the linear layers behind it share one copy."""
+    """Normalises in float32 and returns the compute type, so that the linear layers after it share one copy."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Normal weights of 0.02, smaller where a block writes to the residual stream: it would grow with depth."""
+        """Normal weights with std 0.02; smaller for outputs of a block, so that the residual stream does not grow."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down.weight"))
@@ -88,20 +88,20 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
     def caches(self, capacity: int, dtype: torch.dtype, batch: int = 1) -> list[df.Cache]:
-        """Empty ones of all blocks, for sequences of up to `capacity` tokens: what `prefill` and `decode` fill."""
+        """An empty cache for each block, for sequences of up to `capacity` tokens."""
         sizes = dict(batch=batch, kv_heads=self.config.kv_heads, d_qk=self.config.head_dim, capacity=capacity)
         device = self.embedding.weight.device
         return [df.Cache(self.cp, **sizes, dtype=dtype, device=device) for _ in self.blocks]
 
     def prefill(self, tokens: Tensor, seq_len: int, caches: list[df.Cache]) -> Tensor:
-        """The next `seq_len` tokens of each sequence, sharded by themselves [B, T], to logits [B, T, V]."""
+        """A chunk of the next `seq_len` tokens of each sequence, sharded to [B, T]; returns logits [B, T, V]."""
         x = self.embedding(tokens)
         for block, cache in self.with_caches(caches):
             x = block(x, seq_len, cache=cache)
         return self.head(self.norm(x))
 
     def decode(self, tokens: Tensor, caches: list[df.Cache]) -> Tensor:
-        """A few tokens [B, n] that every rank has, to logits [B, n, V], the same bits on every rank."""
+        """A few tokens [B, n], the same on every rank; returns logits [B, n, V], the same bits on every rank."""
         x = self.embedding(tokens)
         for block, cache in self.with_caches(caches):
             x = block.decode(x, cache)
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
             yield block, cache
 
     def run(self, block: nn.Module, x: Tensor, seq_len: int, mask: df.Mask | None) -> Tensor:
-        """One block, with what the options say about what it keeps for backward."""
+        """One block, with activation checkpointing if the options ask for it."""
         if not self.config.checkpoint_activations:
             return block(x, seq_len, mask)
         again = partial(checkpoint, block, x, seq_len, mask, use_reentrant=False, preserve_rng_state=False)
@@ -126,11 +126,10 @@ def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, vocabulary: int = VOCABULARY) -> float:
-    """FLOPs that training needs for one token, averaged over a causal sequence of `seq_len` tokens.
+    """Model FLOPs of training per token, averaged over a causal sequence of `seq_len` tokens.
 
-    Forward costs 2 for every weight of a matrix (the embedding is a look-up) and 4 * head_dim for every head and every
-    pair of query and key that the mask allows, S (S + 1) / 2 of them. Backward costs twice as much. Work that is done
-    again in backward is not counted: it is a price of the implementation, not a need of the model.
+    Forward: 2 per matrix weight (the embedding is a look-up), and 4 * head_dim per head and allowed (query, key) pair,
+    of which there are S (S + 1) / 2. Backward: twice as many. Recomputation is not counted.
     """
     q_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
     attention = config.dim * (2 * q_dim + 2 * kv_dim)

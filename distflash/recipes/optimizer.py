@@ -1,4 +1,4 @@
-"""AdamW, its learning rate, and gradients that are one buffer: one all-reduce sums them, one norm clips them."""
+"""AdamW, its learning rate, and gradients in one flat buffer, for a single all-reduce and a single norm."""
 
 import math
 from typing import Literal
@@ -11,7 +11,7 @@ from distflash.recipes.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of step 0 <= step < steps: a linear rise over the warm-up, then half a cosine down to min_lr_ratio."""
+    """The rate of step 0 <= step < steps: linear warm-up, then a cosine down to min_lr_ratio."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, steps - 1 - config.warmup)
@@ -20,12 +20,12 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def share_of_lr(config: OptimizerConfig, step: int, steps: int) -> float:
-    """`learning_rate` as a share of the highest. Schedulers ask for that of the step after the last, too."""
+    """`learning_rate` over the highest one. Defined for the step after the last too, which schedulers ask for."""
     return learning_rate(config, min(step, steps - 1), steps) / config.lr
 
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves the gains of the norms alone."""
+    """AdamW with weight decay on matrices only, not on the gains of norms."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     gains = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": gains, "weight_decay": 0.0}]
@@ -47,14 +47,14 @@ class Gradients:
         self.flat.zero_()
 
     def combine(self) -> None:
-        """Each rank's gradient is what its own tokens contribute to the global mean: the whole is the sum."""
+        """Sum over ranks: each has the gradient of its own tokens' part of the global mean."""
         if dist.get_world_size() > 1:
             dist.all_reduce(self.flat)
 
     def clip(self, limit: float) -> Tensor:
-        """Scale to a norm of at most `limit` (0: leave as it is) and return the norm before.
+        """Clip the norm to `limit` (0: no clipping) and return the norm before.
 
-        After `combine` every rank holds the same numbers, hence the same norm and the same scale.
+        After `combine` every rank has the same gradients, so the same norm.
         """
         norm = torch.linalg.vector_norm(self.flat)
         if limit > 0:

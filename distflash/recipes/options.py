@@ -1,6 +1,6 @@
-"""What the command lines of all jobs share: how they are read, and what follows from options of the same name.
+"""Parsing of command lines, and options that all jobs share.
 
-Nothing here loads torch or tyro before it is needed: `--help` is quick, and the doctor works without the extra.
+torch and tyro are imported when they are needed, so that `--help` is quick and `doctor` works without the extra.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Options = TypeVar("Options")
 def parse(
     options: type[Options], arguments: list[str] | None, prog: str | None = None, description: str | None = None
 ) -> Options:
-    """The options of the command line, or of `arguments`. Refusals are printed by the first rank alone.
+    """Parse the command line, or `arguments`. Only rank 0 prints errors.
 
-    prog, description: as the help has them; by default the script's name and the docstring of `options`.
+    prog, description: for the help; by default the script's name and the docstring of `options`.
     """
     import tyro
 
@@ -36,14 +36,14 @@ def parse(
         )
     except SystemExit as refusal:
         if refusal.code and not first:
-            time.sleep(10)  # the launcher ends all ranks with the first one that leaves: let it be the one that speaks
+            time.sleep(10)  # the launcher stops all ranks when one exits: let rank 0, which prints, be the first
         raise
 
 
 def whole_sentences(options: type[Options]) -> type[Options]:
-    """A class about to become a dataclass, whose docstrings of fields `--help` wraps by the terminal's width alone.
+    """Join the lines of the fields' docstrings, so that `--help` wraps them at the terminal's width.
 
-    tyro keeps the line breaks of docstrings that it reads from the source itself.
+    tyro would keep the line breaks of the source. To be applied before `dataclass`.
     """
     import docstring_parser
 
@@ -56,7 +56,7 @@ def whole_sentences(options: type[Options]) -> type[Options]:
 
 
 def require(condition: bool, argument: str, came: object, expected: str) -> None:
-    """Raise a ValueError for `argument` in the words of the command line unless `condition` holds."""
+    """Raise a ValueError that names `argument`, unless `condition` holds."""
     if not condition:
         raise ValueError(f"{argument}: got {came}, expected {expected}")
 
@@ -66,12 +66,12 @@ def positive(argument: str, came: float) -> None:
 
 
 def printable(text: object) -> str:
-    """The text with an escape for every byte of a file name that is no UTF-8, which terminals and logs do not take."""
+    """The text with escapes for bytes of file names that are not UTF-8, so that terminals and logs accept it."""
     return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class Placed:
-    """What follows from the options --device, --dtype and --layout, which are fields of a job's own dataclass."""
+    """Base class of a job's options: what follows from --device, --dtype and --layout."""
 
     device: str
     dtype: str
@@ -79,7 +79,7 @@ class Placed:
     layout: str
 
     def check_device(self) -> None:
-        """A ValueError where this host has no such device, or not one for each of its ranks."""
+        """Raise a ValueError if this host does not have the device, or too few for its ranks."""
         import torch
 
         cuda = torch.cuda.is_available()
@@ -93,10 +93,10 @@ class Placed:
         )
 
     def check_ranks(self, world: int) -> None:
-        """A ValueError where so many ranks cannot do the job. Before ranks are started, and on each of them."""
+        """Raise a ValueError if the job does not run on `world` ranks. Called before they start, and on each."""
 
     def before_main(self) -> None:
-        """What has to be done before the job's main module is imported."""
+        """Called before the job's main module is imported."""
 
     @property
     def device_type(self) -> str:

@@ -1,4 +1,4 @@
-"""How the process of a job ends: with an exit code, and without a traceback where the user ended it."""
+"""Ends the process of a job with an exit code, and without a traceback if the user stopped it."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ from typing import NoReturn
 def end_with(job: Callable[[], int]) -> NoReturn:
     """Run a job, and end the process with its exit code.
 
-    Ctrl-C ends it with a line, where the job does not make more of it. Output that nobody reads any more, as behind
-    `| head`, ends it without. Both have the exit code that a shell gives such an end.
+    Ctrl-C prints one line, unless the job handles it. A closed output, as with `| head`, prints nothing. Both have the
+    exit codes of a shell: 128 + the signal.
     """
     try:
         code = job()
@@ -28,5 +28,5 @@ def end_with(job: Callable[[], int]) -> NoReturn:
     except BrokenPipeError:
         code = 128 + signal.SIGPIPE
     sys.stderr.flush()
-    # Threads of torch's communication and of autograd outlive the group now and then, and abort an ordinary exit.
+    # Threads of torch.distributed and autograd sometimes outlive the group, and abort an ordinary exit.
     os._exit(code)

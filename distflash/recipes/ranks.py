@@ -1,4 +1,4 @@
-"""Ranks on this machine, started by torch's launcher, for commands that are not under one already."""
+"""Starts ranks on this machine with torchrun's launcher, for commands that run without one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from distflash.recipes.options import require
 
 HELP = (
-    "Processes to start on this machine, each a rank. Left out: one a GPU, or one alone on CPUs. Under torchrun and "
-    "other launchers the ranks are there already."
+    "Ranks (processes) to start on this machine. By default one per GPU, or a single one on CPUs. Not needed under "
+    "torchrun and other launchers, which start the ranks."
 )
 
 
 def ranks_to_start(asked: int | None, device_type: str) -> int:
-    """How many; 1 where this process is the only rank, or one of those that a launcher has started.
+    """The number of ranks to start; 1 if this process is the only rank, or was started by a launcher.
 
     Raises:
-        ValueError: so many cannot be, or are not what the launcher has started.
+        ValueError: there are too few GPUs, or a launcher has started another number.
     """
     if "RANK" in os.environ:
         world = int(os.environ["WORLD_SIZE"])
@@ -46,16 +46,16 @@ def gpus_of(device_type: str) -> int:
 
 
 def start_ranks(count: int, arguments: Sequence[str]) -> int:
-    """Run `distflash ARGUMENTS` on so many ranks, and return the exit code.
+    """Run `distflash ARGUMENTS` on `count` ranks. Returns the exit code of the first rank that failed.
 
-    It is that of the first rank that failed; where a signal ended a rank or this process, the one that a shell gives.
+    If a signal ended a rank or this process, that is 128 + the signal, as in a shell.
     """
     import torch.distributed.run as launcher
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    logging.disable(logging.ERROR)  # many lines on what the one below says
+    logging.disable(logging.ERROR)  # the launcher's many lines; one is printed below instead
     command = f"distflash {arguments[0]}"
     try:
         launcher.main(["--standalone", "--nproc-per-node", str(count), "--no-python", *python(), *arguments])
@@ -72,6 +72,6 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
 
 
 def python() -> list[str]:
-    """The command of a rank, which finds modules where this process does: in its folder only if this one does."""
+    """The command of a rank, with the import path of this process: with the current folder only if this one has it."""
     here = {"", os.getcwd()}
     return [sys.executable, *([] if here & set(sys.path) else ["-P"]), "-u", "-m", "distflash"]

@@ -1,4 +1,4 @@
-"""What the first rank shows and keeps of a run: a progress bar or lines, metrics.jsonl, warnings.log, loss.png."""
+"""What rank 0 prints and writes: a progress bar or lines, metrics.jsonl, warnings.log, loss.png."""
 
 import json
 import resource
@@ -19,9 +19,9 @@ from distflash.recipes.warned import future_warnings_in
 
 @dataclass(frozen=True)
 class Metrics:
-    """One optimizer step. step counts from 1; loss in nats per token; seconds for the step.
+    """One optimizer step. step counts from 1; loss is in nats per token.
 
-    grad_norm: before clipping; None where DeepSpeed does not tell it, without ZeRO.
+    grad_norm: before clipping; None with DeepSpeed without ZeRO.
     """
 
     step: int
@@ -41,14 +41,14 @@ class Metrics:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this rank has held: allocated on its GPU, or resident in its process on the CPU."""
+    """This rank's peak memory: allocated on its GPU, or resident on CPUs."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
 class Reporter:
-    """A context manager around the training loop. On all ranks but the first it is silent and writes nothing."""
+    """A context manager around the training loop. Only rank 0 prints and writes."""
 
     def __init__(self, config: TrainConfig, *, first_step: int, active: bool) -> None:
         self.path, self.active = config.out / "metrics.jsonl", active
@@ -70,7 +70,7 @@ class Reporter:
 
     def __enter__(self) -> "Reporter":
         if self.active:
-            # Steps after the checkpoint that a run resumes from are made again.
+            # Steps after the checkpoint are run again.
             kept = [m for m in read_metrics(self.path) if m.step <= self.first_step]
             self.path.write_text("".join(json.dumps(asdict(m)) + "\n" for m in kept))
             self.stream = self.open.enter_context(self.path.open("a", buffering=1))
@@ -99,7 +99,7 @@ class Reporter:
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The steps in a metrics.jsonl; none if there is no file. A last line that was cut short is left out."""
+    """The steps in a metrics.jsonl; none if there is no file. A truncated last line is ignored."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [read_line(path, number, line) for number, line in enumerate(lines, 1)]
 
@@ -118,8 +118,8 @@ def read_line(path: Path, number: int, line: bytes) -> Metrics:
 
 
 def plot_loss(out: Path, title: str) -> Path | None:
-    """Draw `metrics.jsonl` as `loss.png` in the folder `out`; None where there is nothing to draw."""
-    import matplotlib  # only the first rank draws, and only once: the others need not load it
+    """Plot `metrics.jsonl` as `loss.png` in the folder `out`. Returns None if there are no steps."""
+    import matplotlib  # imported here because only rank 0 plots
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -143,9 +143,9 @@ def plot_loss(out: Path, title: str) -> Path | None:
 
 
 def smooth(values: list[float], most: int = 10) -> list[float]:
-    """The mean of each value and as many before it as behind it: at most `most`, fewer towards both ends.
+    """A centred moving average over up to `most` values on each side, fewer near both ends.
 
-    So the line begins and ends with the values, and does not lag behind a loss that falls.
+    It starts and ends at the values, and does not lag behind a falling loss.
     """
     sums = [0.0, *accumulate(values)]
     sides = [min(most, n, len(values) - 1 - n) for n in range(len(values))]

@@ -1,4 +1,4 @@
-"""Which token comes next, and the text that bytes make."""
+"""Sampling of the next token, and decoding of bytes to text."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from distflash.recipes.together import is_lead
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws tokens by temperature and nucleus (https://arxiv.org/abs/1904.09751). One rank draws, and all follow.
+    """Nucleus sampling with temperature (https://arxiv.org/abs/1904.09751). Rank 0 samples and broadcasts.
 
-    temperature: 0 for the likeliest token. top_p: share of the probability that the tokens have that may be drawn.
+    temperature: 0 for the likeliest token. top_p: total probability of the tokens to draw from.
     """
 
     temperature: float
@@ -24,14 +24,14 @@ class Sampler:
     generator: torch.Generator
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The next token, int64 [1, 1] on the device of `logits` [V], the first rank's on all ranks. All ranks call."""
+        """The next token from `logits` [V], int64 [1, 1], the same on all ranks. All ranks call."""
         token = torch.full((1, 1), self.draw(logits) if is_lead() else 0, device=logits.device)
         if dist.get_world_size() > 1:
             dist.broadcast(token, src=0)
         return token
 
     def draw(self, logits: Tensor) -> int:
-        # On the CPU and in float64: a seed gives the same token on any device and number of ranks, but for rounding.
+        # On the CPU in float64, so that a seed gives the same token on any device and number of ranks.
         logits = logits.double().cpu()
         if self.temperature == 0:
             return int(logits.argmax())
@@ -44,9 +44,9 @@ class Sampler:
 
 @dataclass
 class ByteText:
-    """Bytes as text, each character when all of its bytes are there. What is no UTF-8 becomes a replacement sign.
+    """Decodes UTF-8 byte by byte. Invalid bytes become replacement characters.
 
-    stop: what ends the text, in bytes; empty for nothing.
+    stop: the stop string, in bytes; empty for none.
     """
 
     stop: bytes = b""
@@ -56,7 +56,7 @@ class ByteText:
     )
 
     def add(self, byte: int) -> str:
-        """The characters that this byte completes: usually one, none in the middle of one."""
+        """The character that this byte completes; empty in the middle of one."""
         piece = bytes([byte])
         if self.stop:
             self._end = (self._end + piece)[-len(self.stop) :]
@@ -68,5 +68,5 @@ class ByteText:
         return bool(self.stop) and self._end == self.stop
 
     def rest(self) -> str:
-        """What the end leaves of a character that was not completed."""
+        """The end of the text: a replacement character if the last one is incomplete."""
         return self._decoder.decode(b"", final=True)

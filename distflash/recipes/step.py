@@ -1,4 +1,4 @@
-"""Forward and backward of one step, the same for the sharded model and for the unsharded one that verifies it."""
+"""Forward and backward of one step, sharded or (for verification) unsharded."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,9 +15,9 @@ from distflash.recipes.model import Decoder, loss_sum
 
 @dataclass(frozen=True)
 class Step:
-    """What turns a step's number into a loss and gradients. `cp=None`: this rank holds the whole sequence.
+    """Forward and backward of a step, given its number. `cp=None`: this rank holds the whole sequence.
 
-    share: (n, of), which part of the batch is this rank's. reduction: how gradients are combined over all ranks.
+    share: (n, count): this rank has part n of `count` parts of the batch. reduction: of gradients over all ranks.
     """
 
     config: TrainConfig
@@ -28,13 +28,13 @@ class Step:
     reduction: Literal["sum", "mean"] = "sum"
 
     def __call__(self, model: Decoder, step: int) -> Tensor:
-        """Add this rank's share to the gradients; the mean loss over all tokens of all ranks."""
+        """Accumulate gradients, and return the mean loss over all tokens of all ranks."""
         loss = self.loss(model, step)
         loss.backward()
         return loss.detach()
 
     def loss(self, model: Decoder, step: int) -> Tensor:
-        """The mean loss over all tokens of all ranks, before its backward."""
+        """The mean loss over all tokens of all ranks, without backward."""
         config = self.config
         positions = torch.arange(config.seq_len) if self.cp is None else self.cp.positions(config.seq_len)
         tokens, labels = self.corpus.batch(

@@ -1,7 +1,7 @@
-"""Errors that end the job on every rank at once, with one line for each reason and one exit code.
+"""Errors that end the job on all ranks, with one line per reason and one exit code.
 
-What a single rank finds wrong (a file that it cannot read, say) would leave the others waiting for it. Such work goes
-through `together`: every rank learns what any rank found, and all of them raise the same error.
+If a single rank failed, for example to read a file, the others would wait for it. Work that may fail goes through
+`together`: ranks exchange their errors, and all raise the same one.
 """
 
 import sys
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 class JobError(ValueError):
-    """Ends the job on every rank. reasons: each one, with the first rank that gave it. code: of the process."""
+    """Ends the job on every rank. reasons: each with the first rank that has it. code: the exit code."""
 
     code = 1
 
@@ -26,28 +26,28 @@ class JobError(ValueError):
 
 
 class NotVerified(JobError):
-    """`--verify` found a difference that rounding does not explain."""
+    """`--verify` found a difference larger than rounding."""
 
     code = 1
 
 
 class Refused(JobError):
-    """What was asked for is not done: an option, a file or the data is at fault."""
+    """An option, a file or the data is invalid."""
 
     code = 2
 
 
 class NotFinite(JobError):
-    """The loss, the norm of the gradient or a weight is infinite or not a number."""
+    """The loss, the gradient norm or a weight is infinite or NaN."""
 
     code = 3
 
 
 def together(work: Callable[[], Result]) -> list[Result]:
-    """Do `work` on every rank; the results by rank. All ranks call.
+    """Run `work` on every rank, and return all results by rank. All ranks call.
 
     Raises:
-        Refused: on every rank, with the reasons of all ranks on which `work` raised a ValueError or an OSError.
+        Refused: on every rank, if `work` raised a ValueError or an OSError on any, with the reasons of all.
     """
     outcome: tuple[Result | None, str] = None, ""
     try:
@@ -62,12 +62,12 @@ def together(work: Callable[[], Result]) -> list[Result]:
 
 
 def on_lead(work: Callable[[], object]) -> None:
-    """Do `work` on the first rank alone, while the others wait. All ranks call; raises like `together`."""
+    """Run `work` on rank 0, while the others wait. All ranks call. Raises like `together`."""
     together(lambda: work() if is_lead() else None)
 
 
 def end(work: Callable[[], int]) -> int:
-    """The exit code of `work`. A `JobError` is printed by the first rank, one line for each of its reasons."""
+    """The exit code of `work`. Rank 0 prints a `JobError`, one line per reason."""
     try:
         return work()
     except JobError as error:
@@ -82,7 +82,7 @@ def is_lead() -> bool:
 
 
 def gather(value: Result) -> list[Result]:
-    """The values of all ranks; this one's alone in a process without a group."""
+    """The values of all ranks; only this one's without a process group."""
     if not dist.is_initialized():
         return [value]
     values: list[Result] = [value] * dist.get_world_size()

@@ -21,19 +21,19 @@ from distflash.integrations import transformers as dft
 class TorchAttention:
     """`torch.distributed.tensor.experimental.context_parallel` with cuDNN.
 
-    repeat_kv: give each query head its own keys and values, where torch does not take fewer.
+    repeat_kv: expand keys and values to all query heads, for torch versions without GQA here.
     """
 
     name = "torch_context_parallel"
 
     def __init__(self, mesh: DeviceMesh, repeat_kv: bool) -> None:
         self.mesh = mesh
-        # A name that the library knows no mask for: the model then makes none, and the attention is told causal.
+        # Transformers makes no mask for an unknown name; the attention is causal instead.
         AttentionInterface.register(self.name, partial(causal_sdpa, repeat_kv=repeat_kv))
 
     @contextmanager
     def sharded(self, batch: dict[str, Tensor], cp: df.ContextParallel) -> Iterator[dict[str, Any]]:
-        """This rank's part of whole tokens and labels [B, S], as a trainer takes it. Backward ends within, too."""
+        """This rank's part of tokens and labels [B, S], as a trainer's inputs. Run backward within it, too."""
         from torch.distributed.tensor.experimental import context_parallel
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -49,7 +49,7 @@ class TorchAttention:
             yield {**part, **own}
 
     def keep(self) -> Any:
-        """The `context_fn` of a checkpoint that does not run attention twice."""
+        """The `context_fn` of activation checkpointing that keeps attention's outputs."""
 
         def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
             kept = op is torch.ops.aten._scaled_dot_product_cudnn_attention.default
@@ -71,10 +71,10 @@ def causal_sdpa(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of q [B, heads, T, D] over k and v [B, kv_heads, T, D], as [B, T, heads, D]."""
-    distflash.trace.note(module)  # for the trainer, which asks whether ranks have attended to each other
+    distflash.trace.note(module)  # the trainer checks that attention ran over all ranks
     if repeat_kv:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    # By name from the module: context_parallel replaces it there.
+    # Looked up in the module, where context_parallel replaces it.
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     )

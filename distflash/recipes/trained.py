@@ -1,4 +1,4 @@
-"""A model as `launch/train.py` left it, over the ranks that are there now."""
+"""A model trained by `launch/train.py`, loaded on any number of ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distflash.recipes.weights import WRITER, load_weights
 
 @dataclass(frozen=True)
 class Trained:
-    """The model, whose attention is over all ranks, and where it is from."""
+    """The model, with attention over all ranks, and its checkpoint."""
 
     choice: Choice
     model: Decoder
@@ -31,19 +31,19 @@ class Trained:
     dtype: torch.dtype
 
     def caches(self, capacity: int) -> list[df.Cache]:
-        """For one sequence, in the compute type."""
+        """Caches for one sequence, in the compute type."""
         return self.model.caches(capacity, self.dtype)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Around all calls of the model: the numbers of training, without its gradients."""
+        """Use around all calls of the model: training's autocast, without gradients."""
         reduced = self.dtype != torch.float32
         with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype, enabled=reduced):
             yield
 
 
 def load_trained(config: InferenceConfig, device: torch.device) -> Trained:
-    """All ranks call; a Refused on all of them where there is no checkpoint to be read."""
+    """Load the newest undamaged checkpoint. All ranks call. Raises Refused on all if there is none."""
     choice = find_trained(config.checkpoint, WRITER)
     if is_lead():
         for _, reason in choice.damaged:

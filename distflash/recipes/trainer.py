@@ -1,4 +1,4 @@
-"""The run in the order of its execution: options, process group, model, steps, end."""
+"""The training job, in the order of execution: options, process group, model, steps, end."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ from distflash.recipes.together import Refused, end, on_lead, together
 from distflash.recipes.verify import headline, show, verify_step
 from distflash.recipes.weights import WRITER, load_state, save_state
 
-# What looks on: the model, what made its steps, and how many are done.
+# A callback (model, step function, number of steps done).
 Watch = Callable[[Decoder, Step, int], None]
 
 
@@ -39,24 +39,24 @@ def main(config: TrainConfig) -> int:
 
 
 def run(config: TrainConfig, job: Callable[[Corpus, torch.device], int]) -> int:
-    """The exit code of `job` on the ranks of the launcher, all of which have the corpus."""
+    """The exit code of `job` on the launcher's ranks, after all have opened the corpus."""
     return on_ranks(config, lambda device: job(agree(config), device))
 
 
 def on_ranks(config: Placed, job: Callable[[torch.device], int]) -> int:
-    """The exit code of `job` on the ranks of the launcher, each on its device."""
+    """The exit code of `job` on the launcher's ranks, each on its device."""
     if config.threads:
         torch.set_num_threads(config.threads)
     device = join_group(config)
     code = end(lambda: job(device))
-    # Only here, at an orderly end: after an error on one rank there is nobody to say goodbye to, and trying hangs.
+    # Only at an orderly end: after an error on another rank, the barrier would hang.
     dist.barrier()
     dist.destroy_process_group()
     return code
 
 
 def join_group(config: Placed) -> torch.device:
-    """Join the default process group, one of its own for a process without a launcher; the device of this rank."""
+    """Join the default process group (of one rank without a launcher), and return this rank's device."""
     device = torch.device(config.device_type)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -70,14 +70,14 @@ def join_group(config: Placed) -> torch.device:
 
 
 def agree(config: TrainConfig) -> Corpus:
-    """Open the corpus, and look at the output folder; a Refused on all ranks where any refuses or reads other data."""
+    """Open the corpus and check the output folder. Raises Refused on all ranks if any fails or has another text."""
     corpus = open_text(config)
     together(lambda: check_out(config))
     return corpus
 
 
 def open_text(config: TrainConfig) -> Corpus:
-    """The corpus of `--data`; a Refused on all ranks where any refuses it or reads another."""
+    """The corpus of `--data`. Raises Refused on all ranks if any cannot read it or has another text."""
     corpora: list[Corpus] = []
 
     def look() -> str:
@@ -90,7 +90,7 @@ def open_text(config: TrainConfig) -> Corpus:
 
 
 def check_same(fingerprints: list[str], option: str) -> None:
-    """A Refused on all ranks where one of them reads other text. fingerprints: of all ranks' corpora."""
+    """Raise Refused on all ranks if they do not have the same text. fingerprints: of all ranks' corpora."""
     others = [rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]]
     if others:
         raise Refused(
@@ -99,7 +99,7 @@ def check_same(fingerprints: list[str], option: str) -> None:
 
 
 def check_out(config: TrainConfig) -> None:
-    """A ValueError where --out, as it is, would lose an earlier run, is no folder or has nothing to resume from."""
+    """Raise a ValueError if --out is no folder, has nothing to resume from, or has a run that would be lost."""
     checkpoints = checkpoints_of(config)
     check_folder(config.out)
     check_folder(checkpoints.folder)
@@ -119,7 +119,7 @@ def check_out(config: TrainConfig) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """A ValueError where there is no folder `path` that may be written to, and none can be made."""
+    """Raise a ValueError if `path` is no writable folder and cannot be created as one."""
     there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
     if not there.is_dir():
         raise ValueError(f"--out: {there} is no folder; move it away, or name another --out")
@@ -128,11 +128,11 @@ def check_folder(path: Path) -> None:
 
 
 def no_watch(model: Decoder, forward_backward: Step, done: int) -> None:
-    """What `train` calls unless it is told otherwise."""
+    """The default callback of `train`: does nothing."""
 
 
 def train(config: TrainConfig, corpus: Corpus, device: torch.device, watch: Watch = no_watch) -> int:
-    """Train as the options say. watch: called on all ranks before the first step and after each one."""
+    """Run the training. watch: called on all ranks before the first step and after each one."""
     stop = StopSignals(device)
     start = prepare(config, corpus, device)
     lead, first = dist.get_rank() == 0, start.first
@@ -159,7 +159,7 @@ def train(config: TrainConfig, corpus: Corpus, device: torch.device, watch: Watc
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with. choice: the checkpoint that it resumes from, whose weights the model has."""
+    """The state at the start of a run. choice: the checkpoint that it resumes from, already loaded."""
 
     choice: Choice | None
     cp: df.ContextParallel
@@ -170,7 +170,7 @@ class Start:
 
     @property
     def first(self) -> int:
-        """The number of the first step that is made."""
+        """The number of the first step."""
         return self.choice.step if self.choice else 0
 
     def describe(self) -> str:
@@ -178,7 +178,7 @@ class Start:
         return describe(step.config, step.corpus, parameters, self.cp, self.first)
 
     def verify(self, report: Reporter) -> df.Report:
-        """Verify the first step, and print the report. All ranks call; raises as `show`."""
+        """Verify the first step, and print the report. All ranks call. Raises like `show`."""
         reduction: Literal["sum"] | None = None if self.forward_backward.config.fsdp else "sum"
         verified = verify_step(self.forward_backward, self.model, self.cp, self.first, reduction)
         show(verified, report)
@@ -186,7 +186,7 @@ class Start:
 
 
 def prepare(config: TrainConfig, corpus: Corpus, device: torch.device) -> Start:
-    """Build the model, with the weights of a checkpoint where the run resumes. All ranks call."""
+    """Build the model, and load the checkpoint if the run resumes. All ranks call."""
     choice = checkpoints_of(config).choose(config.model, WRITER) if config.resume else None
     mesh = mesh_of(config, device)
     cp = df.ContextParallel(mesh["context"], layout=config.make_layout(), schedule=df.Ring())
@@ -204,7 +204,7 @@ def mesh_of(config: TrainConfig, device: torch.device) -> DeviceMesh:
 
 
 def build(config: TrainConfig, cp: df.ContextParallel, device: torch.device) -> tuple[Decoder, torch.optim.AdamW]:
-    """The model with its first weights, sharded if it is to be, and its optimizer."""
+    """The initialised model, sharded with --fsdp, and its optimizer."""
     torch.manual_seed(config.seed)  # drawn on the CPU: the same weights on every rank and every device
     model = Decoder(config.model, cp).to(device)
     if config.fsdp:
@@ -243,7 +243,7 @@ def metrics_of(
     lr: float,
     seconds: float,
 ) -> Metrics:
-    """What is reported of a step 0, 1, ... of all ranks together that took so many seconds."""
+    """The metrics of a step, numbered from 0, over all ranks."""
     tokens = config.batch_size * config.seq_len
     flops = tokens * flops_per_token(config.model, config.seq_len, config.vocabulary)
     return Metrics(
@@ -259,10 +259,10 @@ def metrics_of(
 
 
 def prepare_out(config: TrainConfig, choice: Choice | None) -> None:
-    """On the first rank: make the folder, and leave of an earlier run what this one goes on from."""
+    """On rank 0: create the folder, and delete what this run does not continue from."""
     for line in choice.set_aside() if choice else ():
         print(line, file=sys.stderr, flush=True)
-    if config.overwrite:  # only what a run writes: the folder may hold more
+    if config.overwrite:  # only what a run writes: the folder may have other files
         shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
     if not config.resume:
         (config.out / "metrics.jsonl").unlink(missing_ok=True)
@@ -289,6 +289,6 @@ def title(config: TrainConfig, cp: df.ContextParallel) -> str:
 
 
 def ranks_of(config: TrainConfig, cp: df.ContextParallel) -> str:
-    """How many, and how they share the work where that is not all in one sequence."""
+    """The ranks in words: data x context, and FSDP."""
     groups = f"{config.data_parallel} x " * (config.data_parallel > 1)
     return f"{groups}{cp.world_size}{' (FSDP)' * config.fsdp}"

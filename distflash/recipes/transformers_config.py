@@ -13,7 +13,7 @@ from distflash.recipes.options import require, whole_sentences
 @dataclass(frozen=True)
 @whole_sentences
 class TransformersConfig(TrainConfig):
-    """Train a randomly initialised Llama of Transformers with its Trainer, each sequence over some or all ranks.
+    """Train a randomly initialised Llama with the Transformers Trainer, each sequence sharded over ranks.
 
     On several GPUs, FSDP2 shards weights, gradients and optimizer state over all ranks. On CPUs every rank holds all.
     The defaults take about 3 minutes on two CPU cores, with two ranks.
@@ -22,15 +22,15 @@ class TransformersConfig(TrainConfig):
     out: Path = Path("runs/transformers")
     """Folder of the run: metrics.jsonl, loss.png and checkpoints."""
     attention: Literal["distflash", "torch"] = "distflash"
-    """distflash, or for comparison torch's own context parallelism: on GPUs, sequences that twice the ranks divide."""
+    """distflash, or for comparison torch's context parallelism (GPUs only; twice the ranks must divide --seq-len)."""
     vocab_size: int = VOCABULARY
-    """Entries of the vocabulary. Bytes use 256; more make embedding, logits and loss as large as with a tokenizer."""
+    """Vocabulary size. Bytes need 256; a larger one gives embedding, logits and loss the cost of a tokenizer's."""
     loss_chunk: int = 4096
-    """Tokens of each sequence whose logits are computed at a time, and again in backward. 0: all of them once."""
+    """Compute logits and loss in chunks of so many tokens, and again in backward. 0: no chunks, no recomputation."""
     repeat_kv: bool = False
-    """Beside --attention torch: give every query head its own keys and values."""
+    """With --attention torch: expand keys and values to all query heads."""
 
-    # Not asked for here: it is on where there are several GPUs.
+    # Not an option here: on with several GPUs.
     fsdp: Suppress[bool] = False
 
     def __post_init__(self) -> None:

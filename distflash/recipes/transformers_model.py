@@ -1,4 +1,4 @@
-"""A Llama of Transformers whose logits are never there as a whole.
+"""A Llama of Transformers that computes logits in chunks.
 
 Shapes: B sequences, T tokens on this rank, V entries of the vocabulary.
 """
@@ -21,14 +21,14 @@ from distflash.recipes.transformers_config import TransformersConfig
 
 
 class Llama(LlamaForCausalLM):
-    """Computes the loss in chunks of `loss_chunk` tokens, whose logits backward computes again; 0 for all at once."""
+    """Computes the loss in chunks of `loss_chunk` tokens, recomputed in backward. 0: all at once."""
 
     loss_chunk = 0
 
     def forward(  # type: ignore[override]
         self, *, shift_labels: Tensor, num_items_in_batch: Tensor, labels: object = None, **inputs: Any
     ) -> CausalLMOutput:
-        """shift_labels: [B, T], by whose number in the batch the sum of the losses is divided."""
+        """shift_labels: [B, T]. num_items_in_batch: the number of labels, by which the loss sum is divided."""
         hidden = self.model(**inputs).last_hidden_state
         if not self.loss_chunk:
             return CausalLMOutput(loss=self.loss_sum(hidden, shift_labels) / num_items_in_batch)
@@ -42,7 +42,7 @@ class Llama(LlamaForCausalLM):
 
 
 def build(config: TransformersConfig, attention: TorchAttention | None, device: torch.device) -> Llama:
-    """With the weights of the seed, the same on every rank. attention: None for that of distflash."""
+    """The model, with the same initial weights on every rank. attention: None for distflash."""
     model = config.model
     torch.manual_seed(config.seed)
     with device:
@@ -72,7 +72,7 @@ def build(config: TransformersConfig, attention: TorchAttention | None, device: 
 
 @contextmanager
 def unsharded(llama: Llama) -> Iterator[None]:
-    """Within it the model attends by torch's own attention, over whole sequences."""
+    """Within it the model uses SDPA on whole sequences."""
     before = llama.config._attn_implementation
     llama.set_attn_implementation("sdpa")
     try:

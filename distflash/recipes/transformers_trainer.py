@@ -1,7 +1,6 @@
-"""A Llama of Transformers under `dft.Trainer`. Options, data, reports and checkpoints are those of the main job.
+"""The job on `dft.Trainer`, with a Llama of Transformers. Options, data, reports and checkpoints are the main job's.
 
-The trainer makes the steps. Around them are callbacks: before the first one the weights of a checkpoint and --verify,
-after each one what follows a step in every job.
+Callbacks load the checkpoint and run --verify before the first step, and report and save after each step.
 """
 
 import os
@@ -36,7 +35,7 @@ from distflash.recipes.verify import show, verify_run
 from distflash.recipes.weights import load_state, save_state
 
 WRITER = "launch/train_transformers.py"
-# Steps that are left out of the rate: memory pools grow and kernels are compiled.
+# Steps excluded from the rate, in which memory pools grow and kernels are compiled.
 WARM_UP = 2
 
 
@@ -47,7 +46,7 @@ def main(config: TransformersConfig) -> int:
 
 def train(config: TransformersConfig, corpus: Corpus, device: torch.device) -> int:
     stop, lead = StopSignals(device), dist.get_rank() == 0
-    config = replace(config, fsdp=device.type == "cuda" and "LOCAL_RANK" in os.environ)  # as accelerate has it
+    config = replace(config, fsdp=device.type == "cuda" and "LOCAL_RANK" in os.environ)  # accelerate's condition
     choice = checkpoints_of(config).choose(config.model, WRITER) if config.resume else None
     on_lead(lambda: prepare_out(config, choice))
     first = choice.step if choice else 0
@@ -72,7 +71,7 @@ def train(config: TransformersConfig, corpus: Corpus, device: torch.device) -> i
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
-    """The sequences of all steps from `first` on, in their order."""
+    """The sequences of all steps from `first` on, in order."""
 
     def __init__(self, config: TransformersConfig, corpus: Corpus, first: int) -> None:
         self.config, self.corpus, self.first = config, corpus, first
@@ -96,7 +95,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
 
 class JobTrainer(dft.Trainer):
-    """The trainer with the job's order of the data, learning rate and precision."""
+    """The trainer with the job's data order, learning rate and precision."""
 
     def __init__(
         self,
@@ -122,7 +121,7 @@ class JobTrainer(dft.Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if self.config.fsdp:  # gradients are added up in float32
+        if self.config.fsdp:  # gradients are reduced in float32
             policy = MixedPrecisionPolicy(param_dtype=self.config.compute_dtype, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
@@ -135,16 +134,16 @@ class JobTrainer(dft.Trainer):
 
     @property
     def body(self) -> nn.Module:
-        """The model without its head, whose weights are the embedding's."""
+        """The model without its head, which shares the embedding's weights."""
         return self.accelerator.unwrap_model(self.model).model
 
     def save(self, folder: Path) -> None:
         save_state(folder, self.body, without_accelerate(self.optimizer))
 
     def replay(self, step: int, cp: df.ContextParallel | None) -> Tensor:
-        """Forward and backward of a step; the mean loss over all tokens of all ranks, on each. As `df.verify` wants it.
+        """Forward and backward of a step, for `df.verify`. Returns the mean loss over all tokens of all ranks.
 
-        `cp=None`: this rank holds the whole batch, and attends by torch's own attention.
+        `cp=None`: this rank holds the whole batch, and uses SDPA.
         """
         config, ranks = self.config, self.data_ranks
         size = config.batch_size // (1 if cp is None else ranks.count)
@@ -182,7 +181,7 @@ def training_arguments(config: TransformersConfig, steps: int) -> TrainingArgume
         use_cpu=config.device_type == "cpu",
         bf16=config.compute_dtype == torch.bfloat16 and not config.fsdp,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # which would show another number in its place
+        logging_nan_inf_filter=False,  # the filter would hide NaN
         save_strategy="no",
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
@@ -194,7 +193,7 @@ def training_arguments(config: TransformersConfig, steps: int) -> TrainingArgume
 
 
 class Steps(TrainerCallback):
-    """What every job does before its first step and after each one."""
+    """What every job does before the first step and after each one."""
 
     def __init__(self, job: JobTrainer, device: torch.device, choice: Choice | None, after: AfterStep) -> None:
         self.job, self.device, self.choice, self.after = job, device, choice, after
@@ -213,7 +212,7 @@ class Steps(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "grad_norm" not in logs:  # of the whole run
             return
-        seconds = time.perf_counter() - self.begin  # the loss that is logged has been waited for
+        seconds = time.perf_counter() - self.begin  # logging the loss has synchronised
         number = self.job.data.first + state.global_step - 1
         numbers = logs["loss"], float(logs["grad_norm"]), logs["learning_rate"]
         self.made.append(metrics_of(self.job.config, self.device, number, *numbers, seconds))
@@ -222,7 +221,7 @@ class Steps(TrainerCallback):
 
 
 def summary(made: list[Metrics], device: torch.device) -> str:
-    """The rate of a step in the middle, and the most memory of any rank. All ranks call."""
+    """The median rate, and the largest peak memory of any rank. All ranks call."""
     peak = torch.tensor(peak_memory_gib(device), device=device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     rate = statistics.median(m.tokens_per_second for m in made[min(WARM_UP, len(made) - 1) :])

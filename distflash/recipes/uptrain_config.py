@@ -15,42 +15,42 @@ Method = Literal["mean", "first", "random"]
 @dataclass(frozen=True)
 @whole_sentences
 class UptrainConfig(TrainConfig):
-    """Give a checkpoint of the train job fewer key heads, and train it on for a share of its steps.
+    """Reduce a checkpoint of the train job to fewer key heads, and continue training for a fraction of its steps.
 
     A run of that job's defaults takes under 1 minute on two CPU cores, with two ranks; --compare about 4.
     """
 
     source: Path = Path("runs/train")
-    """The --out of a run of the train job, of which the newest checkpoint is taken, or one of its step-* folders."""
+    """The --out of a training run, whose newest checkpoint is read, or one of its step-* folders."""
     kv_heads: int | None = None
-    """Key and value heads afterwards: a divisor of the query heads, and fewer than the source has. Left out: half of
-    the source's."""
+    """New number of key and value heads: a divisor of the query heads, less than the source's. By default half of the
+    source's."""
     method: Method = "mean"
-    """What a new key head is: the mean of those of its group of query heads, the first of them, or drawn anew."""
+    """How to make a new key head: the mean of the heads in its group, the first of them, or random."""
     share: float = 0.1
-    """Steps to train on for, as a share of those that the source has made. The learning rate warms up and falls again
-    over them, and moments and step counts of keys and values begin anew."""
+    """Steps to train, as a fraction of the source's steps. The learning rate restarts with a warm-up, and so do
+    optimizer moments and step counts of keys and values."""
     compare: bool = False
-    """Uptrain by all three methods, and the source as it is, each in a folder of --out; the held-out losses against
-    steps are in compare.json and compare.png. With --resume it goes on where it was stopped."""
+    """Uptrain with all three methods, and train the unchanged source as a baseline, each in a folder of --out. Held-out
+    losses are in compare.json and compare.png. --resume continues a comparison."""
     held_out: Path | None = None
-    """Text that the source was not trained on, as --data: its loss is measured on the way, and kept in held_out.json.
-    Left out: with --compare the tests of the running Python's standard library, which the default of --data has not."""
+    """Text like --data that the source was not trained on. Its loss is measured during training and written to
+    held_out.json. By default, with --compare, the tests of Python's standard library."""
     held_out_batches: int = 8
-    """Batches of held-out text that are read each time."""
+    """Batches per measurement of the held-out loss."""
     held_out_points: int = 10
-    """How often it is measured on the way, beside at once."""
+    """Number of measurements after the initial one."""
     seed: int = 1
-    """Seed of the order of the data, and of heads that are drawn. Give another one than the source had: with its own,
-    the text of its first steps comes once more."""
+    """Seed of the data order, and of random heads. Use another than the source's: its own repeats the source's first
+    batches."""
     out: Path = Path("runs/uptrain")
-    """Folder of the run: metrics.jsonl, loss.png and checkpoints, the first of them at once."""
+    """Folder of the run: metrics.jsonl, loss.png and checkpoints, including step 0."""
     checkpoint_activations: bool = False
-    """As in the train job: keep only the input of each block and the result of its attention."""
+    """As in the train job: keep only the input of each block and the output of its attention."""
     recompute_attention: bool = False
-    """Beside --checkpoint-activations: recompute attention too."""
+    """With --checkpoint-activations: recompute attention too."""
 
-    # Known from the source.
+    # Set from the source.
     model: Suppress[ModelConfig] = field(default_factory=ModelConfig)
     steps: Suppress[int] = 1
 

@@ -1,7 +1,6 @@
-"""Uptraining: a checkpoint of the main job with fewer key heads, trained on for a share of its steps.
+"""The uptraining job: reduce a checkpoint to fewer key heads, and continue training for a fraction of its steps.
 
-The converted checkpoint is step 0 of a run of the main job, which then resumes from it. So it goes on as any other,
-after an interruption too, and what it writes is read by all that reads checkpoints of the main job.
+The converted checkpoint is step 0 of an ordinary training run, which resumes from it.
 """
 
 import json
@@ -20,7 +19,7 @@ from distflash.recipes.together import gather, on_lead, together
 from distflash.recipes.trainer import check_out, no_watch, prepare_out, run, train
 from distflash.recipes.uptrain_config import Method, UptrainConfig
 
-# What `--compare` trains: without a change, then by each method.
+# The runs of `--compare`: the unchanged source, then each method.
 COMPARED: dict[str, Method | None] = {
     "original, trained on": None,
     "mean of the group": "mean",
@@ -31,7 +30,7 @@ COMPARED: dict[str, Method | None] = {
 
 @dataclass(frozen=True)
 class Source:
-    """What is uptrained: a checkpoint, the steps that it has made, and its model."""
+    """The checkpoint to uptrain, its number of steps, and its model."""
 
     path: Path
     steps: int
@@ -40,13 +39,13 @@ class Source:
 
 def main(config: UptrainConfig) -> int:
     """Run the job and return the exit code: 0 done or stopped by a signal, else that of a `JobError`."""
-    # A comparison has its checkpoints in folders of --out, each of which is looked at by itself.
+    # A comparison has runs in folders of --out, each of which is checked separately.
     whole = replace(config, resume=False) if config.compare else config
     return run(whole, lambda corpus, device: uptrain(config, corpus, device))
 
 
 def uptrain(config: UptrainConfig, corpus: Corpus, device: torch.device) -> int:
-    """All ranks call. Nothing is written before all that can be refused is known."""
+    """All ranks call. Everything is checked before anything is written."""
     source = Source(*open_source(config.source))
     config = together(lambda: configured(config, source))[0]
     held_out = open_on_all(config.held_out, config.seq_len) if config.compare or config.held_out else None
@@ -64,7 +63,7 @@ def uptrain(config: UptrainConfig, corpus: Corpus, device: torch.device) -> int:
 
 
 def single_run(config: UptrainConfig, method: Method | None) -> UptrainConfig:
-    """One run of a comparison; a ValueError where its folder is in the way. It resumes only what has begun."""
+    """The options of one run of a comparison. Raises a ValueError if its folder exists and --resume is not given."""
     single = replace(config, compare=False, resume=False, out=config.out / (method or "original"))
     resume = config.resume and bool(checkpoints_of(single).complete())
     check_out(single := replace(single, resume=resume))
@@ -72,7 +71,7 @@ def single_run(config: UptrainConfig, method: Method | None) -> UptrainConfig:
 
 
 def configured(config: UptrainConfig, source: Source) -> UptrainConfig:
-    """With the model and the steps that follow from the source; a ValueError for what does not fit it."""
+    """The options completed from the source. Raises a ValueError for options that do not fit it."""
     require(
         config.out.resolve() not in source.path.resolve().parents,
         "--out",
@@ -107,7 +106,7 @@ def one(
     held_out: Corpus | None,
     device: torch.device,
 ) -> None:
-    """Convert, unless the run is one that resumes, and train. method: None where no head is changed."""
+    """Convert (unless the run resumes) and train. method: None if heads stay unchanged."""
     path = config.out / "held_out.json"
     if not config.resume:
         on_lead(lambda: prepare_out(config, None))
@@ -121,7 +120,7 @@ def one(
 
 
 def show(config: UptrainConfig, source: Source, folders: dict[str, Path]) -> None:
-    """On the first rank: keep all curves in one file, and draw them."""
+    """On rank 0: write all curves to one file, and plot them."""
     curves = {label: read_curve(folder / "held_out.json") for label, folder in folders.items()}
     before = next(iter(curves.values()))[0]
     kept = {

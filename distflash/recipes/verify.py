@@ -1,6 +1,6 @@
-"""`--verify`: one batch of a job, sharded and unsharded, for `df.verify` to compare loss, output and gradients.
+"""`--verify`: compare loss, output and gradients of one batch, sharded and unsharded, with `df.verify`.
 
-Gradients are compared before they are clipped, since clipping hides a factor that all of them share.
+Gradients are compared before clipping, which would hide a common factor.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def verify_step(
 ) -> df.Report:
     """Verify a step of the byte-level decoder. All ranks call.
 
-    number: of the step, which decides about its batch. reduction: as in `df.verify`.
+    number: of the step, which determines its batch. reduction: as in `df.verify`.
     """
 
     def run(number: int, cp: df.ContextParallel | None) -> Tensor:
@@ -39,12 +39,12 @@ def verify_run(
     number: int,
     reduction: Literal["sum", "mean"] | None,
 ) -> df.Report:
-    """Verify `run(number, cp)`, the step of that number, over all ranks of the job."""
+    """Verify step `number`, run by `run(number, cp)`, over all ranks of the job."""
     return df.verify(run, number, cp, model=model, reduction=reduction, group=dist.group.WORLD, quiet=True)
 
 
 def show(report: df.Report, out: Reporter) -> None:
-    """Print the report on the first rank; a NotVerified on all of them where it found a difference."""
+    """Print the report on rank 0. Raises NotVerified on all ranks if it found a difference."""
     out.print(f"First batch {report}")
     if not report.ok:
         first = report.first or report.not_finite or f"the {report.worst.kind} {report.worst.name}"

@@ -1,4 +1,4 @@
-"""Options of the job that verifies a training step and trains nothing."""
+"""Options of the verification job."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,11 @@ from distflash.recipes.options import whole_sentences
 class VerifyConfig(TrainConfig):
     """Replay the first batch of a training run unsharded, and compare loss, output and all gradients.
 
-    Takes the options of `distflash train`, so that the command of a run is verified by its first word alone. Nothing is
-    trained and nothing is written. The exit code is 0, or 1 where values differ by more than rounding explains. The
-    defaults take under 1 minute on two CPU cores, with two ranks.
+    Takes the options of `distflash train`. Nothing is trained or written. The exit code is 0, or 1 if values differ by
+    more than rounding. The defaults take under 1 minute on two CPU cores, with two ranks.
     """
 
     resume: bool = False
     """Verify the next step of the run in --out, with the weights of its newest checkpoint."""
     verify: bool = True
-    """What this job does in any case."""
+    """Always on in this job."""

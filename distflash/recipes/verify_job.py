@@ -1,4 +1,4 @@
-"""`distflash verify`: the check that `--verify` makes before training, without the training."""
+"""`distflash verify`: the check of `--verify`, without training."""
 
 import torch
 import torch.distributed as dist
@@ -10,12 +10,12 @@ from distflash.recipes.verify_config import VerifyConfig
 
 
 def main(config: VerifyConfig) -> int:
-    """Run the job and return the exit code: 0, 1 where values differ, 2 where an option or the text is refused."""
+    """Run the job and return the exit code: 0, 1 if values differ, 2 if an option or the text is invalid."""
     return on_ranks(config, lambda device: verify(config, open_text(config), device))
 
 
 def verify(config: VerifyConfig, corpus: Corpus, device: torch.device) -> int:
-    """Verify the first step as the options say. All ranks call; raises as `distflash.recipes.verify.show`."""
+    """Verify the first step. All ranks call. Raises like `distflash.recipes.verify.show`."""
     start = prepare(config, corpus, device)
     report = Reporter(config, first_step=start.first, active=dist.get_rank() == 0)
     report.print(start.describe())

@@ -1,4 +1,4 @@
-"""Where a library warns a job that a name of its own will go: into a file, since no user of the job can change it."""
+"""Writes libraries' FutureWarnings to a file, since users of a job cannot act on them."""
 
 import logging
 import re
@@ -12,9 +12,9 @@ OF_THE_FUTURE = re.compile(r"\S.*:\d+: FutureWarning: ")
 
 @contextmanager
 def future_warnings_in(path: Path, active: bool) -> Iterator[None]:
-    """FutureWarnings go to the file, which is made for the first one; all others to standard error, as ever.
+    """Within it, FutureWarnings go to the file, created on the first one. All others go to standard error.
 
-    active: False on ranks that keep nothing, whose FutureWarnings are those of the first rank.
+    active: False on all ranks except 0, which drop FutureWarnings.
     """
     logger = logging.getLogger("py.warnings")
     kept: logging.Handler = logging.FileHandler(path, delay=True) if active else logging.NullHandler()

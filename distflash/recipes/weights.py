@@ -1,9 +1,7 @@
-"""The weights and the optimizer's state as safetensors, written and read without a pickle by any number of ranks.
+"""Weights and optimizer state as safetensors, written and read by any number of ranks, without pickles.
 
-`torch.distributed.checkpoint` shares out the writing where every rank holds the whole model, writes each rank's part
-where FSDP shards it, and reads the one as the other. Its storage in safetensors has JSON headers that say which part of
-which tensor a file holds, and no other metadata. What is no tensor (learning rate, betas, weight decay) is not stored:
-a run takes it from its command line.
+`torch.distributed.checkpoint` writes them in parallel and reshards them on reading, with or without FSDP. Only tensors
+are stored. Learning rate, betas and weight decay come from the command line.
 """
 
 from collections.abc import Collection, Mapping
@@ -30,11 +28,11 @@ OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write to a folder that is empty but for other files. All ranks call.
+    """Write to a folder without safetensors. All ranks call.
 
     Raises:
         NotFinite: on every rank, before anything is written.
-        Refused: on every rank, where one of them could not write.
+        Refused: on every rank, if one of them could not write.
     """
     weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
     state = tensors(weights, moments)
@@ -46,14 +44,14 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, anew: Collection[str] = ()) -> None:
-    """Read into the model and an optimizer that has not stepped, however they are sharded. All ranks call.
+    """Read into the model and an optimizer that has not stepped, with any sharding. All ranks call.
 
-    anew: parameters that are not read. They keep their values, and their moments and counts of steps are 0.
+    anew: parameters that are not read. They keep their values, and their moments and step counts are 0.
 
     Raises:
-        Refused: on every rank, where one of them does not find what it needs.
+        Refused: on every rank, if one of them does not find a tensor.
     """
-    weights, moments = get_state_dict(model, optimizer, options=OPTIONS)  # which makes a step, of nothing, to see them
+    weights, moments = get_state_dict(model, optimizer, options=OPTIONS)  # creates the moments with an empty step
     left_out = {f"model.{name}" for name in anew}
     for name, value in moments.items():
         if isinstance(value, Tensor) and name.removeprefix("state.").rpartition(".")[0] in anew:
@@ -64,21 +62,21 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Read into a model alone, however it is sharded. All ranks call; raises as `load_state`."""
+    """Read into a model, with any sharding. All ranks call. Raises like `load_state`."""
     weights = get_model_state_dict(model)
     read(folder, tensors(weights, {}))
     set_model_state_dict(model, weights)
 
 
 def read_whole(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Parameters of these names and shapes, float32, whole on every rank and on the CPU. All ranks call."""
+    """Full parameters with these names and shapes, float32 on the CPU of every rank. All ranks call."""
     whole = {name: torch.empty(shape) for name, shape in shapes.items()}
     read(folder, {f"model.{name}": x for name, x in whole.items()})
     return whole
 
 
 def read(folder: Path, state: dict[str, Tensor]) -> None:
-    """Read into the tensors of `state`. All ranks call; raises as `load_state`."""
+    """Read into the tensors of `state`. All ranks call. Raises like `load_state`."""
     together(lambda: check_names(folder, state))
     try:
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
@@ -87,14 +85,14 @@ def read(folder: Path, state: dict[str, Tensor]) -> None:
 
 
 def tensors(weights: dict, moments: dict) -> dict[str, Tensor]:
-    """All tensors of both under one name each; reading into them changes `weights` and `moments`."""
+    """All tensors of both in one dict, not copied: reading into them changes `weights` and `moments`."""
     state = {f"model.{name}": value for name, value in weights.items()}
     state |= {f"optimizer.{name}": value for name, value in moments.items() if isinstance(value, Tensor)}
     return state
 
 
 def check_names(folder: Path, state: dict[str, Tensor]) -> None:
-    """A ValueError that names a file that is no safetensors, or a tensor that no file has a part of."""
+    """Raise a ValueError if a file is no safetensors, or if a tensor is in no file."""
     found: set[str] = set()
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -107,7 +105,7 @@ def check_names(folder: Path, state: dict[str, Tensor]) -> None:
 
 
 def check_finite(state: dict[str, Tensor]) -> None:
-    """A NotFinite on every rank that names a tensor of which some rank holds an infinity or a NaN."""
+    """Raise NotFinite on every rank if a tensor has an infinity or NaN on any rank."""
     parts = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in state.items()}
     bad = (name for name, part in parts.items() if not bool(torch.isfinite(part).all()))
     found = gather(next(bad, None))
@@ -119,5 +117,5 @@ def check_finite(state: dict[str, Tensor]) -> None:
 
 
 def failed(folder: Path, error: CheckpointException) -> Refused:
-    """What all ranks raise for what some of them met. torch has told every rank of all of them."""
+    """The error that all ranks raise for the failures of any. torch has exchanged them."""
     return Refused({f"{folder}: {' '.join(str(reason).split())}": rank for rank, (reason, _) in error.failures.items()})

@@ -15,7 +15,7 @@ from distflash.geometry import Geometry, Tokens
 from distflash.intervals import build
 from distflash.placement import Placement
 from distflash.plan import Gradients, Pass, Plan
-from distflash.transport import Exchanges, Transport
+from distflash.transport import PointToPoint, Transport
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Schedule(ABC):
         """
         return None
 
-    def among(self, transport: Transport) -> Exchanges:
+    def among(self, transport: Transport) -> PointToPoint:
         """The transport between the ranks of a plan; by default all ranks of ``transport``."""
         return transport
 

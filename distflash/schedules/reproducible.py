@@ -1,13 +1,11 @@
-"""Reproducible: the same bits on any number of ranks, by kernel calls that no number of ranks changes.
+"""Reproducible: the same bits on any number of ranks, since kernel calls do not depend on it.
 
-The sequence is cut into chunks at multiples of ``chunk``. A kernel call is a chunk of queries over all keys that they
-see, in the order of positions; or, for dK and dV, a chunk of keys under all queries that see them, in that order. So a
-call's shapes, values and order follow from the mask, the length and the chunk alone, and the bits of its result do. The
-layout decides only which rank makes the call.
+The sequence is cut into chunks at multiples of ``chunk``. A kernel call is of a chunk of queries and all keys that they
+see; for dK and dV, of a chunk of keys and all queries that see them. Tokens are in the order of positions. So shapes,
+values and order of a call depend on the mask, the length and the chunk only. The layout decides which rank makes it.
 
-So nothing is added up between ranks: a rank has the keys sent that its queries see, and in backward also the queries
-that see its keys. Each (query, key) pair is computed in two backward calls, once for dQ where the query is and once for
-dK and dV where the key is, which is what kernels with separate gradients do anyway.
+Nothing is summed over ranks. A rank receives all keys that its queries see, and in backward also all queries that see
+its keys. Backward computes each (query, key) pair twice: for dQ on the query's rank, for dK and dV on the key's rank.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from distflash.chunkwise_plan import AtHand, ChunkwisePlan, Piece
+from distflash.chunkwise_plan import ChunkwisePlan, GatheredChunks, Piece
 from distflash.geometry import Geometry
 from distflash.integers import set_count
 from distflash.intervals import build
@@ -31,16 +29,16 @@ class Reproducible(Schedule):
     """The same bits on 1, 2, 4 or any number of ranks: the output, lse, dQ, dK, dV and the gradient of sinks.
 
     For debugging: whether two runs on different numbers of ranks differ by rounding or by a bug. It is slower than
-    `Ring` and takes more memory: a rank holds all keys that its queries see, and in backward all queries that see its
-    keys, and nothing is computed while they travel. `docs/numerics.md` says which bits are the same when.
+    `Ring` and needs more memory: a rank holds all keys that its queries see (in backward also all queries that see its
+    keys), and communication does not overlap with compute. See `docs/numerics.md`.
 
-    The layout has to deal whole chunks: `WholeChunks` does for every length, `Zigzag` and `Contiguous` where they
-    happen to cut at multiples of the chunk. Every rank takes the same kernel on the same kind of device; on Hopper GPUs
-    ``df.kernels.Hopper(deterministic=True)`` is taken by default. On CPUs runs that are compared need the same
-    ``torch.get_num_threads()``: torchrun sets one thread where there are several processes.
+    No chunk may be on two ranks: use `WholeChunks`, or `Zigzag` or `Contiguous` with a length that they cut at
+    multiples of the chunk. All ranks need the same kernel and kind of device; on Hopper GPUs the default is
+    ``df.kernels.Hopper(deterministic=True)``. On CPUs all runs need the same ``torch.get_num_threads()`` (torchrun sets
+    1 if there are several processes).
 
     Args:
-        chunk: how many tokens. More of them give kernels more work at a time, fewer are dealt more evenly.
+        chunk: tokens per chunk. Larger chunks are faster, smaller ones are balanced better.
 
     Raises:
         ValueError: chunk is no int of at least 1.
@@ -65,12 +63,12 @@ class Reproducible(Schedule):
 
 @dataclass(frozen=True, eq=False)
 class _Cut:
-    """A call cut into chunks, as all ranks know it.
+    """A call cut into chunks; the same on all ranks.
 
     Attributes:
-        sees: by chunks of queries, the chunks of keys that any of its queries sees.
-        seen_by: by chunks of keys, the chunks of queries that see any of its keys.
-        keys_at, queries_at: by ranks, the chunks that its kernel calls read.
+        sees: for each chunk of queries, the chunks of keys that it sees.
+        seen_by: for each chunk of keys, the chunks of queries that see it.
+        keys_at, queries_at: for each rank, the chunks that its kernel calls read.
     """
 
     geometry: Geometry
@@ -106,20 +104,20 @@ class _Cut:
         forward = [each for n in of_queries for each in self._over_keys(n)]
         backward = [replace(each, gradients=Gradients.OF_QUERIES) for each in forward]
         backward += [replace(each, gradients=Gradients.OF_KEYS) for n in of_keys for each in self._under_queries(n)]
-        keys_at_hand = AtHand.of(self.keys, self.keys_at[rank], rank)
-        queries_at_hand = AtHand.of(self.queries, self.queries_at[rank], rank)
+        gathered_keys = GatheredChunks.of(self.keys, self.keys_at[rank], rank)
+        gathered_queries = GatheredChunks.of(self.queries, self.queries_at[rank], rank)
         return ChunkwisePlan(
             rank=rank,
             forward=_stages(keys, rank, forward),
             backward=_stages(keys + queries, rank, backward),
             lengths=tuple(geometry.keys.length(r) for r in range(geometry.world_size)),
-            rows={r: _local(self.keys, self.keys_at[rank], r) for r in keys_at_hand.ranks if r != rank},
+            rows={r: _local(self.keys, self.keys_at[rank], r) for r in gathered_keys.ranks if r != rank},
             pairs=needs.pairs,
             remote=needs.remote,
-            of_queries=_pieces(self.queries, of_queries, self.sees, keys_at_hand),
-            of_keys=_pieces(self.keys, of_keys, self.seen_by, queries_at_hand),
-            keys=keys_at_hand,
-            queries=queries_at_hand,
+            of_queries=_pieces(self.queries, of_queries, self.sees, gathered_keys),
+            of_keys=_pieces(self.keys, of_keys, self.seen_by, gathered_queries),
+            keys=gathered_keys,
+            queries=gathered_queries,
             owners=tuple(self.queries.owners.tolist()),
         )
 
@@ -129,12 +127,12 @@ class _Cut:
         return self._passes(number, (self.queries.ranges[number],), keys)
 
     def _under_queries(self, number: int) -> list[Pass]:
-        """All queries that see a chunk of keys, over that chunk."""
+        """All queries that see a chunk of keys, over it."""
         queries = joined(self.queries.ranges[n] for n in self.seen_by[number])
         return self._passes(number, queries, (self.keys.ranges[number],))
 
     def _passes(self, number: int, queries: Ranges, keys: Ranges) -> list[Pass]:
-        """One for each part of the mask; none where nothing is seen."""
+        """One for each part of the mask; none if there is no pair."""
         if not queries or not keys:
             return []
         tokens = Gathered(queries), Gathered(keys)
@@ -145,18 +143,18 @@ class _Cut:
         ]
 
 
-def _pieces(chunks: Chunks, numbers: list[int], beside: list[list[int]], at_hand: AtHand) -> tuple[Piece, ...]:
-    return tuple(Piece(n, chunks.local(n), joined(at_hand.places[m] for m in beside[n])) for n in numbers)
+def _pieces(chunks: Chunks, numbers: list[int], beside: list[list[int]], gathered: GatheredChunks) -> tuple[Piece, ...]:
+    return tuple(Piece(n, chunks.local(n), joined(gathered.ranges[m] for m in beside[n])) for n in numbers)
 
 
 def _local(chunks: Chunks, numbers: list[int], rank: int) -> Ranges:
-    """The tokens of those chunks that ``rank`` holds, among its own."""
+    """The local indices of ``rank``'s tokens in these chunks."""
     asked = set(numbers)
     return joined(chunks.local(n) for n in chunks.held_by(rank) if n in asked)
 
 
 def _moves(what: What, chunks: Chunks, wanted_by: list[list[int]]) -> Iterator[Move]:
-    """Every rank is sent what its kernel calls read, straight from who holds it."""
+    """Each rank receives what its kernel calls read, directly from the ranks that hold it."""
     for receiver, numbers in enumerate(wanted_by):
         for sender in range(len(wanted_by)):
             rows = () if sender == receiver else _local(chunks, numbers, sender)
@@ -165,6 +163,6 @@ def _moves(what: What, chunks: Chunks, wanted_by: list[list[int]]) -> Iterator[M
 
 
 def _stages(moves: Sequence[Move], rank: int, passes: Sequence[Pass]) -> tuple[Stage, ...]:
-    """Everything arrives before anything is computed. No rank has the first stage where nothing is sent."""
+    """One stage that receives everything, if anything is sent, and one that computes."""
     arriving = (Stage(transfers(moves, rank, 0)),) if moves else ()
     return *arriving, Stage(passes=tuple(passes))

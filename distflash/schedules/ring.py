@@ -37,5 +37,5 @@ class Ring(KeysTravel):
         return tuple(((rank - step) % world_size,) for step in range(world_size))
 
     def route(self, rank: int, source: int, world_size: int) -> int:
-        """The rank from which ``rank`` receives K/V of ``source``: its predecessor in the ring, if that has them."""
+        """The predecessor in the ring."""
         return (rank - 1) % world_size

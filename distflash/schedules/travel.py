@@ -1,9 +1,8 @@
-"""Schedules that send K/V and keep Q: in which step a rank computes a source, and from whom the keys come.
+"""Schedules that send K/V and keep Q: rings and all-gather.
 
-A message holds only the keys that its receiver needs. They come from the rank that the schedule's `route` names if
-that rank has all of them, otherwise directly from their source. No rank forwards keys that it does not need, so the
-number of bytes depends on the mask alone. dK and dV are sent directly to the source, which adds them in float32 in the
-order of the steps: the same bits in every run.
+A message holds only the keys that its receiver needs. They come from the rank that `route` names if that rank has all
+of them, otherwise directly from their source. No rank forwards keys that it does not need itself. dK and dV are sent
+directly to the source, which adds them in float32 in the order of the steps, so results are reproducible.
 """
 
 from __future__ import annotations
@@ -20,14 +19,17 @@ from distflash.schedules.moves import Move, Rows, in_order, transfers
 
 
 class KeysTravel(Schedule):
-    """A schedule given by the step in which each rank computes each source, and the rank that the keys come from."""
+    """A schedule given by two functions: which sources a rank attends to in each step, and who sends it their keys."""
 
     @abstractmethod
     def sources(self, rank: int, world_size: int) -> tuple[tuple[int, ...], ...]:
-        """The sources of each step, the same number of steps on every rank. The first step is the local keys alone."""
+        """The sources of each step. Every rank has equally many steps, and the first is its local keys alone."""
 
     def route(self, rank: int, source: int, world_size: int) -> int:
-        """The rank that sends ``rank`` the source's keys, if it has them in time; by default the source itself."""
+        """The rank that sends ``rank`` the source's keys; by default the source itself.
+
+        If the named rank does not have them in time, the source sends them.
+        """
         return source
 
     def ahead(self, rank: int, source: int, world_size: int) -> int:
@@ -56,12 +58,12 @@ class KeysTravel(Schedule):
         )
 
     def _travel(self, needs: Needs) -> _Travel:
-        """The transfers, without the steps in which no rank computes."""
+        """The transfers. Steps in which no rank computes are left out."""
         ranks = range(len(needs.rows))
         every = [self.sources(rank, len(ranks)) for rank in ranks]
         steps = [[tuple(s for s in sources if needs.any_pair(rank, s)) for sources in every[rank]] for rank in ranks]
-        made = [n for n in range(len(steps[0])) if n == 0 or any(steps[rank][n] for rank in ranks)]
-        return _Travel(self, needs, made, [[steps[rank][n] for n in made] for rank in ranks])
+        kept = [n for n in range(len(steps[0])) if n == 0 or any(steps[rank][n] for rank in ranks)]
+        return _Travel(self, needs, kept, [[steps[rank][n] for n in kept] for rank in ranks])
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,17 @@ class _Travel:
     """The transfers of all ranks, in the same order on every rank.
 
     Attributes:
-        made: the schedule's steps in which any rank computes; the n-th of them is stage n.
-        steps: by ranks and stages, the sources that each rank computes.
+        kept: the schedule's steps in which any rank computes; the n-th of them is stage n.
+        steps: by rank and stage, the sources that the rank attends to.
     """
 
     schedule: KeysTravel
     needs: Needs
-    made: list[int]
+    kept: list[int]
     steps: list[list[tuple[int, ...]]]
 
     def remote(self) -> Iterator[tuple[int, int, int]]:
-        """``(stage, rank, source)`` wherever a rank computes remote keys."""
+        """``(stage, rank, source)`` of every stage in which a rank attends to remote keys."""
         for step in range(1, len(self.steps[0])):
             for rank, of_rank in enumerate(self.steps):
                 yield from ((step, rank, source) for source in of_rank[step])
@@ -105,8 +107,8 @@ class _Travel:
             earlier = [n for n in range(1, step) if source in self.steps[peer][n]]
             if earlier:
                 return peer, earlier[-1], held
-        departure = self.made[step] - self.schedule.ahead(rank, source, len(self.steps))
-        return source, max(0, bisect_right(self.made, departure) - 1), None
+        departure = self.kept[step] - self.schedule.ahead(rank, source, len(self.steps))
+        return source, max(0, bisect_right(self.kept, departure) - 1), None
 
 
 def _passes(geometry: Geometry, needs: Needs, rank: int, sources: Sequence[int]) -> tuple[Pass, ...]:

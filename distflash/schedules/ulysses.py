@@ -18,7 +18,7 @@ from distflash.schedules.all_to_all import AllToAll
 from distflash.schedules.base import Asked, Schedule
 from distflash.schedules.heads import HeadShare
 from distflash.schedules.ring import Ring
-from distflash.transport import Exchanges, Subset, Transport
+from distflash.transport import PointToPoint, Subset, Transport
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Ulysses(Schedule):
         shape: of the mesh; set by `ContextParallel`.
 
     Raises:
-        ValueError: an argument is of another kind.
+        ValueError: an argument has the wrong type.
 
     Examples:
         >>> cp = df.ContextParallel(dist.group.WORLD, schedule=df.Ulysses())
@@ -82,7 +82,7 @@ class Ulysses(Schedule):
             )
         return AllToAll(among, self.groups, HeadShare(asked.heads, asked.kv_heads, U), asked)
 
-    def among(self, transport: Transport) -> Exchanges:
+    def among(self, transport: Transport) -> PointToPoint:
         """The ranks with this rank's index in their groups, between which the inner schedule exchanges keys."""
         members = self.groups[self.group_of(transport.rank)]
         return Subset(transport, tuple(group[members.index(transport.rank)] for group in self.groups))

@@ -1,7 +1,7 @@
 """Transports: communication between the ranks of a group."""
 
 from distflash.transport.alone import Alone
-from distflash.transport.base import Exchanges, Message, Pending, Transport
+from distflash.transport.base import Message, Pending, PointToPoint, Transport
 from distflash.transport.copy_engine import CopyEngine
 from distflash.transport.distributed import Distributed
 from distflash.transport.failures import RankFailure
@@ -14,7 +14,7 @@ __all__ = [
     "Alone",
     "CopyEngine",
     "Distributed",
-    "Exchanges",
+    "PointToPoint",
     "Guarded",
     "Message",
     "Pending",

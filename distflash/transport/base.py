@@ -31,7 +31,7 @@ class Pending(Protocol):
         ...
 
 
-class Exchanges(Protocol):
+class PointToPoint(Protocol):
     """Point-to-point messages. Between two ranks they are received in the order in which they are sent."""
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
@@ -39,7 +39,7 @@ class Exchanges(Protocol):
         ...
 
 
-class Transport(Exchanges, Protocol):
+class Transport(PointToPoint, Protocol):
     """Communication between the ranks of a group, which are numbered from 0 to ``world_size - 1``."""
 
     @property

@@ -52,8 +52,8 @@ class Copies:
 class CopyEngine(Distributed):
     """The ranks of a process group whose GPUs have peer-to-peer access, such as those of one NVLink domain.
 
-    Exchanges are copies between the GPUs' memories; collectives go through the group. All ranks have to construct it at
-    the same time. If memory cannot be shared, the constructor raises; nothing falls back to NCCL.
+    Sends and receives are copies between the GPUs' memories; collectives go through the group. All ranks have to
+    construct it at the same time. If memory cannot be shared, the constructor raises; nothing falls back to NCCL.
 
         cp = df.ContextParallel(df.transport.CopyEngine(dist.group.WORLD))
 

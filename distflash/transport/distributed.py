@@ -19,7 +19,7 @@ from distflash.transport.base import Message
 HEAD_START = 2**14
 
 
-# Named so from torch 2.13 on, where the old name warns.
+# The name since torch 2.13, in which the old one is deprecated.
 _ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 # `Work.wait` reads 0 as the group's own timeout.
 _GROUPS_OWN = timedelta(0)
@@ -168,7 +168,7 @@ class Distributed:
         return total.to(x.device)
 
     def mark(self) -> Callable[[], bool] | None:
-        """A function that says whether all work queued on the device is done; None if the host has waited for it."""
+        """A function that tells whether work queued on the GPU so far is done; None on CPUs and in graph capture."""
         if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return None
         event = torch.cuda.Event()
@@ -201,7 +201,7 @@ class Distributed:
         self._kept = tensors if small and tensors[0].device.type == "cpu" else ()
 
     def _limit(self, x: Tensor) -> timedelta:
-        """The timeout of a wait for ``x``. On GPUs the host does not wait, and would if a timeout were given."""
+        """The timeout of a wait for ``x``. On GPUs the group's own, since another one would make the host wait."""
         return _GROUPS_OWN if self.timeout is None or x.device.type == "cuda" else self.timeout
 
 

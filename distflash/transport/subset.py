@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from distflash.transport.base import Exchanges, Message, Pending
+from distflash.transport.base import Message, Pending, PointToPoint
 
 
 @dataclass(frozen=True)
 class Subset:
     """Point-to-point messages between the ``members``, which are ranks of ``transport``."""
 
-    transport: Exchanges
+    transport: PointToPoint
     members: tuple[int, ...]
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:

@@ -1,4 +1,4 @@
-"""Real ranks that make different calls, or one call with different arguments: a ValueError on each, and none dies."""
+"""Real ranks with different calls or arguments: a ValueError on each, and the group stays usable."""
 
 import pytest
 import torch

@@ -1,11 +1,11 @@
-"""Peers that need real ranks: they compute what one process does."""
+"""Peers that need real ranks give the results of one process."""
 
 import torch
 import torch.distributed as dist
 
 import distflash as df
 from benchmarks import common
-from benchmarks.contest import ours
+from benchmarks.comparison import ours
 from benchmarks.peers import all_to_all
 
 S = 32

@@ -1,4 +1,4 @@
-"""Checkpointing that keeps attention over a real ring, under FSDP2 and `torch.compile`: one forward a layer."""
+"""Checkpointing that keeps attention over a real ring, with FSDP2 and `torch.compile`: one forward per layer."""
 
 import pytest
 import torch

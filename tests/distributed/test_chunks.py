@@ -1,4 +1,4 @@
-"""Masks for each sequence, and queries that are other tokens than keys, over real processes, against dense float64."""
+"""A mask per sequence, and chunks of queries, over real processes, against dense float64."""
 
 import pytest
 import torch

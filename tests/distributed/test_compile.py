@@ -1,4 +1,4 @@
-"""Compiled attention over real ranks: a graph for all lengths, and shards that do not fit told at run time."""
+"""Compiled attention over real ranks: one graph for all lengths, and run-time errors for wrong shards."""
 
 import pytest
 import torch

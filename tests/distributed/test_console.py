@@ -1,4 +1,4 @@
-"""`distflash` as users start it: it starts its own ranks, and tells how they ended in one line and one exit code."""
+"""`distflash` as users start it: it starts ranks, and reports how they ended in one line and an exit code."""
 
 import json
 import os

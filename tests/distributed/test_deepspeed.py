@@ -1,4 +1,4 @@
-"""DeepSpeed on real processes: losses and weights of a training run equal those of one device, and users' mistakes."""
+"""DeepSpeed on real processes: losses and weights equal those of one device; errors for users' mistakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The transport over torch.distributed, and the groups that a ContextParallel is made of."""
+"""The transport over torch.distributed, and groups for a ContextParallel."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The example of every public name: it runs, and prints on the first of two ranks what the docstring says."""
+"""The examples of public names run, and print what the docstrings show, on rank 0 of two."""
 
 import doctest
 import inspect

@@ -1,4 +1,4 @@
-"""Evaluation on one rank and on several, in chunks through the cache, against whole sequences in float64."""
+"""Evaluation on one and several ranks, in chunks through the cache, against whole sequences in float64."""
 
 import json
 import shutil

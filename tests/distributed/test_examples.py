@@ -1,4 +1,4 @@
-"""The scripts of examples/ on CPU processes: the losses of all steps are those of the same script on one process."""
+"""The scripts of examples/ on CPU processes: losses of all steps equal those on one process."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""One rank fails, in every phase of a call; all others raise one error that says why, in time."""
+"""One rank fails, in every phase of a call; all others raise an error with the reason, in time."""
 
 import os
 import re

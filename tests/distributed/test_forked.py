@@ -1,4 +1,4 @@
-"""The harness for scripts: every rank's place, output and exit code, and no script that stays."""
+"""The harness for scripts: environment, output and exit code of each rank; no process stays."""
 
 import pytest
 

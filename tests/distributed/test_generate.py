@@ -1,4 +1,4 @@
-"""Generation from a checkpoint of two ranks, on any number of ranks, against the whole sequence without a cache."""
+"""Generation from a checkpoint of two ranks, on any number of ranks, against the model without a cache."""
 
 import re
 import shutil

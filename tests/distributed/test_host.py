@@ -1,4 +1,4 @@
-"""The one command for all that the ring has to show on a host, as its rehearsal on two CPU processes."""
+"""The command that runs all multi-GPU benchmarks of a host, on two CPU processes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The examples of docs/inference.md, as one job: each runs, on small numbers, with the results of one device."""
+"""The examples of docs/inference.md as one job: each runs, with the results of one device."""
 
 import re
 

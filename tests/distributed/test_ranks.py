@@ -1,4 +1,4 @@
-"""The harness: whatever a rank does, the call ends, and says which rank it was."""
+"""The harness for ranks: whatever a rank does, the call ends and names the rank."""
 
 import os
 import time

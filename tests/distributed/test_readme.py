@@ -1,4 +1,4 @@
-"""The README's diff, as it stands: what it makes of a model trains with the gradients of what it starts from."""
+"""The README's diff: the changed model has the gradients of the original."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the main job that are damaged, forged or of a run that diverges: what every rank does about them."""
+"""Damaged, forged or diverged checkpoints of the main job: what every rank does."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""`--verify` of the jobs: a step that is wrong in one layer, or by a factor, ends the job and says where."""
+"""`--verify` of the jobs: a wrong layer, or a wrong factor, ends the job with its location."""
 
 from __future__ import annotations
 

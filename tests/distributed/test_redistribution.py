@@ -1,4 +1,4 @@
-"""Rows that other ranks hold, over gloo: uneven shards, both with messages to all ranks and with none to some."""
+"""Halos and relayouts over gloo: uneven shards, with and without messages between all ranks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The main job on real ranks, and as users start it: a tiny model, a length that no number of ranks divides."""
+"""The main job on real ranks, as users start it: a tiny model, and a length not divisible by the ranks."""
 
 import json
 import os

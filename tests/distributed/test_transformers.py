@@ -1,4 +1,4 @@
-"""Models of Transformers over real ranks: logits, loss and every gradient are those of eager attention on one."""
+"""Transformers models over real ranks: logits, loss and gradients equal those of eager attention on one."""
 
 import math
 import re

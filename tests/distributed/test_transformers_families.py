@@ -1,4 +1,4 @@
-"""Families over two real ranks, as docs/transformers.md lists them; some of them, in seconds."""
+"""Model types over two real ranks, as in docs/transformers.md; the fast ones."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""`generate` over real ranks, whose seeds differ: the tokens and scores of the library's own on one process."""
+"""`generate` over real ranks with different seeds: tokens and scores equal those of one process."""
 
 from itertools import product
 

@@ -1,4 +1,4 @@
-"""Models that mix tokens by more than attention over real ranks: logits, loss and gradients are one process's."""
+"""Models with other token mixers over real ranks: logits, loss and gradients equal those of one process."""
 
 import pytest
 import torch

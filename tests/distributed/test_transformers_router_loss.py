@@ -1,4 +1,4 @@
-"""Models with experts over real ranks: their loss with the routers' is that of one process, and so are gradients."""
+"""Mixtures of experts over real ranks: loss with router loss, and gradients, equal those of one process."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Trainers over real ranks: losses, unclipped gradient norms, weights and all that is logged equal one process's."""
+"""Trainers over real ranks: losses, gradient norms, weights and logs equal those of one process."""
 
 import os
 from dataclasses import replace

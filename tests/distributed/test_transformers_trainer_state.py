@@ -1,4 +1,4 @@
-"""What a trainer writes and reads over ranks is that of one process: logs, checkpoints, the best model."""
+"""Files of a trainer over ranks equal those of one process: logs, checkpoints, the best model."""
 
 import contextlib
 import io

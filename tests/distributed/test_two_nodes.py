@@ -1,4 +1,4 @@
-"""The main job on two nodes: two agents of torchrun on this machine, with the options of launch/slurm/train.sbatch."""
+"""The main job on two nodes: two torchrun agents on this machine, with the options of launch/slurm/train.sbatch."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Uptraining as ranks run it: what is pooled, what is kept, what begins anew, and that ranks together are one rank."""
+"""Uptraining over ranks: pooled and unchanged weights, reset moments, and equality with one rank."""
 
 import contextlib
 import io

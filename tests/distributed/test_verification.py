@@ -1,4 +1,4 @@
-"""`df.verify`: right steps pass, and what is wrong in others is found and named, on every rank alike."""
+"""`df.verify`: right steps pass; errors in others are found and located, on every rank."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""Some of the wrong calls on real processes: the same words on every rank, and a group that is in order afterwards."""
+"""Some wrong calls on real processes: the same message on every rank, and the group stays usable."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Tests that need a GPU: skipped, with the reason, where there is none."""
+"""Tests that need a GPU: skipped, with the reason, if there is none."""
 
 from collections.abc import Iterator
 

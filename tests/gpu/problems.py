@@ -1,4 +1,4 @@
-"""The problems of the GPU tests: every feature once, at lengths that no tile divides."""
+"""Problems for GPU tests: every feature once, with lengths that are not multiples of a tile."""
 
 from __future__ import annotations
 

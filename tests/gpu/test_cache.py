@@ -1,4 +1,4 @@
-"""Chunks and steps of decoding through a cache, with the kernels of the device, and as a CUDA graph."""
+"""Chunks and decoding steps through a cache, with GPU kernels and CUDA graphs."""
 
 from dataclasses import dataclass, field
 

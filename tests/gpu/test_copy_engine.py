@@ -1,4 +1,4 @@
-"""The ring by copy engines, over GPUs that reach one another's memory, against NCCL and dense float64."""
+"""The ring by copy engines, over GPUs with peer access, against NCCL and dense float64."""
 
 from __future__ import annotations
 

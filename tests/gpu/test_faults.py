@@ -1,4 +1,4 @@
-"""A rank that raises, or hangs, ends the waits of the others on NCCL, where these waits are kernels."""
+"""A rank that raises or hangs ends the waits of the others on NCCL, where waits are kernels."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""CUDA graphs around training steps: replayed with new data, they give what eager code gives."""
+"""CUDA graphs of training steps, replayed with new data, equal eager code."""
 
 from __future__ import annotations
 

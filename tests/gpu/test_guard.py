@@ -1,4 +1,4 @@
-"""Every kernel reads and writes within its own tensors: inputs, outputs and scratch lie between canaries."""
+"""Every kernel reads and writes only within its tensors, which have canaries on both sides."""
 
 from __future__ import annotations
 

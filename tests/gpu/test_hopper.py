@@ -1,4 +1,4 @@
-"""The Hopper kernel on a GPU, against dense float64: the portable kernel's cases that it takes."""
+"""The Hopper kernel on a GPU, against dense float64: the portable kernel's cases that it supports."""
 
 from dataclasses import replace
 

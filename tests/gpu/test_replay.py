@@ -1,4 +1,4 @@
-"""Launches that are replayed with other tensors, on a GPU, against dense float64."""
+"""Replayed launches with other tensors, on a GPU, against dense float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job on two GPUs, at lengths where tensors end as pages of memory do: it ended in illegal accesses."""
+"""The main job on two GPUs, with lengths at which tensors end at page boundaries: a regression test."""
 
 import pytest
 import torch

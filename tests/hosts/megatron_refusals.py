@@ -1,4 +1,4 @@
-"""What the integration of Megatron refuses, as a rank finds it."""
+"""Errors of the Megatron integration, on a rank."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the tests of host libraries train; light, so that only ranks import the libraries."""
+"""Training data and settings for tests of host libraries, without importing these."""
 
 from dataclasses import dataclass
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The example with Lightning: its losses over ranks are those of one process."""
+"""The example with Lightning: losses over ranks equal those of one process."""
 
 from importlib.util import find_spec
 

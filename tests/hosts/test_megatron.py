@@ -1,4 +1,4 @@
-"""Megatron's GPT over real ranks: losses and gradient norms are those of one process with its own dense attention."""
+"""Megatron's GPT over real ranks: losses and gradient norms equal those of its own attention on one process."""
 
 from importlib.util import find_spec
 

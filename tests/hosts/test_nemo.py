@@ -1,4 +1,4 @@
-"""NeMo AutoModel needs no code of ours: its models ask Transformers' registry for their attention."""
+"""NeMo AutoModel works without code of ours, since its models use Transformers' attention registry."""
 
 from importlib.util import find_spec
 

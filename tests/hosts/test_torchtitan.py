@@ -1,4 +1,4 @@
-"""torchtitan's trainer over real ranks: losses, gradient norms and validation are those of one process."""
+"""torchtitan's trainer over real ranks: losses, gradient norms and validation equal those of one process."""
 
 from importlib.util import find_spec
 

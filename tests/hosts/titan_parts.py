@@ -1,4 +1,4 @@
-"""Parts of torchtitan that tests replace: what only GPUs have, the data, and attention that runs on CPUs."""
+"""Replacements of torchtitan's parts for tests: GPU-only code, data, and attention on CPUs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the integration of torchtitan refuses, as a rank finds it."""
+"""Errors of the torchtitan integration, on a rank."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The decoding kernels in Triton's interpreter: steps over stores that were made by hand, against dense float64."""
+"""The decoding kernels in Triton's interpreter: steps over hand-made stores, against dense float64."""
 
 from dataclasses import replace
 from itertools import product

@@ -1,4 +1,4 @@
-"""What the launches of the Hopper kernels decide on the host."""
+"""Host decisions of the Hopper kernel's launches."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""distflash/kernels/replay.py and packed.py: a replay launches what building the launch anew would."""
+"""distflash/kernels/replay.py and packed.py: a replay launches the same as building the launch again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading machine code, and holding what was read against the table of the Hopper kernels."""
+"""Reading of machine code, and comparison with the table of the Hopper kernels."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What the launches of the Triton kernels make of tensors without rows, and of strides that nobody uses."""
+"""The Triton kernels' launches with empty tensors and unusual strides."""
 
 from itertools import product
 

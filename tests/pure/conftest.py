@@ -1,4 +1,4 @@
-"""Every test here runs on poisoned memory."""
+"""All tests here run with poisoned memory, see `tests.poison`."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Ranks that disagree are told so on every rank, by field and rank, and nobody waits."""
+"""If ranks' calls differ, every rank raises an error that names the ranks and fields, and none waits."""
 
 from dataclasses import dataclass
 

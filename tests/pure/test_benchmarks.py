@@ -1,4 +1,4 @@
-"""What benchmarks count, draw and compare, and that nobody who is wrong gets a figure."""
+"""Counts, plots and comparisons of benchmarks; candidates with wrong results get no figure."""
 
 import os
 from itertools import accumulate, pairwise
@@ -9,7 +9,17 @@ import torch
 import distflash as df
 from benchmarks import common, gpt2, kernels, masks, ring
 from benchmarks.common import Shape
-from benchmarks.contest import BACKWARD, BOTH, FORWARD, Candidate, Contest, Passes, ours, right_for, said
+from benchmarks.comparison import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    Candidate,
+    Comparison,
+    Passes,
+    error_line,
+    ours,
+    reference_for,
+)
 from benchmarks.workloads import MASKS, balance, document_lengths
 from distflash.geometry import Geometry, Needs
 
@@ -79,19 +89,19 @@ def test_balance_is_the_most_work_over_the_mean():
     assert balance(counts) == pytest.approx(float(counts.sum(1).max() / counts.sum() * 4))
 
 
-def contest(passes=(FORWARD, BACKWARD)):
-    return Contest(common.Clock(CPU, seconds=0.001), torch.float32, passes)
+def comparison(passes=(FORWARD, BACKWARD)):
+    return Comparison(common.Clock(CPU, seconds=0.001), torch.float32, passes)
 
 
 @pytest.fixture(scope="module")
 def problem():
     inputs = common.random_inputs(SHAPE, SHAPE.S, torch.float32, CPU)
-    return inputs, right_for(inputs, df.Causal(), ALONE, SHAPE.S)
+    return inputs, reference_for(inputs, df.Causal(), ALONE, SHAPE.S)
 
 
 def test_ours_is_right_and_timed(problem):
     inputs, right = problem
-    held = contest((FORWARD, BACKWARD, BOTH))
+    held = comparison((FORWARD, BACKWARD, BOTH))
     assert held.enter("distflash", lambda: ours(ALONE, SHAPE.S).run(inputs, df.Causal()), right)
     row = held.row(lambda name, which: 3e12)
     assert set(row["tflops"]) == {f"distflash|{which}" for which in (FORWARD, BACKWARD, BOTH)}
@@ -105,7 +115,7 @@ def test_a_wrong_result_has_no_figure(problem, name):
     inputs, right = problem
     passes = ours(ALONE, SHAPE.S).run(inputs, df.Causal())
     for wrong in (1.01 * passes.results[name], torch.full_like(passes.results[name], torch.nan)):
-        held = contest()
+        held = comparison()
         assert not held.enter("peer", lambda w=wrong: Passes(passes.calls, passes.results | {name: w}), right)
         assert held.left_out == {"peer": "wrong result"}
         assert not held.row(lambda name, which: 1.0)["tflops"]
@@ -115,10 +125,10 @@ def test_a_peer_that_raises_is_left_out_with_the_reason(problem):
     def run():
         raise NotImplementedError("no such shape\nand much more")
 
-    held = contest()
+    held = comparison()
     assert not held.enter("peer", run, problem[1])
     assert held.left_out["peer"].startswith("NotImplementedError: no such shape (test_benchmarks.py:")
-    assert said(KeyError()) == "KeyError: "
+    assert error_line(KeyError()) == "KeyError: "
 
 
 def by_definition(q, k, v, mask):

@@ -1,4 +1,4 @@
-"""`benchmarks/checkpointing.py` from its command line to its record, on the CPU at a size of no interest."""
+"""`benchmarks/checkpointing.py` from its command line to its record, tiny, on the CPU."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The count of Python functions that a call runs, and that a larger one than the committed one is found."""
+"""Counts of Python calls, and the check against committed counts."""
 
 import sys
 from collections import Counter

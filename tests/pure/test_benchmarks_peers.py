@@ -1,4 +1,4 @@
-"""The ring that ours is compared with is right itself, before anyone's kernels are put into it."""
+"""The ring of `benchmarks.peers.zigzag` is right, with a dense kernel."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 import distflash as df
 from benchmarks.common import Shape
-from benchmarks.contest import right_for
+from benchmarks.comparison import reference_for
 from benchmarks.peers import local, rings, zigzag
 from benchmarks.workloads import MASKS
 from distflash.transport import Message, Simulator
@@ -54,7 +54,7 @@ def test_the_zigzag_ring_is_exact(W):
         q, k, v, dout = rank_inputs(transport.rank, W)
         out, lse = zigzag.forward(q, k, v, transport, Dense())
         dq, dk, dv = zigzag.backward(dout, q, k, v, out, lse, transport, Dense())
-        right = right_for((q, k, v, dout), df.Causal(), cp, SHAPE.S)
+        right = reference_for((q, k, v, dout), df.Causal(), cp, SHAPE.S)
         return right.errors(out=out, dq=dq, dk=dk, dv=dv)
 
     for errors in Simulator(W).run(work):
@@ -102,7 +102,7 @@ def test_a_kernel_that_refuses_leaves_nothing_in_flight():
 def test_the_zigzag_ring_is_differentiable_and_takes_causal_masks_only():
     candidate = zigzag.ring(df.transport.Alone(), Dense())
     inputs = rank_inputs(0, 1)
-    right = right_for(inputs, df.Causal(), df.ContextParallel(df.transport.Alone()), SHAPE.S)
+    right = reference_for(inputs, df.Causal(), df.ContextParallel(df.transport.Alone()), SHAPE.S)
     assert max(right.errors(**candidate.run(inputs, df.Causal()).results).values()) < 5e-6
     with pytest.raises(ValueError, match="takes Causal masks only"):
         candidate.run(inputs, df.Full())
@@ -128,4 +128,4 @@ def test_sdpa_is_right_where_it_runs():
     cp = df.ContextParallel(df.transport.Alone())
     for mask in (df.Full(), df.Causal()):
         passes = rings.repeated(local.MAKERS[local.FLASH]()).run(inputs, mask)
-        assert max(right_for(inputs, mask, cp, SHAPE.S).errors(**passes.results).values()) < 5e-6
+        assert max(reference_for(inputs, mask, cp, SHAPE.S).errors(**passes.results).values()) < 5e-6

@@ -1,4 +1,4 @@
-"""Pictures of benchmarks are drawn from records alone, in words that a stranger knows."""
+"""Plots of benchmarks are made from records alone, with readable names."""
 
 import json
 
@@ -53,15 +53,15 @@ def test_a_picture_says_where_it_was_measured(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("error_line", "words"),
     [
         (common.Shape(1, 131072, 32, 8, 128, 128), "128K tokens, 32:8 heads, D128"),
         (common.Shape(8, 2048, 16, 16, 192, 128), "8 x 2K tokens, 16 heads, D192/128"),
         (common.Shape(1, 11520, 4, 4, 64, 64), "11520 tokens, 4 heads, D64"),
     ],
 )
-def test_shapes_in_words(said, words):
-    assert pictures.shape(str(said)) == words
+def test_shapes_in_words(error_line, words):
+    assert pictures.shape(str(error_line)) == words
 
 
 def test_numbers_of_tokens():

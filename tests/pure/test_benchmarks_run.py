@@ -1,4 +1,4 @@
-"""Each benchmark from its command line to its record and picture, on the CPU at a size of no interest."""
+"""Each benchmark from its command line to its record and picture, tiny, on the CPU."""
 
 import json
 import sys

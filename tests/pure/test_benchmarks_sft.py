@@ -1,4 +1,4 @@
-"""What the benchmark of trainers says of layers' time and of wrong runs."""
+"""The benchmark of trainers: time per layer, and detection of wrong runs."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Spans, kinds, gaps and sums of a small trace made by hand."""
+"""Spans, kinds, gaps and sums of a small hand-made trace."""
 
 import pytest
 

@@ -1,11 +1,11 @@
-"""What the benchmark of wall time runs and divides: loops of layers, blocks, all-to-all, and the ratios."""
+"""The benchmark of wall time: loops of layers, blocks, all-to-all, and ratios."""
 
 import pytest
 import torch
 
 import distflash as df
 from benchmarks import common, wall
-from benchmarks.contest import BOTH, FORWARD, Candidate, ours
+from benchmarks.comparison import BOTH, FORWARD, Candidate, ours
 from benchmarks.layers import AttentionLayers, Blocks, DecoderBlock, Sizes, calls_of, rotated, rotations
 from benchmarks.stopwatch import Stopwatch, Times
 

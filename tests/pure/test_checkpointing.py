@@ -1,4 +1,4 @@
-"""Checkpointing that keeps attention: its forward runs once, and nothing else changes."""
+"""Activation checkpointing that keeps attention: its forward runs once, and results are unchanged."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Plans of chunks: what moves, what is refused, and what may be dropped."""
+"""Plans of chunks: transfers, errors, and keys that may be dropped."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import distflash as df
-from distflash.chunks import Chunk, seen_later, told
+from distflash.chunks import Chunk, length_for, seen_later
 from distflash.exact import Exact
 from distflash.kernels import Problem, Reference
 from distflash.ledger import Ledger
@@ -115,9 +115,9 @@ def test_what_is_seen_both_ways_within_a_chunk_is_not(mask):
 @given(st.data(), st.integers(0, 24))
 def test_what_any_later_query_sees_is_kept(data, total):
     mask = data.draw(masks(24) | patterns(24)) & df.Causal()
-    last = 96 if mask.seq_len is None else told(mask)
+    last = 96 if mask.seq_len is None else length_for(mask)
     queries, keys = torch.arange(total, max(total, last)), torch.arange(total)
-    seen = mask.materialize(queries, keys, told(mask)).any(0)
+    seen = mask.materialize(queries, keys, length_for(mask)).any(0)
     kept = torch.zeros(total, dtype=torch.bool)
     for run in seen_later(mask, total):
         kept[run.start : run.stop] = True

@@ -1,4 +1,4 @@
-"""Queries that are other tokens than the keys: a chunk of the sequence, cross-attention, and keys in another layout."""
+"""Queries that are other tokens than the keys: chunks, cross-attention, and keys in another layout."""
 
 from dataclasses import replace
 

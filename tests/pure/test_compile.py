@@ -1,4 +1,4 @@
-"""A decoder block under `torch.compile`: one graph, and as exact as without."""
+"""A decoder block under `torch.compile`: one graph, and as exact as eager code."""
 
 import shutil
 

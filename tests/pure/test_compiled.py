@@ -1,4 +1,4 @@
-"""What differs from call to call is data of a compiled graph, so that one graph serves all calls of a form."""
+"""Values that differ between calls are inputs of a compiled graph, so one graph serves all calls of a form."""
 
 import functools
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Under `torch.compile`: one graph for masks of each sequence, and for queries that are other tokens than keys."""
+"""`torch.compile` with a mask per sequence, and with chunks of queries: one graph."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Processes that share what there is to compile, and what becomes of those that fail or hang."""
+"""Parallel compilation by several processes, some of which fail or hang."""
 
 import threading
 import time

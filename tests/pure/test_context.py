@@ -1,4 +1,4 @@
-"""Groups that share their ranks and hold sequences in different layouts."""
+"""Several groups on the same ranks, with different layouts."""
 
 import pytest
 import torch

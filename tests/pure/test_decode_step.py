@@ -1,4 +1,4 @@
-"""Decoding: what goes wrong elsewhere, each as a test named after it, and refusals."""
+"""Decoding: known bugs of other implementations, each with a test named after it, and errors."""
 
 import math
 

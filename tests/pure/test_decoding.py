@@ -1,9 +1,9 @@
-"""Decoding by the definition: steps over stores that were made by hand, against dense attention over all keys."""
+"""The reference for decoding: steps over hand-made stores, against dense attention over all keys."""
 
 import pytest
 import torch
 
-from distflash.dealing import keepers
+from distflash.cache_balance import storing_ranks
 from distflash.kernels.decoding import DIFFER
 from distflash.kernels.reference_decoding import ReferenceDecoding
 from tests import decoding
@@ -20,7 +20,7 @@ def test_keepers_are_those_with_the_fewest():
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         counts = torch.randint(0, 5, (3, 4), generator=generator)
-        for b, expected in enumerate(keepers(counts, 6).tolist()):
+        for b, expected in enumerate(storing_ranks(counts, 6).tolist()):
             kept = counts[b].tolist()
             for rank in expected:
                 assert rank == kept.index(min(kept))

@@ -1,4 +1,4 @@
-"""The double ring: its order, what crosses between nodes, and how early that sets out."""
+"""The double ring: order of sources, traffic between nodes, and prefetch distance."""
 
 import pytest
 import torch

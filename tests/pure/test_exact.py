@@ -1,4 +1,4 @@
-"""Keys that are equal only if the values are the same."""
+"""Dictionary keys that are equal only if the values are the same."""
 
 from dataclasses import dataclass
 

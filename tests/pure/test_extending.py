@@ -1,4 +1,4 @@
-"""A mask, a layout, a schedule and a kernel of a user's own are one class each, and work with all the others."""
+"""A user's own mask, layout, schedule and kernel are one class each, and work with all others."""
 
 from dataclasses import dataclass, replace
 

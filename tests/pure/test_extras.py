@@ -1,4 +1,4 @@
-"""A package that is not installed is named together with the extra that installs it."""
+"""The error for a missing package names the extra that installs it."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""FailureReports of a failure in a store, which may not answer."""
+"""Reports of a failure in the store, which may not respond."""
 
 import pickle
 import time

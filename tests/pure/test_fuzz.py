@@ -1,4 +1,4 @@
-"""That the script of random calls tries what it says, the same in every run, and notices what is wrong."""
+"""The fuzzing script draws what it claims, the same in every run, and detects errors."""
 
 from dataclasses import replace
 

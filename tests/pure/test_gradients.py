@@ -1,4 +1,4 @@
-"""How the parts of gradients add up: by a kernel that writes numbers of the test's choice."""
+"""Sums of gradients over passes and ranks, with a kernel that writes chosen numbers."""
 
 from dataclasses import dataclass, field
 
@@ -53,7 +53,7 @@ def gradients(transport, geometry, kernel, abilities=None, dtype=torch.float32):
     keys = torch.zeros(1, K, 1, 2, dtype=dtype), torch.zeros(1, K, 1, 3, dtype=dtype)
     queries = q, out, torch.zeros(1, 1, T), out
     exchange = Exchange(plan, transport, {What.KEYS: keys, What.QUERIES: queries})
-    exchange.at_hand |= {(What.KEYS, plan.rank): keys, (What.QUERIES, plan.rank): queries}
+    exchange.tensors |= {(What.KEYS, plan.rank): keys, (What.QUERIES, plan.rank): queries}
     parts = GradientBuffers(exchange, kernel, Scores(1.0), rounds_keys=True)
     for stage in exchange.walk(plan.backward, plan.done_with[1]):
         for each in stage.passes:

@@ -1,4 +1,4 @@
-"""What ranks say of a failure where waits are a device's: as on NCCL, with a device that is none."""
+"""Reports of failures if waits are asynchronous, as with NCCL, on a fake device."""
 
 import threading
 import time

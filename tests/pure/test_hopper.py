@@ -1,4 +1,4 @@
-"""The Hopper kernel without a GPU: what it refuses, and which tiles it takes."""
+"""The Hopper kernel without a GPU: supported problems, and choice of tiles."""
 
 import pytest
 import torch

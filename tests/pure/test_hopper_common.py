@@ -1,4 +1,4 @@
-"""The tiles that blocks of the Hopper kernels visit exist: the kernels' own functions, run as Python on plans' data."""
+"""Hopper kernels visit only existing tiles: the kernels' functions, run as Python on plans' data."""
 
 from __future__ import annotations
 

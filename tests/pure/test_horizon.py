@@ -1,4 +1,4 @@
-"""What tokens to come see: the table of a mask's ends, and what is refused."""
+"""Mask bounds of future tokens, and errors."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_a_ledger_that_lags_behind_gives_the_same_answer():
         horizon = Horizon.of(df.Window(left), 0, 60, CPU)
         for dealt in range(9):
             late = horizon.needs_dropped(0, ledger, 20 + dealt, 2)
-            assert late == horizon.needs_dropped(0, ledger.with_dealt(dealt), 20 + dealt, 2) == (left > 4 + dealt)
+            assert late == horizon.needs_dropped(0, ledger.with_step(dealt), 20 + dealt, 2) == (left > 4 + dealt)
 
 
 def test_no_answer_takes_longer_over_more_keys():

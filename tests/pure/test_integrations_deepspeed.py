@@ -1,4 +1,4 @@
-"""What the DeepSpeed integration does without processes: configurations, layers, batches, attention of other layers."""
+"""The DeepSpeed integration without processes: configurations, layers, batches, replaced attention."""
 
 import importlib.util
 import json

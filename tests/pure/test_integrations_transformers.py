@@ -1,4 +1,4 @@
-"""Without processes: parts of batches over simulated ranks, models over one rank, and everything that is refused."""
+"""Without processes: shards of batches, models on one rank, and all errors."""
 
 import itertools
 import math

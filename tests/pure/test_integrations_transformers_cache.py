@@ -1,4 +1,4 @@
-"""A ShardedCache on one rank: what it keeps, how much memory it takes, and what is refused."""
+"""A ShardedCache on one rank: its content, its memory, and errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Layers that see the whole sequence: which ones, what they are called with, and what is refused."""
+"""Gathered layers: which ones, their arguments, and errors."""
 
 import math
 from itertools import pairwise

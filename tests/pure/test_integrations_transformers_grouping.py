@@ -1,4 +1,4 @@
-"""Models with fewer key heads: exact where heads were equal, saved and loaded as any other, and refused in words."""
+"""Fewer key heads: exact if heads were equal, saved and loaded like other models, and errors."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Masks that models compose of the library's functions: read as they are, or refused; and what goes with them."""
+"""Masks composed of Transformers' functions: converted, or an error."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Models that attention alone does not make right over ranks: refused before or after their forward, and why."""
+"""Models that need more than attention over ranks: errors before or after their forward."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Which rows a layer is run on: pieces hold what it reads, and each of a rank's tokens is kept once."""
+"""Rows that a gathered layer runs on: pieces contain what it reads, and each local token is kept once."""
 
 from itertools import pairwise
 

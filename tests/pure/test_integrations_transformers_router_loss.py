@@ -1,4 +1,4 @@
-"""The routers' loss over all ranks' tokens: the library's of the whole batch, with its gradient."""
+"""The router loss over all ranks' tokens equals that of the whole batch, with its gradient."""
 
 from types import SimpleNamespace
 

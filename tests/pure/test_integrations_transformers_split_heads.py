@@ -1,4 +1,4 @@
-"""Layers whose heads are split: their copies leave them as they are, and uneven heads are gathered."""
+"""Layers with split heads: the original stays unchanged, and uneven heads are gathered."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Without processes: what trainers refuse, padding, who is given which batch, and one rank's Trainer."""
+"""Without processes: trainers' errors, padding, batches per rank, and a Trainer on one rank."""
 
 import json
 import subprocess

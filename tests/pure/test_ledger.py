@@ -1,4 +1,4 @@
-"""Ledgers: every position is kept once, room is even to a token, and what is equal is one object."""
+"""Ledgers: every position is stored once, ranks are balanced, and equal ledgers are one object."""
 
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ def grown(world_size, layout, parts):
     ledgers = [Ledger.empty(world_size)]
     for chunk, tokens in parts:
         last = ledgers[-1]
-        ledgers.append(last.with_chunk(layout, tokens) if chunk else last.with_dealt(tokens))
+        ledgers.append(last.with_chunk(layout, tokens) if chunk else last.with_step(tokens))
     return ledgers
 
 
@@ -74,11 +74,11 @@ def test_the_same_done_to_the_same_ledger_is_one_object():
     chunk = ledger.with_chunk(layout, 7)
     assert ledger.with_chunk(layout, 7) is chunk and ledger.with_chunk(df.Striped(), 7) is not chunk
     for again in (
-        lambda: chunk.with_dealt(2),
+        lambda: chunk.with_step(2),
         lambda: chunk.truncated(3),
         lambda: chunk.keeping((range(2), range(5, 7))),
     ):
         first = again()
         assert again() is first
-    assert chunk.with_dealt(0) is chunk and chunk.truncated(7) is chunk
+    assert chunk.with_step(0) is chunk and chunk.truncated(7) is chunk
     assert len(ledger._next) == 1, "what nobody has is forgotten"

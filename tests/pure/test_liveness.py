@@ -1,4 +1,4 @@
-"""Rows are left out of passes in which they see no key: which ones, and that results stay exact."""
+"""Live rows: which rows passes skip, and that results stay exact."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rows of one width, whatever they say, and back."""
+"""Encoding of a rank's report as a row of integers, and decoding."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What torch's tools see of attention: registration and compilation."""
+"""The custom ops: registration and compilation."""
 
 import gc
 

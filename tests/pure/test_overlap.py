@@ -1,4 +1,4 @@
-"""From plan to plan: what is held back, and that nothing is lost by it."""
+"""Rewrites of plans: deferred heads, and that the result stays the same."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Pass queries: who sends to whom, how many bytes, and what is kept no longer than needed."""
+"""PassQuery: transfers, bytes, and lifetime of buffers."""
 
 import pytest
 import torch
@@ -108,9 +108,9 @@ def test_buffers_of_other_ranks_are_let_go_of(W, monkeypatch):
     def watched(self, stages, done_with):
         for stage in walk(self, stages, done_with):
             yield stage
-            others = [name for name in {*self.at_hand, *self.derived} if name[1] != self.plan.rank]
+            others = [name for name in {*self.tensors, *self.derived} if name[1] != self.plan.rank]
             most.append(max([sum(name[0] is what for name in others) for what in What]))
-        assert all(name[1] == self.plan.rank for name in {*self.at_hand, *self.derived})
+        assert all(name[1] == self.plan.rank for name in {*self.tensors, *self.derived})
 
     monkeypatch.setattr(Exchange, "walk", watched)
     p = Problem(df.Full(), seq_len=48, heads=4, kv_heads=2, sinks=True)

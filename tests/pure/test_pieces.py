@@ -1,4 +1,4 @@
-"""Chunks at fixed places: who holds which, who sees whose, and which layouts deal them whole."""
+"""Chunks at fixed positions: their owners, which chunks they see, and layouts that do not split them."""
 
 from itertools import pairwise
 

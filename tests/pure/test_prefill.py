@@ -1,4 +1,4 @@
-"""Chunked prefill: what goes wrong elsewhere, each as a test named after it, and refusals."""
+"""Chunked prefill: known bugs of other implementations, each with a test named after it, and errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Ranges of a call in the trace of a profiler: which there are, and in which order they begin."""
+"""Profiler ranges of a call, and their order."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The public names: each is what it should be, whichever is asked for first, and whatever module has been imported."""
+"""The public names: types, and lazy loading in any order."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The parts of the main job that need no ranks: text, batches, FLOPs, the learning rate, checkpoints, options."""
+"""Parts of the main job without ranks: text, batches, FLOPs, learning rate, checkpoints, options."""
 
 import json
 import re

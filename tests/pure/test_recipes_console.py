@@ -1,4 +1,4 @@
-"""The command line of the jobs without running one: what there is, help, refusals, ranks, copies."""
+"""The jobs' command line without running a job: list, help, errors, ranks, copies."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The parts of generating and evaluating that need no ranks: options, drawing, text of bytes, ranges of context."""
+"""Parts of generation and evaluation without ranks: options, sampling, decoding of bytes, context bins."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The parts of uptraining that need no ranks: its options, held-out text, curves, and what is pooled of a model."""
+"""Parts of uptraining without ranks: options, held-out text, curves, and pooling."""
 
 import json
 from math import inf

@@ -1,4 +1,4 @@
-"""FutureWarnings of libraries are kept in a file, and others are shown."""
+"""FutureWarnings go to a file, and others to standard error."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""What a run of a step leaves: values of modules by name, gradients, and everything else as it was."""
+"""The record of a step: values of modules by name, and gradients; nothing else changes."""
 
 import pytest
 import torch

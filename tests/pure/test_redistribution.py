@@ -1,4 +1,4 @@
-"""Rows that other ranks hold, and their gradients: those of the sum of all ranks' losses."""
+"""Halos and relayouts, and their gradients, which are those of the sum of all ranks' losses."""
 
 from dataclasses import dataclass, field
 from itertools import pairwise

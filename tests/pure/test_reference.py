@@ -1,4 +1,4 @@
-"""The plain kernel by itself, on the cases that every kernel is checked with."""
+"""The reference kernel, on the cases that every kernel is checked with."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The schedule's plans, as data, and what it is refused with."""
+"""Plans of `Reproducible`, as data, and errors."""
 
 from collections import Counter
 

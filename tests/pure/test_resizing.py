@@ -1,4 +1,4 @@
-"""A cache of another size goes on as the one that it was made of would have."""
+"""A resized cache gives the same results as the original."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A mask for each sequence of a batch: exact under any of them, and refused where masks and batch do not match."""
+"""A mask per sequence of a batch: exact, and an error if masks and batch do not match."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Under which conditions loads begin, and what arrivals wait for, read from PTX as the compiler writes it."""
+"""Conditions of loads, and waits of barriers, read from PTX."""
 
 from tools.ptx import unconditional_loads, unordered_arrivals
 

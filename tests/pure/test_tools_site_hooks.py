@@ -1,4 +1,4 @@
-"""What the site's hooks make of a page's HTML."""
+"""The site's hooks on a page's HTML."""
 
 import pytest
 

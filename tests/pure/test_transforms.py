@@ -1,4 +1,4 @@
-"""Derivatives other than a backward pass: right, or refused; eager and compiled."""
+"""Derivatives other than a backward pass: right, or an error; eager and compiled."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Plans of schedules in which keys travel: what moves, who computes what, and the bytes."""
+"""Plans of schedules that send keys: transfers, passes, and bytes."""
 
 import pytest
 import torch

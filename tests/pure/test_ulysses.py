@@ -1,4 +1,4 @@
-"""Ulysses: heads for tokens, on one- and two-dimensional meshes."""
+"""Ulysses: all-to-all over heads, on one- and two-dimensional meshes."""
 
 from dataclasses import replace
 from math import prod

@@ -1,4 +1,4 @@
-"""What is accepted, and how messages describe what came. What is refused is in tests/wrong_calls.py."""
+"""Valid arguments, and descriptions of wrong ones. Errors are in tests/wrong_calls.py."""
 
 from datetime import timedelta
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""`df.verify` on simulated ranks: right models of several kinds are not accused, and the bound is tight."""
+"""`df.verify` on simulated ranks: right models pass, and the bound is tight."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Releases of triton: the Hopper kernel refuses those that are not tested, the portable kernel only warns."""
+"""Releases of triton: on untested ones the Hopper kernel raises, and the portable kernel warns."""
 
 import warnings
 

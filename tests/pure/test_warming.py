@@ -1,4 +1,4 @@
-"""What is compiled before a call: the launches of its rehearsal, once for calls of a kind, and never in its way."""
+"""Compilation ahead of time: the launches of a dry run, once per kind of call, without side effects."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""The look-out for what runs on a device."""
+"""The watchdog of work on a device."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Wrong calls of the public API: which error, in which words, on every rank, and that nothing was sent."""
+"""Wrong calls of the public API: the error and its message on every rank, and that nothing was sent."""
 
 import re
 

@@ -9,8 +9,8 @@
     engine.backward(topology.mean(F.cross_entropy(..., reduction="sum"), labels.numel()))
     engine.step()
 
-Nothing of DeepSpeed is patched: it is given ranks that hold one sequence as data-parallel ones, over which it shards
-and averages, and the loss is scaled so that this average is the gradient.
+Nothing is patched: DeepSpeed treats ranks that share a sequence as data-parallel ranks. It shards over them and
+averages their gradients; the loss is scaled so that this average is the gradient.
 """
 
 from distflash.extras import needed

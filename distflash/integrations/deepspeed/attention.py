@@ -1,12 +1,12 @@
-"""Layers that there are already: their attention becomes distflash's in one line, without an edit.
+"""Use distflash in existing layers without editing them.
 
-- `replace_attention` puts a `DistributedAttention` in the place of modules that are attention and nothing else,
-  ``(q, k, v) -> out``: what DeepSpeed's own ``DistributedAttention`` wraps, or is.
-- `redirect_attention` is for modules that call ``torch.nn.functional.scaled_dot_product_attention`` themselves: while
-  such a module runs its forward, and only then, that call means distflash.
+- `replace_attention` replaces submodules that only compute attention, ``(q, k, v) -> out``, such as DeepSpeed's
+  ``DistributedAttention`` or the module that it wraps.
+- `redirect_attention` is for modules that call ``torch.nn.functional.scaled_dot_product_attention``. During their
+  forward, that call is redirected to distflash.
 
-What a layer does beside attention stays as it is. In particular positions: a layer that counts its tokens from 0 to
-make rotary embeddings, instead of being given ``cp.positions(seq_len)``, has wrong ones on all ranks but the first.
+Everything else in a layer stays unchanged. A layer that computes rotary embeddings from positions 0, 1, ... instead of
+``cp.positions(seq_len)`` is wrong on all ranks but the first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LAYERS = 1 << 16  # more than a model has
 
 @dataclass(frozen=True)
 class Order:
-    """In which of the first three dimensions a module's q, k, v and out have what; the last is the head dim.
+    """The order of the first three dimensions of a module's q, k, v and out. The last is the head dim.
 
     ``Order()`` is ``[batch, tokens, heads, head_dim]``; Megatron's is ``Order(tokens=0, batch=1)``.
     """
@@ -47,12 +47,12 @@ class Order:
 
 
 class DistributedAttention(nn.Module):
-    """Attention over a sequence that a group of ranks holds, with the interface of a module that is attention alone.
+    """Attention over a sequence that is sharded over ranks, as a module ``(q, k, v) -> out``.
 
     Args:
         cp: the ranks that share a sequence.
         mask: which keys a query sees.
-        seq_len: the global length; a batch that was not sharded, or twice, has another and is refused.
+        seq_len: the global length. Batches that were not sharded, or twice, have another one and raise.
         order: of the dimensions of q, k, v and out.
 
     Attributes:
@@ -81,9 +81,9 @@ class DistributedAttention(nn.Module):
 
         Args:
             query, key, value: this rank's tokens, four dimensions in ``order``; key and value may have fewer heads.
-            batch_dim_idx: as DeepSpeed's attention has it; must agree with ``order``.
+            batch_dim_idx: an argument of DeepSpeed's attention; must agree with ``order``.
             dropout_p, dropout_seed: as in `distflash.attention`.
-            others, named: must be None: masks and rotary embeddings of a caller are not dropped silently.
+            others, named: must be None, so that a caller's masks and rotary embeddings are not ignored.
 
         Returns:
             Four dimensions, in the same order.
@@ -107,11 +107,11 @@ class DistributedAttention(nn.Module):
         return out.permute(back)
 
     def refuse(self, problem: str) -> NoReturn:
-        """Raise ``problem``, and make the other ranks raise, which are in this attention or on their way to it."""
+        """Raise ``problem`` on all ranks."""
         self.cp.refuse(problem, in_attention=True)
 
     def four(self, **named: Tensor) -> Iterator[Tensor]:
-        """The tensors, refused if one does not have four dimensions."""
+        """The tensors. Raises if one does not have four dimensions."""
         for name, x in named.items():
             if x.dim() != 4:
                 self.refuse(f"{name}: expected four dimensions, batch, tokens, heads and head dim, got {list(x.shape)}")
@@ -119,15 +119,15 @@ class DistributedAttention(nn.Module):
 
 
 def replace_attention(model: nn.Module, kind: type[nn.Module], attention: DistributedAttention) -> None:
-    """Put ``attention`` in the place of every submodule of ``model`` that is a ``kind``.
+    """Replace every submodule of class ``kind`` by ``attention``.
 
     Args:
         model: changed in place.
-        kind: modules that compute attention from q, k and v, and have no parameters.
-        attention: what they become.
+        kind: a class of modules that compute attention from q, k and v, without parameters.
+        attention: the replacement.
 
     Raises:
-        ValueError: there is none, or one has parameters, which would be lost; the model is then as it was.
+        ValueError: there is none, or one has parameters, which would be lost. The model stays unchanged.
     """
     found = [name for name, module in model.named_modules() if isinstance(module, kind)]
     for name in found:
@@ -145,23 +145,23 @@ def replace_attention(model: nn.Module, kind: type[nn.Module], attention: Distri
 def redirect_attention(
     model: nn.Module, kind: type[nn.Module], attention: DistributedAttention
 ) -> list[RemovableHandle]:
-    """In every submodule that is a ``kind``, take calls of ``scaled_dot_product_attention`` for ``attention``.
+    """In every submodule of class ``kind``, redirect calls of ``scaled_dot_product_attention`` to ``attention``.
 
-    Names of parameters, and with them checkpoints, stay as they are. Not for a ``kind`` that checkpoints activations
-    inside its forward, since what is recomputed in backward is outside; checkpoint the whole module instead.
+    Names of parameters, and so checkpoints, stay unchanged. Not for modules that use activation checkpointing inside
+    their forward, since the recomputation runs outside of it; checkpoint the whole module instead.
 
     Args:
         model: its submodules get hooks.
-        kind: modules in whose forward torch's function is called, with ``[batch, heads, tokens, head_dim]``, without
-            attn_mask, and with is_causal as the mask of ``attention`` is.
-        attention: what it then means, in the order that torch's function has. If the modules have attention dropout,
+        kind: a class whose forward calls torch's function with ``[batch, heads, tokens, head_dim]``, without attn_mask,
+            and with an is_causal that matches the mask of ``attention``.
+        attention: computes the calls; its `Order` is that of torch's function. If the modules have attention dropout,
             set its ``dropout_seed`` before each forward.
 
     Returns:
-        Handles: ``remove()`` of all of them undoes it.
+        Handles; ``remove()`` of all of them undoes it.
 
     Raises:
-        ValueError: there is none, or at its forward: it calls torch's function not at all, or for something else.
+        ValueError: there is none; or, at its forward: it does not call torch's function, or with other arguments.
     """
     expected = Order(batch=0, heads=1, tokens=2)
     if attention.order != expected:
@@ -177,7 +177,7 @@ def redirect_attention(
 
 
 class _Redirection:
-    """A module's hooks: a mode is entered before its forward and left after it, whatever happens in between."""
+    """A module's hooks, which enter a mode before its forward and leave it after, also if it raises."""
 
     def __init__(self, attention: DistributedAttention, causal: bool, layer: int) -> None:
         self.attention, self.causal, self.layer = attention, causal, layer
@@ -250,7 +250,7 @@ class _Mode(TorchFunctionMode):
 
 
 def _is_causal(mask: Mask, seq_len: int) -> bool:
-    """Whether no query sees a later key, in any sequence of the batch."""
+    """Whether no query sees a later key."""
     if isinstance(mask, Rows):
         return all(_is_causal(each, seq_len) for each in mask.masks)
     positions = torch.arange(seq_len)

@@ -1,4 +1,4 @@
-"""From whole sequences to a rank's micro-batch, with labels that were shifted before anything was sharded.
+"""Sharding of whole sequences to a rank's micro-batch, with labels that were shifted before.
 
 [Note: shapes] B sequences of a micro-batch, T local tokens, S global tokens.
 """
@@ -15,7 +15,7 @@ from distflash.context import ContextParallel
 from distflash.integrations.labels import IGNORED, are_tokens, digest, shift
 from distflash.masks import Documents
 
-# What the ranks of a ring compare once a batch.
+# The name of the comparison of batches.
 _KIND = "DeepSpeed batch"
 
 MicroBatch = tuple[Tensor | tuple[Tensor, Tensor], Tensor]
@@ -79,12 +79,12 @@ class ShardBatch:
 
 
 def shift_labels(tokens: Tensor, ignored: int = IGNORED) -> Tensor:
-    """The label of each token, ``[B, S] -> [B, S]``: the token after it, and none for the last."""
+    """The label of each token, ``[B, S] -> [B, S]``: the next token, and ``ignored`` for the last."""
     return shift(tokens, fill=ignored)
 
 
 def _problem(batch: Any, how: ShardBatch) -> str | None:
-    """What is wrong with a batch, on this rank alone, in words."""
+    """Check this rank's batch. Returns the error message or None."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         return f"batch: expected (tokens, labels) or ((tokens, cu_seqlens), labels), got {type(batch).__name__}"
     inputs, labels = batch

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration beside context parallelism: what would silently train something else is refused."""
+"""Checks of DeepSpeed's configuration. Options that give wrong gradients with context parallelism raise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _REFUSED_KEYS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a topology a configuration has to fit."""
+    """The sizes of a topology's axes."""
 
     pipe: int
     data: int
@@ -38,7 +38,7 @@ class Sizes:
 
 
 def read_config(config: Mapping[str, Any] | str | Path) -> Config:
-    """A configuration, given as DeepSpeed takes it, as a dict of one's own."""
+    """A configuration, given as a dict or a path, as a new dict."""
     if isinstance(config, Mapping):
         return deepcopy(dict(config))
     if not isinstance(config, str | Path) or not Path(config).is_file():
@@ -47,17 +47,16 @@ def read_config(config: Mapping[str, Any] | str | Path) -> Config:
 
 
 def check_config(config: Config, sizes: Sizes) -> None:
-    """Raise for what DeepSpeed cannot do, or would do wrong without a word, on ranks of these sizes."""
+    """Raise a ValueError for options that DeepSpeed does not support, or would silently get wrong, with these sizes."""
     for problem in (_refused_key, _stage, _clipping, _reduction, _batch):
         if (words := problem(config, sizes)) is not None:
             raise ValueError(f"config: {words}")
 
 
 def in_ranks(config: Config, sizes: Sizes) -> Config:
-    """The configuration in DeepSpeed's counting, in which each rank of a ring brings whole sequences of its own.
+    """The configuration with DeepSpeed's batch size, which counts a sequence once for each rank that holds a shard.
 
-    A ring of ranks brings one sequence together. The sizes of micro-batches and their number mean the same in both
-    countings; ``train_batch_size`` is ``context`` times as large in DeepSpeed's.
+    So ``train_batch_size`` is ``context`` times as large. Micro-batches and their number stay the same.
     """
     if "train_batch_size" not in config:
         return config
@@ -65,7 +64,7 @@ def in_ranks(config: Config, sizes: Sizes) -> Config:
 
 
 def zero_stage(config: Config) -> int:
-    """The stage of ZeRO; 0 for none."""
+    """The ZeRO stage; 0 for none."""
     section = config.get("zero_optimization", {})
     if isinstance(section, bool):  # deprecated, but DeepSpeed still takes it for stage 1
         return int(section)

@@ -1,4 +1,4 @@
-"""`deepspeed.initialize` and `PipelineModule` on a `Topology`: right gradients, or an error."""
+"""`deepspeed.initialize` and `PipelineModule` on a `Topology`, with checks that gradients are right."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _REFUSED_ARGUMENTS = {
     ),
     "config_params": "is an old name; pass config",
 }
-# DeepSpeed keeps groups of ranks for as long as the process lives.
+# DeepSpeed's process groups live as long as the process.
 _EARLIER = (
     "but DeepSpeed still has the groups of another engine that was made in this process before; make each kind of "
     "engine in a process of its own"
@@ -39,21 +39,21 @@ _EARLIER = (
 def initialize(
     topology: Topology, *, model: nn.Module, config: Mapping[str, Any] | str | Path, **arguments: Any
 ) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize`, once what DeepSpeed would silently get wrong has been ruled out. All ranks must call.
+    """`deepspeed.initialize` after checks of its arguments. All ranks must call.
 
     Args:
-        topology: where the ranks stand.
+        topology: the ranks' axes.
         model: a module whose attention runs over ``topology.cp``, or a `PipelineModule` made with this topology.
-        config: DeepSpeed's configuration, a dict or the path of a JSON file. ``train_batch_size`` counts sequences,
-            each once, however many ranks hold it. (The engine counts it once for each of them: its
-            ``train_batch_size()`` and samples per second are ``context`` times as large.)
-        arguments: the other ones of `deepspeed.initialize`: optimizer, model_parameters, lr_scheduler.
+        config: DeepSpeed's configuration, a dict or the path of a JSON file. ``train_batch_size`` counts each sequence
+            once. (The engine's ``train_batch_size()`` and samples per second count it once per rank that shares it,
+            so they are ``context`` times as large.)
+        arguments: other arguments of `deepspeed.initialize`: optimizer, model_parameters, lr_scheduler.
 
     Returns:
         ``(engine, optimizer, dataloader, lr_scheduler)``, as `deepspeed.initialize`.
 
     Raises:
-        ValueError: the configuration, an argument or the model would make DeepSpeed train something else than asked.
+        ValueError: with the configuration, an argument or the model, training would be wrong.
     """
     for name, value in arguments.items():
         if name in _REFUSED_ARGUMENTS and value is not None:
@@ -75,11 +75,11 @@ def pipeline_module(topology: Topology, layers: Iterable[Any], **options: Any) -
     """A `PipelineModule` of ``layers`` on the stages of a topology.
 
     Args:
-        topology: where the ranks stand.
+        topology: the ranks' axes.
         layers: modules, `LayerSpec` and `TiedLayerSpec`, in order; see `Embedding`, `DecoderBlock`, `TokenWise`.
-        options: those of `PipelineModule`, but for ``topology`` and ``num_stages``: loss_fn (see `CausalLoss`),
-            partition_method, activation_checkpoint_interval. Activation checkpointing is `checkpoint_layers` unless
-            another ``activation_checkpoint_func`` is given.
+        options: of `PipelineModule`, except ``topology`` and ``num_stages``: loss_fn (see `CausalLoss`),
+            partition_method, activation_checkpoint_interval. The default ``activation_checkpoint_func`` is
+            `checkpoint_layers`.
 
     Raises:
         ValueError: there are fewer layers than stages.
@@ -98,29 +98,29 @@ def pipeline_module(topology: Topology, layers: Iterable[Any], **options: Any) -
 
 
 def checkpoint_layers(function: Any, *inputs: Tensor) -> Any:
-    """Activation checkpointing for `PipelineModule`, as ``activation_checkpoint_func``.
+    """An ``activation_checkpoint_func`` for `PipelineModule`.
 
-    Keeps the inputs of the layers and what `attention` returned, so that the ring does not run its forward twice, and
-    takes layers whose inputs need no gradient, such as an embedding.
+    It keeps the inputs of the layers and the outputs of `attention`, which is not recomputed. Layers whose inputs need
+    no gradient, such as an embedding, are supported.
     """
     return torch_checkpoint.checkpoint(function, *inputs, use_reentrant=False, context_fn=keep_attention)
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, model: PipelineModule, max_norm: float) -> None:
-    """Clip by the norm over all stages of a pipeline before each step of a float32 optimizer without ZeRO.
+    """Clip gradients by their norm over all stages of a pipeline: for float32 without ZeRO.
 
-    There DeepSpeed's own ``gradient_clipping``, which is to be set to 0 then, takes the norm of the first stage alone.
-    With ZeRO-1 or in bfloat16 it is right: use it. To be called once, before `initialize`, on every rank.
+    In that case DeepSpeed's ``gradient_clipping`` uses the norm of the first stage only; set it to 0. With ZeRO-1 or
+    bfloat16, use DeepSpeed's. Call it once on every rank, before `initialize`.
 
     Args:
-        optimizer: the torch optimizer that `initialize` is given.
+        optimizer: the torch optimizer passed to `initialize`.
         model: the pipeline whose parameters it updates.
-        max_norm: the largest norm that gradients keep.
+        max_norm: the largest norm of the gradients.
     """
 
     def clip(*_: Any) -> None:
         parameters = [p for p in model.parameters() if p.grad is not None]
-        # A tied weight lies on several stages, with the same gradient on each: DeepSpeed marks all but one.
+        # A tied weight is on several stages, with the same gradient; DeepSpeed marks all copies but one.
         counted = [p.grad for p in parameters if p.grad is not None and not p.ds_pipe_replicated]
         squared = torch.nn.utils.get_total_norm(counted).square()
         dist.all_reduce(squared, group=model.mpu().get_pipe_parallel_group())
@@ -155,8 +155,8 @@ def _check_stages(model: PipelineModule) -> None:
 
 
 def _check_checkpointing(model: PipelineModule, config: Config) -> None:
-    """Reentrant checkpointing of a layer whose inputs are token ids gives it no gradient: the first stage's backward
-    fails, and the other stages wait for it.
+    """Raise if the first layer would use reentrant checkpointing: with token ids as inputs it gets no gradient, so the
+    first stage's backward fails, and the other stages wait for it.
     """
     section = config.get("pipeline", {})
     interval = section.get("activation_checkpoint_interval", 0) or model.activation_checkpoint_interval

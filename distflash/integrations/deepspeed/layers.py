@@ -1,7 +1,7 @@
-"""Layers of a `PipelineModule`: between them goes the residual stream, and with packed documents their boundaries.
+"""Layers for a `PipelineModule`, which pass the residual stream and the boundaries of packed documents.
 
-A stream is a tensor, token ids ``[B, T]`` first and then ``[B, T, dim]``; or, with packed documents, a tuple of it and
-``cu_seqlens``, int64 ``[documents + 1]``, which DeepSpeed sends from stage to stage as it is (see `ShardBatch`).
+A stream is a tensor: token ids ``[B, T]`` first, then ``[B, T, dim]``. With packed documents, it is a tuple of that
+tensor and ``cu_seqlens``, int64 ``[documents + 1]``, which DeepSpeed sends from stage to stage (see `ShardBatch`).
 
 [Note: shapes] B sequences of a micro-batch, T local tokens, S global tokens, V entries of the vocabulary.
 """
@@ -28,7 +28,7 @@ class TokenWise(nn.Module):
     """A layer that acts on each token by itself: an embedding, a norm, a projection to the vocabulary.
 
     Args:
-        make: what makes the module, ``[B, T, ...] -> [B, T, ...]``: a class, or a function that returns one there is.
+        make: a class, or a function that returns the module, ``[B, T, ...] -> [B, T, ...]``.
         arguments: for ``make``.
     """
 
@@ -59,15 +59,15 @@ class Embedding(nn.Embedding):
 
 
 class DecoderBlock(nn.Module):
-    """A decoder block whose attention is `distflash.attention`, told its mask and the global length.
+    """A decoder block with `distflash.attention`, to which it passes the mask and the global length.
 
     Args:
-        make: what makes the block, a module with ``forward(x [B, T, dim], *, mask, seq_len) -> [B, T, dim]`` that
-            hands both to `attention` or `nn.SelfAttention`.
+        make: a class or function for the block, ``forward(x [B, T, dim], *, mask, seq_len) -> [B, T, dim]``, which
+            passes both to `attention` or `nn.SelfAttention`.
         arguments: for ``make``.
-        cp: the group that holds the sequence, ``topology.cp``, which the block's attention was given, too.
-        seq_len: the global length S. A batch that was not sharded, or twice, has another and is refused.
-        mask: which keys a query sees; within its own document, where the stream has any.
+        cp: ``topology.cp``, which the block's attention also has.
+        seq_len: the global length S. Batches that were not sharded, or twice, have another one and raise.
+        mask: which keys a query sees, within its document if the stream has documents.
 
     Raises:
         ValueError: the block takes no mask and seq_len; or, at its forward, this rank's tokens are not those that the

@@ -69,13 +69,13 @@ class Topology(PipeDataParallelTopology):  # type: ignore[misc]
         return self
 
     def mean(self, loss_sum: Tensor, token_count: Tensor | int) -> Tensor:
-        """The mean over the tokens of all data x context ranks of a loss that each rank has summed over its own.
+        """The mean loss over the tokens of all data x context ranks, for `engine.backward`.
 
-        Made for `engine.backward`: once DeepSpeed has averaged the gradients, they are those of the value returned.
+        After DeepSpeed has averaged gradients, they are those of the value returned.
 
         Args:
             loss_sum: scalar, the sum of this rank's losses.
-            token_count: how many losses it has summed (tokens that are not ignored); may be 0.
+            token_count: the number of losses in that sum (tokens that are not ignored); may be 0.
 
         Returns:
             Scalar, the same on every rank of the stage.
@@ -83,17 +83,17 @@ class Topology(PipeDataParallelTopology):  # type: ignore[misc]
         return self.cp.mean(loss_sum, token_count, reduction="mean", group=self.group)
 
     def sampler(self, dataset: Dataset[Any], **options: Any) -> DistributedSampler[Any]:
-        """A sampler that gives all ranks of a ring, and all stages, the same sequences, and other rings others.
+        """A sampler by data rank: the ranks that share a sequence, on all stages, get the same sequences.
 
         Args:
-            dataset: what a `DataLoader` loads.
-            options: further ones of `DistributedSampler`: shuffle, seed, drop_last.
+            dataset: of the `DataLoader`.
+            options: other arguments of `DistributedSampler`: shuffle, seed, drop_last.
         """
         return DistributedSampler(dataset, num_replicas=self.data, rank=self.data_rank, **options)
 
 
 def _data_size(world: int, pipe: int, data: int | None, context: int) -> int:
-    """The size of the data axis; an error where the three do not fit the ranks."""
+    """The size of the data axis. Raises a ValueError if the three do not fit the ranks."""
     for name, size in (("pipe", pipe), ("data", 1 if data is None else data), ("context", context)):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name}: expected a number of ranks, an int of at least 1, got {size!r}")
@@ -112,6 +112,6 @@ def _data_size(world: int, pipe: int, data: int | None, context: int) -> int:
 
 
 def _mine(members: list[range]) -> dist.ProcessGroup:
-    """Of groups that together hold every rank once, the one that holds this rank. All ranks must call."""
+    """Make groups that partition the ranks, and return this rank's. All ranks must call."""
     groups = [dist.new_group(list(ranks)) for ranks in members]
     return next(group for group, ranks in zip(groups, members, strict=True) if dist.get_rank() in ranks)

@@ -4,8 +4,8 @@
     spec = get_gpt_layer_local_spec()                   # or another one
     spec.submodules.self_attention.submodules.core_attention = core_attention(cp)
 
-Nothing of Megatron is patched. Its batches, positions and gradients are as with its own context parallelism:
-``get_batch_on_this_cp_rank`` gives each rank its tokens, of packed documents (``thd``) those of `PerDocument`.
+Nothing is patched. Batches, positions and gradients are those of Megatron's context parallelism:
+``get_batch_on_this_cp_rank`` shards each batch, packed documents (``thd``) in the layout `PerDocument`.
 """
 
 from distflash.extras import needed

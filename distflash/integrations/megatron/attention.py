@@ -1,4 +1,4 @@
-"""Megatron's core attention: what its layers build, and call with their queries, keys and values.
+"""``core_attention`` of a Megatron layer's specification.
 
 [Note: shapes] B batch, T local tokens, S global tokens, H query heads, G key/value heads, D head dim of q and k, V head
 dim of v; heads are those of this tensor-parallel rank.
@@ -27,7 +27,7 @@ _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 @dataclass(frozen=True)
 class CoreAttentionBuilder:
-    """What a layer's specification holds in ``core_attention``. Layers that are made by one of it share plans."""
+    """Builds the `CoreAttention` of each layer. Layers of one builder share plans."""
 
     cp: ContextParallel
     batches: Batches
@@ -59,10 +59,10 @@ class CoreAttentionBuilder:
 
 
 def core_attention(cp: ContextParallel) -> CoreAttentionBuilder:
-    """For the ``core_attention`` of a layer's specification.
+    """A builder for ``core_attention`` of a layer's specification.
 
     Args:
-        cp: of Megatron's context group, in the layout `Zigzag`, in which Megatron spreads its sequences.
+        cp: of Megatron's context group, with the layout `Zigzag`, which Megatron's batches have.
     """
     if not isinstance(cp, ContextParallel):
         raise ValueError(
@@ -72,9 +72,9 @@ def core_attention(cp: ContextParallel) -> CoreAttentionBuilder:
 
 
 class CoreAttention(DotProductAttention):
-    """Attention over all context ranks' keys: ``core_attention`` of a Megatron layer, made by `core_attention`.
+    """Attention over all context ranks' keys, made by `core_attention`.
 
-    From Megatron's own it has the scale, the parameter ``softmax_offset`` (sinks) and its checkpoint.
+    It inherits the scale, the parameter ``softmax_offset`` (sinks) and its checkpointing from Megatron's class.
     """
 
     batches: Batches
@@ -93,16 +93,16 @@ class CoreAttention(DotProductAttention):
 
         Args:
             query: ``[T, B, H, D]``; key ``[T, B, G, D]``; value ``[T, B, G, V]``. Packed (``thd``) without B.
-            attention_mask: must be None: documents are told by ``packed_seq_params``.
-            attn_mask_type: causal or no_mask, of each document where they are packed; None for the layer's own.
+            attention_mask: must be None; documents come from ``packed_seq_params``.
+            attn_mask_type: causal or no_mask, within each packed document; None for the layer's default.
             attention_bias: must be None.
-            packed_seq_params: where packed documents end, for all ranks alike.
+            packed_seq_params: the boundaries of packed documents, the same on all ranks.
 
         Returns:
             ``[T, B, H * V]``; packed ``[T, H * V]``.
 
         Raises:
-            ValueError: what was passed cannot be done exactly.
+            ValueError: an argument is not supported.
         """
         cp = self.batches.cp
         kind = self.attn_mask_type if attn_mask_type is None else attn_mask_type
@@ -123,19 +123,19 @@ class CoreAttention(DotProductAttention):
         return (out.transpose(0, 1) if packed_seq_params is None else out[0]).flatten(-2).contiguous()
 
     def window(self) -> Mask | None:
-        """Where this layer's queries see a part of the sequence only."""
+        """The layer's sliding window; None for full attention."""
         config = self.config
         if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number):
             return None
         return Window(*(sys.maxsize if side == -1 else side for side in config.window_size))
 
     def layer_scale(self) -> int:
-        """What ``apply_query_key_layer_scaling`` divides scores by for float16, and its softmax multiplies again."""
+        """``apply_query_key_layer_scaling`` divides scores by this factor for float16; here it is multiplied back."""
         return self.layer_number if self.config.apply_query_key_layer_scaling else 1
 
 
 def _without_context(config: Any) -> Any:
-    """For Megatron's own class, which takes context parallelism for Transformer Engine's alone."""
+    """The configuration for Megatron's class, which supports context parallelism with Transformer Engine only."""
     alone = copy.copy(config)
     alone.context_parallel_size = 1
     return alone

@@ -1,4 +1,4 @@
-"""Packed documents as Megatron spreads them over context ranks: each document in a zigzag of its own."""
+"""Packed documents in Megatron's layout: each document is sharded over context ranks in a zigzag of its own."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from distflash.masks import Documents
 
 @dataclass(frozen=True)
 class PerDocument(Layout):
-    """Chunks ``r`` and ``2W - 1 - r`` of every document's ``2W``, the documents one after the other.
+    """Rank r holds chunks ``r`` and ``2W - 1 - r`` of the ``2W`` chunks of every document.
 
     Args:
-        documents: of lengths that 2W divides.
+        documents: their lengths are multiples of 2W.
     """
 
     documents: Documents
@@ -45,24 +45,24 @@ class PerDocument(Layout):
 
 @dataclass(frozen=True)
 class Batch:
-    """The documents of a packed batch, and the group that holds them in their layout."""
+    """The documents of a packed batch, and the group with their layout."""
 
     documents: Documents
     cp: ContextParallel
 
 
 class Batches:
-    """Packed batches by their boundaries' tensor, so that the host waits for it once a batch, not once a layer."""
+    """Caches packed batches by the tensor of boundaries: the host synchronises once per batch, not once per layer."""
 
     def __init__(self, cp: ContextParallel) -> None:
         self.cp = cp
         self._known: Any = WeakIdKeyDictionary()
 
     def of(self, packed: Any, seq_len: int) -> Batch:
-        """The batch of a ``PackedSeqParams``. seq_len: how many tokens all ranks hold together.
+        """The batch of a ``PackedSeqParams``. seq_len: the number of tokens over all ranks.
 
         Raises:
-            ValueError: it cannot be read as documents in a zigzag each.
+            ValueError: it is not supported.
         """
         padded = packed.cu_seqlens_q_padded
         boundaries = packed.cu_seqlens_q if padded is None else padded
@@ -84,7 +84,7 @@ class Batches:
 
 
 def packed_problem(packed: Any, documents: Documents, world_size: int) -> str | None:
-    """What of a ``PackedSeqParams`` cannot be done exactly, in words, or None."""
+    """Why a ``PackedSeqParams`` is not supported, or None."""
     if packed.qkv_format != "thd":
         return f'packed_seq_params.qkv_format: expected "thd", got {packed.qkv_format!r}'
     if packed.cp_group is not None or packed.local_cp_size is not None:

@@ -1,4 +1,4 @@
-"""What Megatron asks of core attention that cannot be done exactly, in words."""
+"""Checks of Megatron's configuration and calls. They return the error message or None."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKED_KINDS = (*_KINDS, AttnMaskType.padding_causal, AttnMaskType.padding)
 def config_problem(
     config: Any, attention_type: str, cp_comm_type: str | None, attention_dropout: float | None, cp: ContextParallel
 ) -> str | None:
-    """What is wrong with a layer's configuration, or None."""
+    """Check a layer's configuration."""
     if config.context_parallel_size != cp.world_size:
         return (
             f"context_parallel_size: is {config.context_parallel_size}, but cp has {cp.world_size} ranks; make it of "
@@ -43,7 +43,7 @@ def config_problem(
 def call_problem(
     query: Tensor, key: Tensor, kind: Any, attention_mask: Tensor | None, attention_bias: Tensor | None, packed: Any
 ) -> str | None:
-    """What is wrong with a call, or None."""
+    """Check a call."""
     if attention_bias is not None:
         return "attention_bias: is not supported"
     if attention_mask is not None:

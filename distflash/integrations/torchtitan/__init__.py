@@ -1,12 +1,12 @@
-"""torchtitan (0.3.0): its whole trainer over ranks that hold sequences together.
+"""torchtitan (0.3.0): its trainer with context parallelism by distflash.
 
     from distflash.integrations.torchtitan import context_parallel
 
     def llama3_8b_ring():                               # in a config_registry of your own
         return context_parallel(llama3_8b())            # then --parallelism.context_parallel_degree 8
 
-Nothing of torchtitan is patched: its own `override` replaces the inner attention of the decoder's layers, and a trainer
-derived from its own tells each layer where the documents of the batch end.
+Nothing is patched: torchtitan's `override` replaces the inner attention of the decoder's layers, and a subclass of its
+trainer passes each layer the documents of the batch.
 """
 
 from distflash.extras import needed

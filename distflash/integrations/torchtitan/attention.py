@@ -24,31 +24,31 @@ from distflash.context import ContextParallel
 from distflash.masks import Causal, Documents, Full, Mask, Window
 from distflash.rows import Rows
 
-# Which configurations are replaced: those of the decoder's layers.
+# The configurations to replace.
 _LAYERS = ["model_spec.model.layers.*"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What each layer has to know of a batch: ``attention_masks`` of the model's forward.
+    """Metadata of a batch, passed to each layer as ``attention_masks``.
 
     Attributes:
         cp: the ranks that hold its sequences.
-        documents: where packed documents end; `Rows` where sequences differ; None for one document a sequence.
+        documents: packed documents; `Rows` if sequences differ; None for one document per sequence.
     """
 
     cp: ContextParallel
     documents: Documents | Rows | None
 
     def mask(self, window: Mask) -> Mask:
-        """A layer's mask, which sees ``window`` of its own document."""
+        """A layer's mask: ``window`` within each document."""
         return window if self.documents is None else window & self.documents
 
 
 class RingAttention(FlexAttention):
-    """Attention over all ranks' keys, in place of ``FlexAttention`` and ``VarlenAttention``.
+    """Attention over all ranks' keys. Replaces ``FlexAttention`` and ``VarlenAttention``.
 
-    It is a ``FlexAttention`` because torchtitan takes no module of another class for context parallelism.
+    A subclass of ``FlexAttention``, because torchtitan accepts no other class with context parallelism.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -73,12 +73,12 @@ class RingAttention(FlexAttention):
         score_mod: None = None,
         out_transform: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Attend. Not in ``forward``, which torchtitan wraps so that every rank is given all keys.
+        """Attend. Overrides ``__call__`` because torchtitan wraps ``forward`` to all-gather the keys.
 
         Args:
             q: ``[B, T, H, D]``; k ``[B, T, G, D]``; v ``[B, T, G, V]``: local tensors, or DTensors of one placement.
-            attention_masks: what `Trainer` makes of the batch.
-            enable_gqa: nothing; G may divide H anyway.
+            attention_masks: the batch's metadata, from `Trainer`.
+            enable_gqa: ignored; GQA follows from the head counts.
             out_transform: takes out and the log-sum-exp ``[B, T, H]`` of this rank's queries, natural log, float32.
 
         Returns:
@@ -107,7 +107,7 @@ class RingAttention(FlexAttention):
 
 
 def on_local(attend: Callable[[Tensor, Tensor, Tensor], Tensor], *operands: Any) -> Tensor:
-    """``attend`` of q's, k's and v's local tensors, as a DTensor placed as q."""
+    """``attend`` on the local tensors of q, k and v. Returns a DTensor placed as q."""
     placements = tuple(getattr(x, "placements", None) for x in operands)
     placed, mesh = placements[0], operands[0].device_mesh
     if len(set(placements)) > 1 or placed is None or any(p.is_partial() for p in placed):
@@ -116,7 +116,7 @@ def on_local(attend: Callable[[Tensor, Tensor, Tensor], Tensor], *operands: Any)
 
 
 def window_of(left: int, right: int) -> Mask:
-    """``window_size`` as a mask; -1 is a side without a limit."""
+    """``window_size`` as a mask; -1 is unlimited."""
     if (left, right) in ((-1, -1), (-1, 0)):
         return Causal() if right == 0 else Full()
     return Window(*(sys.maxsize if side == -1 else side for side in (left, right)))

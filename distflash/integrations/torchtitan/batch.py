@@ -1,4 +1,4 @@
-"""Documents of a batch, from the positions that torchtitan's data loaders give.
+"""Documents of a batch, from the positions of torchtitan's data loaders.
 
 [Note: shapes] B batch, S global tokens.
 """
@@ -17,13 +17,13 @@ NO_POSITIONS = (
 
 
 def documents_of(positions: Tensor) -> Documents | Rows | None:
-    """Where documents end: each position 0 begins one, as torchtitan has it.
+    """The documents of a batch. As in torchtitan, each position 0 starts one.
 
     Args:
-        positions: integers ``[B, S]``, of the whole sequences. The host waits for them if they are on a GPU.
+        positions: integers ``[B, S]``, of the whole sequences. On a GPU, the host synchronises.
 
     Returns:
-        None where each sequence is one document.
+        None if each sequence is one document.
 
     Raises:
         ValueError: a position is not one more than the one before within a document.

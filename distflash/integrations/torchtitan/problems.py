@@ -1,4 +1,4 @@
-"""What of a torchtitan configuration cannot be done exactly, in words."""
+"""Checks of a torchtitan configuration. They return the error message or None."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchtitan.models.common.decoder import Decoder
 
 
 def config_problem(config: Any) -> str | None:
-    """What is wrong with the ``Trainer.Config`` of a run with context ranks, or None."""
+    """Check the ``Trainer.Config`` of a run with context parallelism."""
     parallelism = config.parallelism
     if parallelism.context_parallel_load_balancer not in ("headtail", None):
         return (
@@ -28,7 +28,7 @@ def config_problem(config: Any) -> str | None:
 
 
 def backend_problem(config: Any) -> str | None:
-    """Whether torch and torchtitan's backend for distributed tensors go together with context ranks."""
+    """Check that torch and torchtitan's SPMD backend support context parallelism."""
     if config.parallelism.spmd_backend == "full_dtensor" and config.parallelism.tensor_parallel_degree > 1:
         return (
             'parallelism.spmd_backend: "full_dtensor" with tensor and context ranks did not come to an end in trials; '
@@ -47,14 +47,14 @@ def backend_problem(config: Any) -> str | None:
 
 
 def validator_problem(config: Any) -> str | None:
-    """Whether validation is by torchtitan's own validator, from which ours is derived."""
+    """Check that the validator is torchtitan's, of which ours is a subclass."""
     if not config.validator.enable or isinstance(config.validator, Validator.Config):
         return None
     return f"validator: expected torchtitan's Validator.Config, got {type(config.validator).__qualname__}; disable it"
 
 
 def model_problem(model: Any) -> str | None:
-    """Whether all of a model's layers mix tokens by attention of which the mask is known."""
+    """Check that all layers of a model use attention with a known mask."""
     if not isinstance(model, Decoder.Config):
         return f"model_spec.model: expected the configuration of a Decoder, got {type(model).__qualname__}"
     if getattr(model, "vision_encoder", None) is not None:

@@ -1,4 +1,4 @@
-"""torchtitan's trainer and validator over context ranks, and the configuration that asks for them."""
+"""torchtitan's trainer and validator with context parallelism, and their configuration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OVERRIDES = [f"distflash.integrations.torchtitan.attention.{name}" for name in 
 
 
 class SelectiveAC(activation_checkpoint.SelectiveAC):
-    """torchtitan's own policy, which also keeps what attention's backward needs: its messages are sent once."""
+    """torchtitan's policy, which also keeps the outputs of attention, so that forward messages are sent once."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(activation_checkpoint.SelectiveAC.Config):
@@ -50,18 +50,18 @@ class Validator(titan_validate.Validator):
 
 
 class Trainer(titan.Trainer):
-    """torchtitan's trainer, whose context group attends by distflash. Made by `context_parallel`.
+    """torchtitan's trainer with attention by distflash. Configured by `context_parallel`.
 
     Attributes:
-        cp: the group that holds a sequence; None where ``context_parallel_degree`` is 1, and all is torchtitan's.
+        cp: the ranks that share a sequence; None if ``context_parallel_degree`` is 1, and distflash is not used.
 
     Raises:
-        ValueError: on every rank, where the configuration asks for what cannot be done exactly.
+        ValueError: on every rank, if the configuration is not supported.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(titan.Trainer.Config):
-        """As torchtitan's. schedule: in which order the other ranks' keys arrive."""
+        """As torchtitan's. schedule: see `ContextParallel`."""
 
         schedule: Annotated[Schedule, tyro.conf.Suppress] = field(default_factory=Ring)
 
@@ -92,14 +92,14 @@ class Trainer(titan.Trainer):
 
 
 def batch_of(input_dict: dict[str, Tensor], cp: ContextParallel) -> Batch:
-    """What layers have to know of a batch that is still whole. Raises where its documents are not known."""
+    """The layers' metadata of an unsharded batch. Raises a ValueError if it has no positions."""
     if input_dict.get("positions") is None:
         raise ValueError(NO_POSITIONS)
     return Batch(cp, documents_of(input_dict["positions"]))
 
 
 def replace_components(config: Trainer.Config) -> None:
-    """Attention, validator and activation checkpointing, before torchtitan builds them."""
+    """Replace attention, validator and activation checkpointing in the configuration."""
     config.override.imports = [name for name in config.override.imports if name not in _OVERRIDES] + _OVERRIDES
     config.validator = derive(config.validator, Validator.Config)
     if type(config.activation_checkpoint) is activation_checkpoint.SelectiveAC.Config:
@@ -107,19 +107,19 @@ def replace_components(config: Trainer.Config) -> None:
 
 
 def context_parallel(config: Any, schedule: Schedule | None = None) -> Trainer.Config:
-    """The configuration of a torchtitan run, with this `Trainer`.
+    """Change the configuration of a torchtitan run to use this `Trainer`.
 
     In a ``config_registry``:
 
         def llama3_8b_ring():
             return context_parallel(llama3_8b())
 
-    ``--parallelism.context_parallel_degree`` says how many ranks hold a sequence. The load balancer "headtail" is the
-    layout `Zigzag`, None is `Contiguous`.
+    ``--parallelism.context_parallel_degree`` is the number of ranks that share a sequence. The load balancer "headtail"
+    is the layout `Zigzag`, None is `Contiguous`.
 
     Args:
         config: a ``torchtitan.trainer.Trainer.Config``.
-        schedule: in which order the other ranks' keys arrive; None for `Ring`.
+        schedule: see `ContextParallel`; None for `Ring`.
 
     Raises:
         ValueError: it is the configuration of another trainer.

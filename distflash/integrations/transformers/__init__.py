@@ -1,17 +1,15 @@
-"""Models of Hugging Face Transformers over a sequence that a group of ranks holds together.
+"""Context parallelism for models of Hugging Face Transformers.
 
     register(cp)                                        # attn_implementation="distflash" now means attention over cp
     model = AutoModelForCausalLM.from_config(config, attn_implementation="distflash")
     loss = model(**shard_batch(batch, cp)).loss         # every rank of cp is given the same whole batch
     loss.backward()                                     # gradients are averaged over the ranks, as DDP and FSDP do
 
-Nothing of the library is patched: it is given one attention and one mask function by a name, through its own registry.
-A layer's mask is the one that the model asks that registry for, as with the library's ``eager`` attention, but as a
-`Mask` instead of a matrix, read from the functions of which the library composes it. What a mask cannot tell, where
-documents end and how long the whole sequence is, travels with the batch as a `Shard`, a keyword of the model's forward
-that reaches every layer.
+Nothing is patched: an attention and a mask function are registered by name in Transformers' registry. The mask function
+converts the mask that a model requests to a `Mask`, instead of a matrix. The length of the whole sequence and its
+documents are passed with the batch as a `Shard`, a keyword of the model's forward that reaches every layer.
 
-    cache = ShardedCache(cp)                            # keys and values, spread over the ranks
+    cache = ShardedCache(cp)                            # keys and values, sharded over the ranks
     cache.prefill(model, ids)                           # every rank is given the same whole prompt
     tokens = model.generate(ids, past_key_values=cache) # the same on every rank
 

@@ -1,4 +1,4 @@
-"""A loop of accelerate, as people write it, over sequences that ranks hold together."""
+"""Context parallelism in a training loop with accelerate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distflash.integrations.transformers.padding import unpadded
 
 
 def prepare(accelerator: Accelerator, *objects: Any, context_parallel: ContextParallel) -> Any:
-    """``accelerator.prepare(*objects)`` where the ranks of a group hold each sequence together.
+    """``accelerator.prepare(*objects)`` with context parallelism.
 
         model, optimizer, loader, scheduler = dft.prepare(
             accelerator, model, optimizer, loader, scheduler, context_parallel=cp
@@ -32,20 +32,20 @@ def prepare(accelerator: Accelerator, *objects: Any, context_parallel: ContextPa
                 scheduler.step()
                 optimizer.zero_grad()
 
-    Loaders give the ranks of a group the same batch and other groups others, each rank its part of it (`shard_batch`).
-    Schedulers count a step for each data rank, as accelerate does for each process. ``batch`` is passed to the model
-    whole; the mean of the ranks' losses, and of their gradients, is that of the group's batch.
+    Loaders give each group of ranks its own batches, and each rank its shard of them (`shard_batch`). Schedulers step
+    once per data rank (accelerate's step once per process). Pass all of ``batch`` to the model. The mean of the ranks'
+    losses, and of their gradients, is that of the group's batch.
 
     Args:
-        accelerator: of a script that torchrun or accelerate launch has started.
+        accelerator: in a script started by torchrun or accelerate launch.
         objects: as for ``accelerator.prepare``. A scheduler comes with its optimizer.
         context_parallel: what `register` was given. All ranks call.
 
     Returns:
-        The objects in their order, one alone as it is.
+        The objects in order; a single one not in a tuple.
 
     Raises:
-        ValueError: the accelerator does not know of all ranks, or batches are dispatched by one of them.
+        ValueError: the accelerator does not count all ranks, or one rank dispatches batches.
     """
     ranks = data_ranks(context_parallel)
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -67,7 +67,7 @@ def prepare(accelerator: Accelerator, *objects: Any, context_parallel: ContextPa
 
 
 class ShardedLoader:
-    """A prepared loader whose batches are this rank's part of them. All else is the loader's."""
+    """A prepared loader that shards its batches. Other attributes are the loader's."""
 
     def __init__(self, loader: DataLoader[Any], cp: ContextParallel) -> None:
         self._loader, self._cp = loader, cp
@@ -83,7 +83,7 @@ class ShardedLoader:
 
 
 class _Scheduler(AcceleratedScheduler):
-    """Steps once for each data rank, where accelerate's steps once for each process."""
+    """Steps once per data rank; accelerate's steps once per process."""
 
     def __init__(self, steps: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, split_batches=True, **kwargs)  # one step at a time

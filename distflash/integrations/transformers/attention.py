@@ -1,4 +1,4 @@
-"""Attention as the library's registry takes it: what a layer asks for, checked and handed to `distflash.attention`.
+"""The attention function for Transformers' registry: checks a layer's arguments and calls `distflash.attention`.
 
 [Note: shapes] B batch, T local tokens, H query heads, G key/value heads, D head dim.
 """
@@ -44,7 +44,7 @@ _REFUSED = {
 
 
 class Attention:
-    """What the library calls as a layer's attention. Holds the group, and what it has checked last."""
+    """The attention function of all layers, and the state of its checks."""
 
     def __init__(self, cp: ContextParallel) -> None:
         self.cp = cp
@@ -52,7 +52,7 @@ class Attention:
         self._checked: tuple[Shard | None, Tensor | None] = (None, None)
 
     def mask(self, **asked: Any) -> LayerMask:
-        """`describe_mask`, whose reasons are raised by a layer that is given the mask."""
+        """The mask function, see `describe_mask`. Unsupported masks raise in the layers that get them."""
         return describe_mask(**asked)
 
     def __call__(
@@ -105,7 +105,7 @@ class Attention:
     def _check_step(
         self, module: nn.Module, layer: CachedLayer, position_ids: Tensor | None, problem: str | None, tokens: int
     ) -> None:
-        """Of tokens that every rank has: whether they are those that come next, once a forward."""
+        """For tokens that every rank has: check, once per forward, that they are the next ones of the cache."""
         sequences = layer.sequences
         if problem is None and not sequences.checked:
             problem = (
@@ -126,7 +126,7 @@ class Attention:
         return shard is not None and self._checked[0] == shard and self._checked[1] is position_ids
 
     def _check(self, module: nn.Module, shard: Any, position_ids: Tensor | None, problem: str | None) -> None:
-        """Once a batch, in the first layer. All ranks call, and all raise if one has a problem or another batch."""
+        """Check a batch, in its first layer. All ranks call; all raise if one has a problem or a different batch."""
         problem = self._batch_problem(module, shard, position_ids) or problem
         if problem is not None:
             self.cp.refuse(problem, KIND)
@@ -154,7 +154,7 @@ def _other_group_problem(of_cache: ContextParallel, registered: ContextParallel)
 
 
 def _positions_problem(layer: CachedLayer, position_ids: Tensor | None, tokens: int) -> str | None:
-    """Whether new tokens are at other positions than those behind what the cache has had."""
+    """Check that new tokens are at the positions after those in the cache."""
     if position_ids is None:
         return None
     starts = torch.tensor(layer.lengths, device=position_ids.device)
@@ -170,7 +170,7 @@ def _positions_problem(layer: CachedLayer, position_ids: Tensor | None, tokens: 
 
 
 def _no_shard(module: nn.Module) -> str:
-    """Why a layer was not given the batch's Shard."""
+    """The error for a layer that did not get the batch's Shard."""
     if generating() is not None:
         return (
             "generate: goes through no other cache than a ShardedCache, since a rank would hold its tokens' keys only "
@@ -189,7 +189,7 @@ def _no_shard(module: nn.Module) -> str:
 def _layer_problem(
     query: Tensor, key: Tensor, mask: Any, others: Mapping[str, Any], layer: CachedLayer | None
 ) -> str | None:
-    """What a layer asks for that is not done here; None if nothing."""
+    """Check that a layer asks only for what is supported."""
     if not isinstance(mask, LayerMask):
         return (
             f"attention_mask: expected the mask that the model asked the library for, got {type(mask).__name__}; "
@@ -237,6 +237,6 @@ def _asks_for_weights(module: nn.Module) -> bool:
 
 
 def _in_compute_dtype(x: Tensor) -> Tensor:
-    """Under autocast as matrix products would be: rotated queries are in float32, values are not."""
+    """Cast like a matrix product under autocast, since rotated queries and keys are in float32, values are not."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -138,7 +138,7 @@ def group_problem(shard: Shard, cp: ContextParallel) -> str | None:
 
 
 def for_documents(cp: ContextParallel, documents: Documents | None) -> ContextParallel:
-    """The group with its layout for a batch: `Balanced` is chosen anew for each."""
+    """The group with its layout for a batch; `Balanced` depends on the batch."""
     return cp.with_mask(Causal() if documents is None else Causal() & documents)
 
 
@@ -163,8 +163,8 @@ def shard_batch(
 
     Args:
         batch: the output of a tokenizer or collator, the same whole batch on every rank of ``cp``: tensors ``[B, S]``
-            by name. ``input_ids``, and optionally: ``labels`` (not shifted, as the library expects) or ``shift_labels``
-            (shifted); ``position_ids`` that restart at 0 at each packed document, or ``cu_seqlens`` (also
+            by name. ``input_ids``, and optionally: ``labels`` (not shifted, as Transformers expects) or
+            ``shift_labels`` (shifted); ``position_ids`` that restart at 0 at each packed document, or ``cu_seqlens`` (also
             ``cu_seq_lens_q``) ``[documents + 1]``; ``attention_mask`` of ones; ``token_type_ids`` or
             ``mm_token_type_ids``; ``num_items_in_batch``, which divides the sum of the losses instead of the number of
             this batch's labels; and ``dropout_seed``, which attention dropout needs in training: an int from 0 to
@@ -207,7 +207,7 @@ def shard_batch(
     part: dict[str, Any] = {name: x if name in as_is else cp.shard(x) for name, x in per_token.items()}
     part |= {
         "position_ids": shard.position_ids(ids.device).expand(B, -1),
-        # Without an attention_mask, the library would mistake a zigzag's positions for packed documents.
+        # Without an attention_mask, Transformers would mistake a zigzag's positions for packed documents.
         "attention_mask": torch.ones_like(part["input_ids"]),
         "use_cache": False,
         NAME: shard,
@@ -253,7 +253,7 @@ class _Divisor:
 
 
 def _count(given: Any) -> Tensor:
-    """``num_items_in_batch``, as the library gives it: a number, or a tensor of one."""
+    """``num_items_in_batch``, as Transformers gives it: a number, or a tensor of one."""
     number = isinstance(given, int | float) and not isinstance(given, bool)
     if not number and not (isinstance(given, Tensor) and given.numel() == 1):
         raise ValueError(f"num_items_in_batch: expected a number, got {_shape(given)}")
@@ -261,12 +261,12 @@ def _count(given: Any) -> Tensor:
 
 
 class Misuse(ValueError, AttributeError):
-    """An AttributeError too, so that who only asks whether there is such an attribute is told that there is not."""
+    """Also an AttributeError, so that `hasattr` returns False."""
 
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """Stands where the library wants a value that must not be read. Who reads it is told why."""
+    """A placeholder for a value that must not be read. Reading it raises ``reason``."""
 
     reason: str = ""  # the default lets pickle ask a new object for its attributes
 
@@ -387,7 +387,7 @@ def _documents_of(position_ids: Any, batch: int, seq_len: int) -> Documents:
 
 
 def _shifted_labels(whole: Mapping[str, Any]) -> Tensor | None:
-    """The labels, each at the token that predicts it; refused where they plainly are not as they are called."""
+    """The shifted labels. Raises a ValueError if labels are clearly not what their key says."""
     ids, shifted = whole["input_ids"], whole.get("shift_labels")
     given = whole.get("labels") if shifted is None else shifted
     if given is None:

@@ -1,7 +1,7 @@
-"""One layer's keys and values as the library's caches have them, over a group of ranks.
+"""One layer of a `ShardedCache`.
 
-The library lets a layer hand its new keys to the cache and then calls the attention with what the cache returns. Here
-that is the new keys as they are, marked with the `CachedLayer` they belong to. The attention appends them and attends.
+In Transformers a layer passes its new keys to the cache, and attention gets what the cache returns. Here the cache
+returns the new keys unchanged, tagged with their `CachedLayer`. distflash's attention appends them and attends.
 
 [Note: shapes] B batch, n new tokens, G key/value heads, D head dim.
 """
@@ -24,9 +24,9 @@ from distflash.decode_step import MOST_TOKENS, decode
 from distflash.masks import Mask
 from distflash.resizing import resized
 
-# Room for so many tokens more than are known to come, at least.
+# Least spare capacity, in tokens.
 _SLACK = 128
-# A cache that has become too small grows by this part of itself: copies are few, and little memory is not used.
+# A cache that is full grows by 1 / _SHARE of its capacity, so that copies are rare and little memory is unused.
 _SHARE = 8
 _MARK = "distflash_layer"
 _NOT_ATTENDED = (
@@ -37,20 +37,20 @@ _NOT_ATTENDED = (
 
 @dataclass
 class Sequences:
-    """What a cache and its layers have in common.
+    """State that a cache and its layers share.
 
     Attributes:
         cp: the group of the cache.
-        capacity: how many tokens of a sequence there may be, or None.
-        expected: how many tokens of a sequence are known to come.
-        batch: how many sequences there are; 0 before the first.
-        padding: how many tokens of padding each one has had on its left; they are not kept.
-        row: the one sequence that a forward is about, or None for all.
-        first: the first layer that has keys, by its number, if any has.
-        starts: how many tokens the sequences of this forward had in that layer before it.
-        checked: whether this forward's tokens are known to be those that come next.
-        prompt: int64 ``[B, S]``, what was prefilled last, with which a later turn has to begin; None if not known.
-        generated: the ``input_ids`` of the ``generate`` that were last compared with it.
+        capacity: the most tokens of a sequence, or None.
+        expected: how many tokens per sequence are known to come.
+        batch: the number of sequences; 0 before the first forward.
+        padding: for each sequence, the number of padding tokens on its left, which are not stored.
+        row: the only sequence of the current forward, or None for all.
+        first: the index of the first layer with keys, if any.
+        starts: the lengths of the sequences in that layer before the current forward.
+        checked: whether the current forward's tokens have been checked to be the next ones.
+        prompt: int64 ``[B, S]``, the last prefill, with which later turns must begin; None if unknown.
+        generated: the ``input_ids`` of ``generate`` that were last compared with it.
     """
 
     cp: ContextParallel
@@ -67,7 +67,7 @@ class Sequences:
 
 
 class CachedLayer(CacheLayerMixin):
-    """A layer's `Cache`, made at its first keys, and made anew where it has to be larger."""
+    """A layer's `Cache`, allocated with its first keys and reallocated when it is full."""
 
     is_croppable = True
     is_sliding = False
@@ -79,29 +79,29 @@ class CachedLayer(CacheLayerMixin):
         self.awaits_attention = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: memory is allocated where the mask is known."""
+        """Nothing to do: memory is allocated later, when the mask is known."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """New keys and values ``[B, G, n, D]`` as they are, for the attention to keep."""
+        """Return new keys and values ``[B, G, n, D]`` unchanged; attention will append them."""
         self.require_attended()
         self.awaits_attention = True
         setattr(key_states, _MARK, self)
         return key_states, value_states
 
     def require_attended(self) -> None:
-        """Raise where the last keys have been handed over, and no attention of distflash came."""
+        """Raise if the last keys were not followed by distflash's attention."""
         if self.awaits_attention:
             self.awaits_attention = False
             raise ValueError(_NOT_ATTENDED)
 
     @torch.compiler.disable
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, seq_len: int | None, **scores: Any) -> Tensor:
-        """Append the new tokens, and attend to all that is kept.
+        """Append the new tokens, and attend to the whole cache.
 
         Args:
             q, k, v: ``[B, n, heads, D]``.
-            seq_len: the tokens of the chunk of which these are this rank's part; None where every rank has all of them.
-            scores: of `attention` and `decode` alike.
+            seq_len: the chunk's length, of which these are this rank's part; None if every rank has the same tokens.
+            scores: keyword arguments of `attention` and `decode`.
         """
         cp = self.sequences.cp
         cache = self._with_room_for(k.shape[1] if seq_len is None else seq_len, k, v, mask)
@@ -111,56 +111,56 @@ class CachedLayer(CacheLayerMixin):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """How many tokens, without padding, each sequence of a forward has had."""
+        """The length of each sequence of the current forward, without padding."""
         if self.cache is None:
             return (0,) * (1 if self.sequences.row is not None else self.sequences.batch)
         return self._chosen(self.cache).lengths
 
     def get_seq_length(self) -> int:
-        """How many tokens there have been, with the padding of a batch that is decoded together."""
+        """The length of the first sequence, including padding."""
         first = self.lengths[0] if self.lengths else 0
         padding = self.sequences.padding
         return first + (padding[0] if padding and self.sequences.row is None else 0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Of the library's matrix, which nobody makes."""
+        """Sizes of the mask matrix, which is never materialised."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """-1: none, as far as the library is concerned."""
+        """-1: no limit that Transformers has to know."""
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget so many of the last tokens, given as a number of at most 0: drafts that were rejected."""
+        """Drop the last tokens, for example rejected drafts. tokens_to_remove: their number, negated."""
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected the number of tokens with a minus, got {tokens_to_remove}")
         if self.cache is not None and tokens_to_remove:
             self.cache.truncate([max(0, length + tokens_to_remove) for length in self.cache.lengths])
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Sequence n becomes what sequence ``beam_idx[n]`` was."""
+        """Replace sequence n by sequence ``beam_idx[n]``."""
         if self.cache is not None:
             self.cache.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Sequence[int]) -> None:
-        """Keep some of the sequences, also more than once, in this order."""
+        """Select sequences, with repetition, in this order."""
         if self.cache is not None:
             self.cache = resized(self.cache, self.cache.capacity, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence so many times, one behind the other."""
+        """Repeat each sequence, as `torch.repeat_interleave`."""
         if self.cache is not None:
             self.batch_select_indices([n for n in range(self.cache.batch) for _ in range(repeats)])
 
     def reset(self) -> None:
-        """Forget everything, and free the memory."""
+        """Drop all tokens, and free the memory."""
         self.cache, self.awaits_attention = None, False
 
     def _chosen(self, cache: Cache) -> Cache:
         return cache if self.sequences.row is None else cache[self.sequences.row]
 
     def _with_room_for(self, tokens: int, k: Tensor, v: Tensor, mask: Mask) -> Cache:
-        """The cache of the forward's sequences. Keys that no later token sees are dropped before it is made larger."""
+        """The cache of the forward's sequences. If full, keys that no later token sees are dropped, then it grows."""
         if self.cache is None:
             self.cache = Cache(
                 self.sequences.cp,
@@ -181,23 +181,23 @@ class CachedLayer(CacheLayerMixin):
         return self._chosen(self.cache)
 
     def _capacity(self, mask: Mask, stay: int, tokens: int) -> int:
-        """Where ``tokens`` do not fit beside those that ``stay``: at least what they need, if that is allowed."""
+        """The new capacity for ``tokens`` besides those that ``stay``, limited by the user's capacity."""
         held, most = 0 if self.cache is None else self.cache.capacity, self.sequences.capacity
         expected = max(self.sequences.expected, held)
         seen = sum(map(len, seen_later(mask, expected)))
-        if seen < expected:  # the mask forgets
+        if seen < expected:  # later tokens do not see all keys
             wanted = max(seen, stay) + max(tokens, _SLACK)
             return wanted if most is None else min(wanted, most)
         return max(expected + _SLACK, stay + tokens, held + held // _SHARE) if most is None else most
 
 
 def layer_of(key: Tensor) -> CachedLayer | None:
-    """The layer of a `ShardedCache` that was handed this tensor, if any was."""
+    """The layer of a `ShardedCache` that returned this tensor, or None."""
     return getattr(key, _MARK, None)
 
 
 def too_many_tokens(tokens: int) -> str | None:
-    """Why every rank cannot have so many new tokens."""
+    """Check that ``tokens`` new tokens, the same on every rank, are not too many."""
     if tokens <= MOST_TOKENS:
         return None
     return (

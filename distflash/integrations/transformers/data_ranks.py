@@ -1,4 +1,4 @@
-"""Which ranks share a sequence and which train on others: what samplers, gathers and schedulers have to go by."""
+"""Data-parallel ranks: the groups of ranks that share a sequence, for samplers, gathers and schedulers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from distflash.context import ContextParallel
 
 @dataclass(frozen=True)
 class DataRanks:
-    """The groups of ranks that hold a sequence together, among all ranks.
+    """The groups of ranks that share a sequence, among all ranks.
 
     Attributes:
-        groups: the ranks of each group, by their numbers in the default group; a group's place is its data rank.
+        groups: the ranks of each group, numbered as in the default group; a group's index is its data rank.
         rank: the data rank of this rank.
     """
 
@@ -25,25 +25,25 @@ class DataRanks:
 
     @property
     def count(self) -> int:
-        """How many groups there are, each with batches of its own."""
+        """The number of groups, each with its own batches."""
         return len(self.groups)
 
     @property
     def context(self) -> int:
-        """How many ranks hold a sequence together."""
+        """The number of ranks that share a sequence."""
         return len(self.groups[0])
 
     def one_of_each(self, gathered: Tensor) -> Tensor:
-        """Of rows that were gathered from all ranks in their order, those of one rank of each group."""
+        """From rows gathered from all ranks in order, those of one rank per group."""
         by_rank = gathered.chunk(self.count * self.context)
         return torch.cat([by_rank[group[0]] for group in self.groups])
 
 
 def data_ranks(cp: ContextParallel) -> DataRanks:
-    """The groups as all ranks see them. All ranks of the default process group must call.
+    """The groups. All ranks of the default process group must call.
 
     Raises:
-        ValueError: on every rank, if the groups do not share out all ranks evenly.
+        ValueError: on every rank, if the groups do not partition all ranks evenly.
     """
     if not isinstance(cp, ContextParallel):
         raise ValueError(

@@ -1,10 +1,9 @@
-"""Layers that mix the sequence by something else than attention: each sees all of it, and keeps this rank's part.
+"""Context parallelism for layers that mix tokens without attention, by gathering their inputs.
 
-A state-space layer, a gated delta net or a convolution reads tokens that other ranks hold. `gather_layers` lets each
-such layer run, unchanged, on the hidden states of the whole sequence, and keeps this rank's part of the result. A
-rank's loss depends on the layer through its own tokens only. So the gradients of weights add up over ranks to those of
-one process, and those of hidden states are reduced and scattered. The price is that every rank does the layer's whole
-work, but for layers that read a few tokens back (`reach`), or whose heads are split (`split_heads`).
+State-space layers, gated delta nets and convolutions read tokens of other ranks. `gather_layers` runs each such layer
+on the hidden states of the whole sequence, and keeps this rank's part of the result. Gradients of weights then add up
+over ranks, and those of hidden states are reduce-scattered. Every rank does the layer's whole work, except for layers
+that read a few previous tokens (`reach`), or whose heads are split (`split_heads`).
 
 [Note: shapes] B batch, T local tokens, S global tokens.
 """
@@ -37,10 +36,10 @@ from distflash.integrations.transformers.mixers import missing_mixers, mixers_of
 from distflash.integrations.transformers.reach import Piece, reach
 from distflash.integrations.transformers.split_heads import Kind, kind_of, run_split
 
-# Where a gathered layer keeps what `gather_layers` has made of it.
+# The attribute of a gathered layer with its `_Gathered` or `_Split`.
 _MARK = "_distflash_gathered"
 
-# What a layer is given of the batch that is no matter of its tokens, or not read by it.
+# Keywords that are not per token, or that layers do not read.
 _IGNORED = ("labels", "shift_labels", "num_items_in_batch", SHIFTED)
 _MASK = "attention_mask"
 _MASKS = (_MASK, "padding_mask", "conv_mask")
@@ -50,7 +49,7 @@ _CACHES = ("cache_params", "past_key_values", "past_key_value", "state")
 
 @dataclass(frozen=True)
 class GatheredLayers:
-    """What `gather_layers` has done. names: of the layers, in the model. split: of those whose heads are split."""
+    """The result of `gather_layers`. names: of the layers in the model. split: of those whose heads are split."""
 
     names: tuple[str, ...]
     split: tuple[str, ...]
@@ -58,7 +57,7 @@ class GatheredLayers:
     layers: tuple[nn.Module, ...] = field(repr=False)
 
     def remove(self) -> None:
-        """Let the layers see this rank's tokens only, as they did before."""
+        """Undo `gather_layers`."""
         for handle in self.handles:
             handle.remove()
         for layer in self.layers:
@@ -73,24 +72,23 @@ def gather_layers(
     *,
     split_heads: bool = False,
 ) -> GatheredLayers:
-    """Let a model's layers that mix the sequence by something else than attention see the whole of it.
+    """Run a model's layers that mix tokens without attention on the whole sequence.
 
         dft.register(cp)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="distflash")
         dft.gather_layers(model, cp)
 
-    Call it before the model is wrapped (FSDP, DDP). Hooks of the layers do it; parameters, their names and the config
-    stay as they are. Packed documents are run one by one, those that this rank has tokens of.
+    Call it before the model is wrapped (FSDP, DDP). It uses hooks; parameters, their names and the config stay
+    unchanged. Packed documents are run one by one, on the ranks that have tokens of them.
 
     Args:
-        model: a model of the library.
+        model: a Transformers model.
         cp: the group that `register` was given.
-        classes: the layers' classes, or their names. None for those that are known of the model's type. Of a family
-            that is not known, all have to be named that mix tokens, but for attention: a class that is missing computes
-            something else, and nobody notices.
+        classes: the layers' classes, or their names; None for known model types. For other types, name all classes
+            that mix tokens, except attention: a missing one silently computes something else.
 
     Raises:
-        ValueError: the family is not known, or the model has no such layer.
+        ValueError: the model type is not known, or the model has no such layer.
     """
     if not isinstance(cp, ContextParallel):
         raise ValueError(f"cp: expected the ContextParallel that register was given, got {type(cp).__name__}")
@@ -120,12 +118,12 @@ def gather_layers(
 
 
 def is_gathered(module: nn.Module) -> bool:
-    """Whether a layer sees the whole sequence."""
+    """Whether a layer is gathered."""
     return hasattr(module, _MARK)
 
 
 def gathered(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model that do."""
+    """The gathered layers of a model."""
     return [module for module in model.modules() if is_gathered(module)]
 
 
@@ -138,7 +136,7 @@ def _names(model: Any, classes: Any) -> tuple[str, ...]:
 
 
 def _above(paths: Mapping[str, nn.Module]) -> list[str]:
-    """The paths of all modules that hold one of these, the model itself first."""
+    """The paths of all modules that contain one of these, the model first."""
     above = {""}
     for path in paths:
         parts = path.split(".")
@@ -148,18 +146,18 @@ def _above(paths: Mapping[str, nn.Module]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Batch:
-    """A batch, and the mask of ones that `shard_batch` has made for it."""
+    """A batch, and the attention mask of ones from `shard_batch`."""
 
     shard: Shard
     mask: Tensor | None
 
 
 class _Batches:
-    """Of which batch the layers at work are.
+    """Finds the batch of a running layer.
 
-    Some layers are given the batch's Shard. Otherwise it is that of the module around them whose forward runs. Under
-    activation checkpointing a layer runs again when no such forward runs. Then it is known by the batch's mask, which
-    models pass to their layers. Where a model passes None for a mask of ones, the module around is given that mask.
+    Some layers get the batch's Shard as a keyword. Otherwise it is that of the enclosing module's running forward. When
+    activation checkpointing recomputes a layer, no such forward runs; the batch is then found by its attention mask,
+    which models pass to their layers. If a model passes None for a mask of ones, the enclosing module gets that mask.
     """
 
     def __init__(self, cp: ContextParallel) -> None:
@@ -169,14 +167,14 @@ class _Batches:
         self._compared: Shard | None = None
 
     def watch(self, module: nn.Module, holds_layer: bool) -> list[RemovableHandle]:
-        """Know of the batches of a module's forward. holds_layer: whether it calls a gathered layer itself."""
+        """Track the batches of a module's forward. holds_layer: whether it calls a gathered layer directly."""
         return [
             module.register_forward_pre_hook(partial(self._enter, holds_layer), with_kwargs=True),
             module.register_forward_hook(self._leave, always_call=True),
         ]
 
     def of(self, given: Mapping[str, Any]) -> Shard:
-        """The Shard of a layer that is called with this, which all ranks have compared."""
+        """The Shard of a layer with these arguments, after comparing it over the ranks."""
         shard: Shard | None = given.get(NAME)
         if not isinstance(shard, Shard):
             mask = given.get(_MASK)
@@ -194,13 +192,13 @@ class _Batches:
     def read(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], str, Shard]:
-        """What a layer is given, by name, the name of its hidden states, and of which batch it is."""
+        """A layer's arguments by name, the name of its hidden states, and its batch."""
         parameters = list(inspect.signature(type(layer).forward).parameters)[1:]
         given = {**dict(zip(parameters, args, strict=False)), **kwargs}
         shard = self.of(given)
         shard.trace.note(layer)
         if _ROTARY not in parameters:
-            given.pop(_ROTARY, None)  # which layers around it pass on to all that they hold
+            given.pop(_ROTARY, None)  # some enclosing layers pass it to all their layers
         problem = _problem(layer, given, parameters[0], shard)
         if problem is not None:
             self.cp.refuse(problem, KIND)
@@ -223,18 +221,18 @@ class _Batches:
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._running:  # not where nothing was known of a batch, or another hook has raised before `_enter`
+        if self._running:  # empty if there was no batch, or if another hook has raised before `_enter`
             self._running.pop()
 
 
 class _Split:
-    """One layer, whose heads are split."""
+    """A layer whose heads are split."""
 
     def __init__(self, batches: _Batches, kind: Kind) -> None:
         self._batches, self._kind = batches, kind
 
     def hook(self, layer: nn.Module) -> list[RemovableHandle]:
-        """Run a layer's own forward on this rank's heads. No hook can do that: it would run on all heads too."""
+        """Replace a layer's forward by one on this rank's heads. Hooks could not prevent the forward on all heads."""
         setattr(layer, _MARK, self)
         vars(layer)["forward"] = partial(self._forward, layer)
         return []
@@ -246,11 +244,11 @@ class _Split:
 
 
 class _Gathered:
-    """One layer."""
+    """A layer that runs on gathered hidden states."""
 
     def __init__(self, batches: _Batches) -> None:
         self._batches, self._cp = batches, batches.cp
-        # Between the two hooks: what the layer is called with for the other documents, and which rows are kept.
+        # From one hook to the other: the arguments for other documents, and the rows to keep.
         self._others: list[dict[str, Any]] = []
         self._kept, self._lengths = torch.empty(0), list[int]()
 
@@ -284,7 +282,7 @@ class _Gathered:
         return parts if isinstance(output, tuple) else parts[0]
 
     def _part(self, outputs: Sequence[Any]) -> Any:
-        """Of one result for each piece ``[B, rows, ...]``, this rank's part; None of anything else, such as states."""
+        """This rank's part of an output, given per piece as ``[B, rows, ...]``; None for others, such as states."""
         lengths = [x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else None for x in outputs]
         if lengths != self._lengths:
             return None
@@ -292,7 +290,7 @@ class _Gathered:
 
 
 def _call(given: Mapping[str, Any], per_token: Sequence[str], piece: Piece) -> dict[str, Any]:
-    """What a layer is called with for one piece, of what it is given for all rows."""
+    """The arguments for one piece, from those for all rows."""
     rows = slice(piece.rows.start, piece.rows.stop)
     call = {**given, **{name: _each(given[name], lambda x: x[:, rows]) for name in per_token}}
     call |= dict.fromkeys(name for name in _MASKS if name in given)  # none is padding, see shard_batch
@@ -312,7 +310,7 @@ def _each(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _problem(layer: nn.Module, given: Mapping[str, Any], hidden: str, shard: Shard) -> str | None:
-    """Why a layer cannot be run on the whole sequence by what it is given; None if it can."""
+    """Check that a layer can run on the whole sequence with these arguments."""
     name, x = type(layer).__name__, given.get(hidden)
     if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[1] != shard.seq_local:
         came = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -338,7 +336,7 @@ def _problem(layer: nn.Module, given: Mapping[str, Any], hidden: str, shard: Sha
 
 
 def _dropout(layer: nn.Module) -> str | None:
-    """Where a layer has dropout: in words; None for nowhere."""
+    """A description of a layer's dropout; None if it has none."""
     for path, module in layer.named_modules():
         for name, p in vars(module).items():
             is_probability = "dropout" in name or (name == "p" and isinstance(module, _DropoutNd))

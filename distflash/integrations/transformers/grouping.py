@@ -1,8 +1,7 @@
-"""A model of the library with fewer key heads: grouped-query attention from attention with more key heads.
+"""Convert a Transformers model to fewer key heads (grouped-query attention).
 
-Which parameters hold key heads is not guessed from names alone. The library builds the model without memory for both
-numbers of heads: parameters whose shapes differ are the ones to pool, and what its modules count differently (repeats
-of a key head, rows of a projection) is taken over from there. What this does not know how to pool is refused by name.
+The model is built on the meta device with both numbers of heads. Parameters whose shapes differ are pooled, and ints of
+modules that differ are copied. Parameters with an unknown order of heads raise.
 
 [Note: shapes] H query heads, G key heads before, G' after, D head dim.
 """
@@ -20,27 +19,26 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from distflash.heads import Pooling, heads_problem, pool_heads
 
 COUNT = "num_key_value_heads"
-# The names of modules, whole: "qkv_proj" ends in "v_proj" too. A norm has heads where it is over all of them at once.
+# Names of modules. A norm has heads if it normalises all of them at once.
 SEPARATE, FUSED = ("k_proj", "v_proj", "k_norm"), "qkv_proj"
 
 
 def group_key_heads(model: PreTrainedModel, kv_heads: int, *, method: Pooling = "mean") -> PreTrainedModel:
-    """Give a model fewer key heads, each for a group of query heads that lie in a row. In place.
+    """Reduce a model to fewer key heads, each for a group of consecutive query heads. In place.
 
-    Weights and biases of keys and values are pooled; norms of a head, query heads and sinks stay. The model's config
-    says the new number, so that it is saved and loaded as any other. Where the heads of a group were equal the model
-    computes what it did; otherwise it has to be trained on. Parameters are new: make the optimizer afterwards.
+    Weights and biases of keys and values are pooled. The config gets the new number. Unless the heads of a group were
+    equal, the model needs further training. Parameters are replaced: make the optimizer afterwards.
 
     Args:
-        model: whole, neither sharded nor quantized nor with adapters.
-        kv_heads: key heads G' of every layer, a divisor of the query heads H and less than there are.
-        method: "mean" over the query heads of a group, in float64; "first" takes the head of the first of them.
+        model: neither sharded nor quantized nor with adapters.
+        kv_heads: key heads G' of every layer, a divisor of the query heads H and less than G.
+        method: "mean" over a group, in float64; "first" keeps the head of the group's first query head.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: the number does not fit, or the model has no such form; the model is then as it was.
+        ValueError: the number is invalid, or the model has no grouped form. The model stays unchanged.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -51,7 +49,7 @@ def group_key_heads(model: PreTrainedModel, kv_heads: int, *, method: Pooling = 
         raise ValueError(problem)
     change = Change.of(model, kv_heads, method)
     old = {name: model.get_parameter(name) for name in change.parameters}
-    # One new parameter for each old one: layers that share theirs go on to do so.
+    # One new parameter for each old one, so that sharing between layers is preserved.
     new = {parameter: change.pooled(name, parameter) for name, parameter in old.items()}
     for name, parameter in old.items():
         path, _, leaf = name.rpartition(".")
@@ -66,12 +64,12 @@ def group_key_heads(model: PreTrainedModel, kv_heads: int, *, method: Pooling = 
 
 @dataclass(frozen=True)
 class Change:
-    """What a smaller number of key heads changes in a model.
+    """The changes for a smaller number of key heads.
 
     Attributes:
         heads, kv_heads, into: H, G and G'.
-        parameters: the new shape by the name of each parameter that has key heads.
-        counts: by the path of a module, its ints that differ.
+        parameters: for each parameter with key heads, its new shape.
+        counts: for each module's path, its ints that differ.
     """
 
     heads: int
@@ -83,7 +81,7 @@ class Change:
 
     @classmethod
     def of(cls, model: PreTrainedModel, kv_heads: int, method: Pooling) -> Change:
-        """A ValueError where the model is not as the library builds it, or has key heads that nothing here knows."""
+        """Raises a ValueError if the model is not as Transformers builds it, or has key heads of an unknown form."""
         text = model.config.get_text_config()
         before, after = _skeleton(model, getattr(text, COUNT)), _skeleton(model, kv_heads)
         old, new = _parameters(before), _parameters(after)
@@ -101,7 +99,7 @@ class Change:
         return cls(text.num_attention_heads, getattr(text, COUNT), kv_heads, method, parameters, counts)
 
     def pooled(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        """The parameter of that name for fewer key heads."""
+        """The parameter, pooled."""
         x = parameter.detach()
         if _owner(name) == FUSED:
             queries, *others = self._split(name, x)
@@ -119,7 +117,7 @@ class Change:
         return pool_heads(x, self.heads, self.kv_heads, self.into, self.method)
 
     def _split(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
-        """The rows of queries, keys and values, which lie in this order."""
+        """The rows of queries, keys and values, in this order."""
         head_dim = (x.shape[0] - self.parameters[name][0]) // (2 * (self.kv_heads - self.into))
         rows = [head_dim * heads for heads in (self.heads, self.kv_heads, self.kv_heads)]
         if sum(rows) != x.shape[0]:
@@ -130,7 +128,7 @@ class Change:
 
 
 def _form_problem(config: PreTrainedConfig) -> str | None:
-    """Why the attention that a config describes has no grouped form; None if it may have one."""
+    """Why a config's attention has no grouped form; None if it may have one."""
     kind = config.model_type
     if getattr(config, "kv_lora_rank", None) is not None:
         return (
@@ -148,7 +146,7 @@ def _form_problem(config: PreTrainedConfig) -> str | None:
 
 
 def _skeleton(model: PreTrainedModel, kv_heads: int) -> PreTrainedModel:
-    """The library's model with so many key heads, without memory."""
+    """The model with ``kv_heads`` key heads, on the meta device."""
     config = deepcopy(model.config)
     setattr(config.get_text_config(), COUNT, kv_heads)
     with torch.device("meta"):
@@ -171,22 +169,22 @@ def _require_like(model: PreTrainedModel, expected: dict[str, nn.Parameter]) -> 
 
 
 def _differing(before: nn.Module, after: nn.Module) -> dict[str, int]:
-    """The ints of `after` that `before` has otherwise."""
+    """The ints of `after` that differ in `before`."""
     return {name: x for name, x in vars(after).items() if type(x) is int and vars(before).get(name) != x}
 
 
 def _owner(name: str) -> str:
-    """The name of the module, without its path, that a parameter is of."""
+    """The last part of the path of a parameter's module."""
     return name.rpartition(".")[0].rpartition(".")[2]
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By all of their names, where layers share them."""
+    """Parameters by name; a shared one under each of its names."""
     return dict(model.named_parameters(remove_duplicate=False))
 
 
 def _configs(model: PreTrainedModel, text: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """The config of the text model, and the copies of it that modules hold."""
+    """The config of the text model, and the modules' copies of it."""
     held = [
         module.config for module in model.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)
     ]

@@ -1,4 +1,4 @@
-"""What is checked before and after every forward of a model, through torch's own hooks on all modules."""
+"""Checks before and after every forward of a model, with torch's global module hooks."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from distflash.integrations.transformers.sharded_cache import ShardedCache
 
 
 class ModelHooks:
-    """Before a model's forward: its class and modules. After it: that its layers have attended over the ranks.
+    """Checks a model's class and modules before its forward, and after it that all layers have used distflash.
 
-    A model is looked through once; later forwards ask only whether any of its layers has attended.
+    A model is fully checked once. Later forwards check only that some layer has used distflash.
     """
 
     def __init__(self, cp: ContextParallel) -> None:
         self.cp = cp
-        # With the layers that `gather_layers` had changed then.
+        # Checked models, with their gathered layers at that time.
         self._known: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
         self._attended: WeakSet[nn.Module] = WeakSet()
         self._known_losses: WeakSet[nn.Module] = WeakSet()
@@ -51,10 +51,10 @@ class ModelHooks:
         self._own_handles: list[RemovableHandle] = []
 
     def remove(self) -> None:
-        """Take the hooks back."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-            # torch forgets this one, and would take it for a hook that is still there.
+            # torch does not remove this entry.
             torch_module._global_forward_hooks_with_kwargs.pop(handle.id, None)
         for handle in self._own_handles:
             handle.remove()
@@ -62,14 +62,14 @@ class ModelHooks:
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling() or not isinstance(module, PreTrainedModel):
             return
-        if (problem := name_problem(module)) is not None:  # which may change
+        if (problem := name_problem(module)) is not None:  # every time, since it may change
             self.cp.refuse(problem, KIND)
         if self._is_known(module) or module.config._attn_implementation not in NAMES:
             return
         if (problem := model_problem(module)) is not None:
             self.cp.refuse(problem, KIND)
         if module not in self._known:
-            # Only a hook of the module itself may change keywords.
+            # Global hooks cannot change keywords.
             self._own_handles.append(module.register_forward_pre_hook(only_new_tokens, with_kwargs=True))
         self._known[module] = gathered(module)
 
@@ -77,11 +77,11 @@ class ModelHooks:
         return model in self._known and all(map(is_gathered, self._known[model]))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
-        """The output, if it is to be another one."""
+        """The output if it is replaced, else None."""
         if not isinstance(module, PreTrainedModel):
             return None
         if torch.compiler.is_compiling():
-            # Only this changes the result. It is not compiled: without it the loss would be of this rank's tokens.
+            # Under torch.compile only the router loss is replaced, outside of the graph.
             asked = kwargs.get("output_router_logits")
             return self._compiled_router_loss(module, kwargs, output) if asks_for_router_logits(module, asked) else None
         shard, cache = kwargs.get(NAME), kwargs.get("past_key_values")
@@ -95,7 +95,7 @@ class ModelHooks:
             _cache_problem(cache)
             or self._attendance_problem(module, shard)
             or (None if isinstance(cache, ShardedCache) else output_problem(module, output, shard))
-            # The first layer has asked this, too, but not where layers are compiled, or had the batch before.
+            # The first layer checks this too, but not if it is compiled, or had the batch before.
             or rope_problem(module.config, shard)
         )
         if problem is not None:
@@ -129,7 +129,7 @@ class ModelHooks:
 
 
 def only_new_tokens(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """Take tokens that a `ShardedCache` has had out of a call: assisted generation begins with the whole prompt."""
+    """Drop tokens of a call that are in the `ShardedCache`: assisted generation starts with the whole prompt."""
     cache, ids, positions = (kwargs.get(name) for name in ("past_key_values", "input_ids", "position_ids"))
     if not isinstance(cache, ShardedCache) or kwargs.get(NAME) is not None:
         return None

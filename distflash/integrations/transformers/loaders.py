@@ -1,4 +1,4 @@
-"""Data loaders whose batches go by the data rank: the ranks that share a sequence are given the same batch."""
+"""Data loaders by data rank: ranks that share a sequence get the same batch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from distflash.integrations.transformers.data_ranks import DataRanks
 
 
 def prepare_loader(accelerator: Accelerator, loader: DataLoader[Any], ranks: DataRanks) -> DataLoader[Any]:
-    """What ``accelerator.prepare_data_loader`` makes of a loader, for data ranks instead of all ranks.
+    """``accelerator.prepare_data_loader``, with data ranks in place of ranks.
 
-    Batches are never dispatched by one rank: each reads the data set, also an iterable one, which has to yield the same
-    on all ranks.
+    Batches are never dispatched by one rank: each rank reads the data set. An iterable one must yield the same on all.
 
     Raises:
         ValueError: dispatch_batches is True.
@@ -29,8 +28,8 @@ def prepare_loader(accelerator: Accelerator, loader: DataLoader[Any], ranks: Dat
     seed_workers(loader, ranks)
     rng_types = list(accelerator.rng_types or ())
     if ranks.count == 1 < ranks.context:
-        # A sampler without a generator draws from the random state, in which dropout may have parted the ranks. With
-        # several data ranks the library gives it a generator.
+        # A sampler without a generator uses the global random state, which dropout may have made different on the
+        # ranks. With several data ranks accelerate gives it a generator.
         rng_types.append("torch")
     prepared: Any = prepare_data_loader(
         loader,
@@ -47,12 +46,12 @@ def prepare_loader(accelerator: Accelerator, loader: DataLoader[Any], ranks: Dat
         non_blocking=accelerator.non_blocking,
         use_stateful_dataloader=accelerator.use_stateful_dataloader,
     )
-    prepared._is_accelerate_prepared = True  # by which the accelerator only notes it
+    prepared._is_accelerate_prepared = True  # the accelerator then only registers it
     return accelerator.prepare_data_loader(prepared)
 
 
 def seed_workers(loader: DataLoader[Any], ranks: DataRanks) -> None:
-    """Have the library's ``worker_init_fn``, which is given the rank, seed the workers of a group's ranks alike."""
+    """Pass the data rank to Transformers' ``worker_init_fn``, so that a group's ranks seed their workers alike."""
     seed = loader.worker_init_fn
     if isinstance(seed, partial) and "rank" in seed.keywords:
         loader.worker_init_fn = partial(seed.func, *seed.args, **{**seed.keywords, "rank": ranks.rank})

@@ -1,4 +1,4 @@
-"""The mean loss over all ranks' labels, in the form in which models take a loss."""
+"""The mean loss over all ranks' labels, for ``model.loss_function``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def loss_function(
 
 @dataclass(frozen=True)
 class CausalLMLoss:
-    """What `loss_function` makes."""
+    """The result of `loss_function`."""
 
     cp: ContextParallel
     reduction: Literal["sum", "mean"]

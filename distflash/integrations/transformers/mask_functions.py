@@ -1,9 +1,9 @@
-"""Mask functions of the library, read as masks.
+"""Converts mask functions of Transformers to masks.
 
-The library composes a model's mask of functions ``(batch, head, query, key) -> bool``: causal, windows, chunks and
-blocks of tokens, combined by ``and_masks`` and ``or_masks``. Most are closures. They are recognised by their code,
-which is one object for all that a factory returns, and their parameters are read from their closures. A reading is used
-if the function of the installed library says the same for an example. All other functions are refused.
+Transformers composes a model's mask from functions ``(batch, head, query, key) -> bool``: causal, windows, chunks and
+blocks of tokens, combined by ``and_masks`` and ``or_masks``. Most are closures. They are recognised by their code
+object, which all closures of a factory share, and their parameters are read from the closure. A conversion is used only
+if it agrees with the installed library's function on an example. Other functions raise.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _Reading = Callable[[Mapping[str, Any]], Mask]
 
 
 class NotReadable(Exception):
-    """A function is not known, or says what no mask can; the text is the reason for the user."""
+    """A function is unknown or cannot be a mask. The text is for the user."""
 
 
 @dataclass(frozen=True)
 class TokenBlocks(Mask):
-    """A query within a block sees this block and no more; one outside sees nothing.
+    """A query in a block sees the block; others see nothing.
 
-    starts, stops: of each block, ascending, without overlap.
+    starts, stops: of the blocks, ascending, without overlap.
     """
 
     starts: tuple[int, ...]
@@ -52,10 +52,10 @@ class TokenBlocks(Mask):
 
 @dataclass(frozen=True)
 class BlocksSource:
-    """Of what tokens a mask's blocks were made.
+    """The tokens from which a mask's blocks were made.
 
-    seq_len: how many tokens there were. apart: ``(stop, start)`` of consecutive runs of tokens in one block, ascending
-    by start; a document has to end in between, since they see each other otherwise.
+    seq_len: their number. apart: ``(stop, start)`` of gaps within a block, ascending by start. A document has to end in
+    each gap; otherwise the two parts would see each other.
     """
 
     seq_len: int
@@ -64,10 +64,10 @@ class BlocksSource:
 
 @torch.compiler.disable
 def read_mask(function: MaskFunction) -> tuple[Mask, tuple[BlocksSource, ...]]:
-    """The mask that a function says, and of what its blocks of tokens were made.
+    """The mask of a function, and the sources of its blocks.
 
     Raises:
-        NotReadable: it is not known what the function says, or no mask says it.
+        NotReadable: the function is unknown, or cannot be a mask.
     """
     sources: list[BlocksSource] = []
     return _read(function, sources), tuple(sources)
@@ -105,7 +105,7 @@ def _all(sides: list[Mask]) -> Mask:
 
 
 def _any(sides: list[Mask]) -> Mask:
-    """Blocks beside a causal mask are one mask, of one interval a query."""
+    """The union. Causal with blocks becomes `ImageBlocks`, which has one interval per query."""
     kinds = {type(side): side for side in sides}
     if len(sides) == 2 and kinds.keys() == {Causal, TokenBlocks}:
         blocks: Any = kinds[TokenBlocks]
@@ -126,7 +126,7 @@ def _window_both_ways(variables: Mapping[str, Any]) -> Mask:
 
 
 def _chunks(variables: Mapping[str, Any]) -> Mask:
-    # Padding shifts the chunks with the tokens, whose positions are counted without it.
+    # Positions do not count padding, so chunks need no shift.
     return Chunked(_count(variables["chunk_size"], least=1))
 
 
@@ -138,7 +138,7 @@ def _count(size: Any, least: int) -> int:
 
 @lru_cache
 def _readings() -> dict[CodeType, _Reading]:
-    """By the code of the library's functions; without those that say something else in the installed version."""
+    """Conversions by code object, without those that disagree with the installed version."""
     padding = torch.zeros(1, dtype=torch.int64)
     examples: list[tuple[Any, _Reading]] = [
         (library.causal_mask_function, lambda _: Causal()),
@@ -163,7 +163,7 @@ def _combinations() -> dict[CodeType, Callable[[Any, Any], Any]]:
 
 
 def _says(function: MaskFunction, mask: Mask) -> bool:
-    """Whether a function says the same of some positions as a mask."""
+    """Whether a function agrees with a mask on 8 positions."""
     positions = torch.arange(8)
     said = function(torch.zeros(1, dtype=torch.int64), 0, positions[:, None], positions[None, :])
     return torch.equal(said.expand(8, 8), mask.materialize(positions, positions))
@@ -179,7 +179,7 @@ def _blocks_code() -> CodeType | None:
 
 
 def _blocks(ids: Tensor) -> tuple[TokenBlocks, BlocksSource]:
-    """Of ``ids [B, S]``: tokens of the same id see each other; where it is negative, they see none by it."""
+    """The blocks of ``ids [B, S]``: tokens with the same id see each other; negative ids are in no block."""
     rows = ids.detach().cpu()
     row = rows[0]
     if not bool((rows == row).all()):

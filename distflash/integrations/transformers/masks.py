@@ -1,7 +1,7 @@
-"""The mask that a model asks the library for, as a `Mask`, or the reason why there is none.
+"""The mask that a model requests from Transformers, as a `Mask`, or the reason why there is none.
 
-A model asks for the masks of all kinds of its layers at the start of its forward, used or not. So a mask that is not
-supported is refused by the first layer that is given it, not where it is asked for.
+A model requests masks of all kinds at the start of its forward, even unused ones. So an unsupported mask raises in the
+first layer that gets it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ _SPLIT_BLOCK = (
 
 @dataclass(frozen=True)
 class LayerMask:
-    """What a layer is given as its mask: either `mask`, or `problem`, the reason why there is none.
+    """A layer's mask: either `mask`, or `problem`, the reason why there is none.
 
-    Code that reads it as a tensor is told that this is not supported. Its shape may be read, by which the library
-    tells masks that have been made already from those that it is to make one of.
+    Using it as a tensor raises, except for its shape, by which Transformers recognises finished masks.
 
-    uncached: why it is not the mask of a call without a ShardedCache. blocks: of what tokens the mask's blocks were
-    made, if it has any. shape: that of the library's matrix.
+    uncached: why it is invalid without a ShardedCache, or None. blocks: the sources of the mask's blocks. shape: of the
+    mask matrix that it replaces.
     """
 
     mask: Mask | None = None
@@ -49,11 +48,11 @@ class LayerMask:
 
     @property
     def ndim(self) -> int:
-        """As a tensor's."""
+        """Of the mask matrix."""
         return len(self.shape)
 
     def problem_with(self, shard: Shard) -> str | None:
-        """Why this is not the mask of the whole batch of which ``shard`` is a part; None if it is."""
+        """Check that this is the mask of the whole batch of ``shard``."""
         for blocks in self.blocks:
             if blocks.seq_len != shard.seq_len:
                 return _PARTS_BLOCKS.format(blocks.seq_len, shard.seq_len)
@@ -62,12 +61,12 @@ class LayerMask:
         return None
 
     def within(self, documents: Documents | None) -> Mask:
-        """The mask of packed documents, each of which sees what it would see by itself."""
+        """The mask within each packed document."""
         assert self.mask is not None
         return self.mask if documents is None else _restarted(self.mask, documents) & documents
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what Python, copy, pickle and torch.compile ask of any object
+        if name.startswith("__"):  # copy, pickle and torch.compile look for such attributes
             raise AttributeError(name)
         raise Misuse(self.problem or self.uncached or _OWN_ATTENTION)
 
@@ -81,7 +80,7 @@ class LayerMask:
 
 
 def _split_block(blocks: BlocksSource, documents: Documents | None) -> tuple[int, int] | None:
-    """Between which tokens of a block there are others, without a document's end."""
+    """The first gap within a block in which no document ends, or None."""
     ends = (0,) if documents is None else documents.cu_seqlens
     last = 0  # ends[last] is the last end up to `start`
     for stop, start in blocks.apart:
@@ -93,7 +92,7 @@ def _split_block(blocks: BlocksSource, documents: Documents | None) -> tuple[int
 
 
 def _restarted(mask: Mask, documents: Documents) -> Mask:
-    """The same mask with positions counted within each document. Only chunks go by them."""
+    """The mask with positions counted within each document, which only chunks depend on."""
     match mask:
         case And(first, second):
             return _restarted(first, documents) & _restarted(second, documents)
@@ -114,9 +113,9 @@ def describe_mask(
     attention_mask: Tensor | LayerMask | None = None,
     **_: Any,
 ) -> LayerMask:
-    """What the library calls for a mask: that of the layers which are given it, or the reason why there is none.
+    """The mask function in Transformers' registry.
 
-    A model that holds another one makes the mask for it. The other's own is then that one, as it is with a matrix.
+    attention_mask: a `LayerMask` if an enclosing model has made it already; it is returned.
     """
     if isinstance(attention_mask, LayerMask):
         return attention_mask
@@ -132,7 +131,7 @@ def describe_mask(
     try:
         mask, blocks = read_mask(mask_function)
     except NotReadable as reason:
-        # Without attention_mask the library looks for packed documents in the positions of this rank's tokens.
+        # Without attention_mask Transformers looks for packed documents in the positions of this rank's tokens.
         hint = f". attention_mask was left out of the call: {PASS_ALL}" if attention_mask is None else ""
         return LayerMask(problem=uncached or f"{reason}{hint}", shape=shape)
     return LayerMask(mask, uncached=uncached, blocks=blocks, shape=shape)

@@ -1,12 +1,12 @@
-"""Which layers of a family mix the sequence by something else than attention: a table by the model's type."""
+"""A table of the layers that mix tokens without attention, by model type."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-# All of a family's classes that read other tokens, but for its attention. A class that is missing here is wrong in
-# silence, so a family stands here only if it is compared with one process in tests.
+# All classes of a model type that read other tokens, except attention. A missing class would silently be wrong, so
+# tests compare every type with one process.
 MIXERS: dict[str, tuple[str, ...]] = {
     "bailing_hybrid": ("BailingHybridDeltaAttention",),
     "bamba": ("BambaMixer",),
@@ -34,23 +34,23 @@ MIXERS: dict[str, tuple[str, ...]] = {
     "zaya": ("ZayaCCAProjection",),
 }
 
-# Classes that read so few tokens before each that these are fetched instead of all. How many, of a layer.
+# Classes that read only a few previous tokens, and their number.
 _TOKENS_BEFORE: dict[str, Callable[[Any], int]] = {
     **dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv", "Lfm3ShortConv"), lambda layer: layer.conv_kernel_size - 1),
-    # Two convolutions, one after the other, and values of the token before.
+    # Two convolutions in sequence, and values of the previous token.
     "ZayaCCAProjection": lambda layer: max(1, layer.conv_kernel_size),
     "RwkvFeedForward": lambda layer: 1,
 }
 
 
 def tokens_before(layer: Any) -> int | None:
-    """How many tokens before each a layer reads; None for all of them."""
+    """How many previous tokens a layer reads; None for all."""
     count = _TOKENS_BEFORE.get(type(layer).__name__)
     return None if count is None else count(layer)
 
 
 def mixers_of(model: Any) -> tuple[str, ...]:
-    """The names of a model's classes.
+    """The class names for a model.
 
     Raises:
         ValueError: its type is not in the table.
@@ -67,14 +67,14 @@ def mixers_of(model: Any) -> tuple[str, ...]:
 
 
 def missing_mixers(model: Any, chosen: Collection[Any]) -> set[str]:
-    """Classes of the table of which a model has a layer that is neither among the chosen modules nor within one."""
+    """Classes in the table of which a model has a layer outside of all chosen modules."""
     known = {name for each in _types(model) for name in MIXERS.get(each, ())}
     covered = {inner for module in chosen for inner in module.modules()}
     return {type(each).__name__ for each in model.modules() if each not in covered} & known
 
 
 def _types(model: Any) -> Iterator[str]:
-    """Of a model, and of its text model."""
+    """The types of a model and of its text model."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     yield from dict.fromkeys(each.model_type for each in (config, text) if hasattr(each, "model_type"))

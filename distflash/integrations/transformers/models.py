@@ -1,7 +1,7 @@
-"""Models of which a layer's attention is not all that would have to be done over the ranks, each with its reason.
+"""Checks for models in which sharding needs more than attention over ranks. They return the error message or None.
 
-What attention cannot see is looked for before a model's forward (its class, its modules), and after it (whether its
-layers have used distflash, and whether its outputs are those of this rank's tokens).
+Some run before a model's forward, on its class and modules; some after it, on whether its layers have used distflash
+and whether its outputs are per token.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from distflash.integrations.transformers.batch import NAME, NAMES, OTHER_NAME, S
 from distflash.integrations.transformers.gathering import gathered
 from distflash.integrations.transformers.scales import scale_problem
 
-# Types of layers that mix tokens by attention, or not at all. Others (convolutions, linear attention) would see this
-# rank's tokens only.
+# Layer types with attention, or without any mixing of tokens.
 _LAYER_TYPES = {
     "full_attention",
     "sliding_attention",
@@ -31,14 +30,14 @@ _LAYER_TYPES = {
     "dense",
     "sparse",
 }
-# Of these, those that do not mix tokens; and types of layers that `gather_layers` knows, which do not attend.
+# Layer types that do not mix tokens; and types without attention that `gather_layers` supports.
 _PER_TOKEN = {"mlp", "moe", "dense", "sparse"}
 _WITHOUT_ATTENTION = {"linear_attention", "conv"}
 _POOLING = re.compile(r"For(SequenceClassification|MultipleChoice|NextSentencePrediction)|DoubleHeads")
 
 
 def model_problem(model: PreTrainedModel) -> str | None:
-    """Why a model cannot be right over several ranks, by its class and its modules; None if nothing is known."""
+    """Check a model's class and modules."""
     name, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
         return (
@@ -71,7 +70,7 @@ def model_problem(model: PreTrainedModel) -> str | None:
 
 
 def name_problem(model: PreTrainedModel) -> str | None:
-    """Why a model cannot have distflash by the name that it has it by."""
+    """Check the name of a model's attention implementation."""
     chunk = getattr(model.config, "attention_chunk_size", None)
     if chunk is None or not hasattr(model.config, "layer_types") or model.config._attn_implementation != NAME:
         return None
@@ -124,7 +123,7 @@ def _layer_types(model: PreTrainedModel) -> Sequence[str]:
 
 
 def attendance_problem(model: PreTrainedModel, attended: Container[nn.Module]) -> str | None:
-    """After a forward: whether a layer has not attended over the ranks.
+    """After a forward, check that all layers have used distflash.
 
     Args:
         attended: the modules that have called distflash's attention.
@@ -154,7 +153,7 @@ def attendance_problem(model: PreTrainedModel, attended: Container[nn.Module]) -
 
 
 def output_problem(model: PreTrainedModel, output: Any, shard: Shard) -> str | None:
-    """After a forward: whether there are results that are not one for each of this rank's tokens."""
+    """After a forward, check that outputs have one result per local token."""
     if not hasattr(output, "items"):
         return None
     for name, x in output.items():
@@ -168,7 +167,7 @@ def output_problem(model: PreTrainedModel, output: Any, shard: Shard) -> str | N
 
 
 def _own_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model, without those of other models in it, which are checked at their own forward."""
+    """The modules of a model, without those of nested models, which have their own check."""
     yield model
     for child in model.children():
         if not isinstance(child, PreTrainedModel):
@@ -176,7 +175,7 @@ def _own_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _own_attentions(model: type) -> set[str]:
-    """Classes of a model's file that attend past the registry; the library asks the same of the file's source."""
+    """Attention classes of a model's file if it does not use the registry. Transformers also searches the source."""
     try:
         source = inspect.getsource(sys.modules[model.__module__])
     except (KeyError, OSError, TypeError):  # no file: a notebook

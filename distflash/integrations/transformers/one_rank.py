@@ -1,7 +1,7 @@
-"""What the library decides by chance or by the clock is decided by rank 0 alone, so that ranks never part.
+"""Keeps generation in step over ranks: random and time-based decisions are rank 0's.
 
-With the same logits and the same random state every rank chooses the same tokens, and stops at the same one. Both are
-rank 0's: they are sent with every step, since ranks may be seeded at any time, and may round differently.
+Rank 0 sends its logits and random state with every step, so every rank samples the same tokens and stops at the same
+one, even if ranks were seeded or round differently.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from distflash.transport import Message, Transport
 
 
 class DecidedByOneRank(StoppingCriteria):
-    """A criterion of ``generate(stopping_criteria=[...])`` that rank 0 decides for all: a clock, a user who interrupts.
+    """A criterion for ``generate(stopping_criteria=[...])`` that rank 0 evaluates for all, such as a time limit.
 
         model.generate(ids, past_key_values=cache, stopping_criteria=[DecidedByOneRank(MaxTimeCriteria(60.0), cp)])
 
-    Criteria that go by the tokens alone need it not.
+    Criteria that depend on tokens only do not need it.
 
     Args:
-        criterion: asked on rank 0 only.
+        criterion: evaluated on rank 0 only.
         cp: the group that `register` was given.
     """
 
@@ -43,14 +43,14 @@ class DecidedByOneRank(StoppingCriteria):
 
 
 def follow(logits: Tensor | None, cp: ContextParallel) -> None:
-    """Take over rank 0's logits, in place, and its random state. All ranks call."""
+    """Copy rank 0's logits, in place, and its random state. All ranks call."""
     if logits is not None:
         logits.copy_(_of_rank_zero(logits.detach(), cp.transport, "logits"))
     follow_random_state(cp)
 
 
 def follow_random_state(cp: ContextParallel) -> None:
-    """Take over the random state of rank 0, of the CPU and of the device. All ranks call."""
+    """Copy rank 0's random state, of the CPU and of the device. All ranks call."""
     if cp.world_size == 1:
         return
     device = cp.transport.device
@@ -66,7 +66,7 @@ def follow_random_state(cp: ContextParallel) -> None:
 
 
 def generating() -> FrameType | None:
-    """The library's ``generate``, if it is running."""
+    """The frame of a running ``generate``, or None."""
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not code:
@@ -75,7 +75,7 @@ def generating() -> FrameType | None:
 
 
 def clock_problem(cp: ContextParallel) -> str | None:
-    """Whether a running ``generate`` stops by the clock, which every rank has for itself."""
+    """Check that a running ``generate`` has no time limit of each rank's own clock."""
     frame = generating() if cp.world_size > 1 else None
     if frame is None:
         return None
@@ -101,6 +101,6 @@ def _of_rank_zero(x: Tensor, transport: Transport, what: str) -> Tensor:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """A model's logits, if it makes any."""
+    """A model's logits, or None."""
     logits = getattr(output, "logits", None)
     return logits if isinstance(logits, Tensor) else None

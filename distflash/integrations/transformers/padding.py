@@ -1,7 +1,7 @@
-"""Padded batches: their sequences laid end to end without padding, as documents of one sequence, and back again.
+"""Conversion of padded batches to packed documents, and back.
 
-For a causal model that is the same: no token sees padding, nor another sequence. Labels are those of each sequence by
-itself, since the first token of a sequence is no label of the last one before it.
+For a causal model that is equivalent: no token sees padding or another sequence. The first token of each sequence gets
+no label, because it would be predicted by another sequence.
 
 [Note: shapes] B batch, S padded tokens, N tokens that are not padding, V entries of the vocabulary.
 """
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from distflash.integrations.labels import IGNORED
 
-# What a padded batch of text holds. With anything else it is left padded, and refused with its reason.
+# The keys of a padded batch that can be converted. Others stay padded, and raise later.
 _KNOWN = {"input_ids", "labels", "attention_mask"}
 
 
 def is_padded(batch: Mapping[str, Any]) -> bool:
-    """Whether `without_padding` is needed, and possible."""
+    """Whether the batch is padded and can be converted."""
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not batch.keys() <= _KNOWN or not mask.any():
         return False
@@ -29,7 +29,7 @@ def is_padded(batch: Mapping[str, Any]) -> bool:
 
 
 def unpadded(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`without_padding` of a padded batch, others as they are."""
+    """`without_padding` for a padded batch; others unchanged."""
     return without_padding(batch) if is_padded(batch) else batch
 
 
@@ -37,7 +37,7 @@ def without_padding(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The tokens ``[1, N]`` of a padded batch ``[B, S]``, with the ``cu_seqlens`` of its sequences.
 
     Raises:
-        ValueError: a label stands on padding.
+        ValueError: a padding token has a label.
     """
     kept = batch["attention_mask"].bool()
     lengths = kept.sum(1)

@@ -1,4 +1,4 @@
-"""A prompt through a model, chunk by chunk, each sharded over the ranks.
+"""Chunked prefill of a prompt, each chunk sharded over the ranks.
 
 [Note: shapes] B batch, S tokens of the prompt, n of a chunk, T local ones of it.
 """
@@ -48,20 +48,20 @@ def prefill(
 
 
 def _run(cache: ShardedCache, model: PreTrainedModel, ids: Tensor, chunk: int | None) -> None:
-    """All tokens of ``ids [B, S]``, without padding, that the cache has not had, but the last one."""
+    """Run the tokens of ``ids [B, S]``, without padding, that are not in the cache, except the last one."""
     cp = cache.sequences.cp
     rest = ids[:, cache.get_seq_length() : -1]
     for part in rest.split(chunk or max(1, rest.shape[1]), dim=1):
         shortest = min(cp.layout.length(part.shape[1], cp.world_size, rank) for rank in range(cp.world_size))
         if shortest:
             _run_shard(cache, model, part)
-        else:  # models cannot run on no tokens
+        else:  # models cannot run on 0 tokens
             for few in part.split(MOST_TOKENS, dim=1):
                 _run_everywhere(cache, model, few)
 
 
 def _run_shard(cache: ShardedCache, model: PreTrainedModel, ids: Tensor) -> None:
-    """A chunk ``[B, n]``, of which this rank runs its part ``[B, T]``."""
+    """Run a chunk ``[B, n]``, sharded to ``[B, T]``."""
     cp, start = cache.sequences.cp, cache.get_seq_length()
     contents = (("input_ids", digest(ids)),)
     shard = Shard(cp.layout, cp.world_size, cp.rank, ids.shape[1], None, contents, start=start)
@@ -70,7 +70,7 @@ def _run_shard(cache: ShardedCache, model: PreTrainedModel, ids: Tensor) -> None
 
 
 def _run_everywhere(cache: ShardedCache, model: PreTrainedModel, ids: Tensor) -> None:
-    """A few tokens ``[B, n]`` on every rank."""
+    """Run a few tokens ``[B, n]``, the same on every rank."""
     cp, start = cache.sequences.cp, cache.get_seq_length()
     if not ids.shape[1]:
         return
@@ -87,7 +87,7 @@ def _call(cache: ShardedCache, model: PreTrainedModel, ids: Tensor, positions: T
 
 @contextmanager
 def _one_sequence(cache: ShardedCache, row: int) -> Iterator[None]:
-    """Forwards within are about this sequence."""
+    """Within it, forwards are of this sequence only."""
     cache.sequences.row = row
     try:
         yield
@@ -115,9 +115,9 @@ def _shape_problem(ids: object, attention_mask: object) -> str | None:
 
 
 def generate_problem(sequences: Sequences, had: int) -> str | None:
-    """Whether a running ``generate`` was given other tokens than those that were prefilled; asked once for each.
+    """Check, once per ``generate``, that its tokens begin with the prefilled ones.
 
-    had: how many tokens there have been, padding included.
+    had: the number of tokens in the cache, including padding.
     """
     frame = generating()
     ids = None if frame is None else frame.f_locals.get("input_ids")

@@ -1,4 +1,4 @@
-"""Which rows of the sequence a layer is run on: all of each document, or this rank's with some before them.
+"""The rows that a gathered layer runs on: whole documents, or this rank's tokens with a halo.
 
 [Note: shapes] B batch, T local tokens, S global tokens, R rows.
 """
@@ -21,7 +21,7 @@ from distflash.layouts import Layout
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows that are run by themselves. rows: which of those fetched. start: the first one's place in its document."""
+    """Rows of one call of a layer. rows: of the fetched rows. start: the first one's index in its document."""
 
     rows: range
     start: int
@@ -32,20 +32,20 @@ class Reach(ABC):
 
     @abstractmethod
     def fetch(self, x: Tensor, shard: Shard, cp: ContextParallel) -> Tensor:
-        """Of this rank's ``x [B, T, ...]`` and the other ranks' ones, the rows ``[B, R, ...]`` that it is run on."""
+        """Fetch the rows ``[B, R, ...]`` to run on; ``x [B, T, ...]`` are this rank's."""
 
     @abstractmethod
     def pieces(self, shard: Shard) -> tuple[Piece, ...]:
-        """What is run, one after the other."""
+        """The calls of the layer."""
 
     @abstractmethod
     def kept(self, shard: Shard) -> Tensor:
-        """int64 ``[T]``: where this rank's tokens are in the pieces end to end."""
+        """int64 ``[T]``: the indices of this rank's tokens in the concatenated pieces."""
 
 
 @dataclass(frozen=True)
 class Everything(Reach):
-    """A layer that reads all of a document. Documents that this rank has no token of are not run."""
+    """For layers that read all of a document. Documents without a local token are not run."""
 
     def fetch(self, x: Tensor, shard: Shard, cp: ContextParallel) -> Tensor:
         return cp.gather(x, 1, shard.seq_len)
@@ -62,7 +62,7 @@ class Everything(Reach):
 
 @dataclass(frozen=True)
 class Before(Reach):
-    """A layer that reads ``left`` tokens before each: a convolution of ``left + 1`` taps, or a shift by one."""
+    """For layers that read ``left`` previous tokens: a convolution with ``left + 1`` taps, or a shift by one."""
 
     left: int
 
@@ -70,9 +70,9 @@ class Before(Reach):
         return cp.halo(x, self.left, 1, shard.documents, shard.seq_len)[0]
 
     def pieces(self, shard: Shard) -> tuple[Piece, ...]:
-        """Runs of consecutive tokens, with the tokens of their document before them, but without rows of zeros.
+        """Runs of consecutive tokens with their halo. At the start of a document the layer does its own padding.
 
-        A layer lays its own zeros before a document, which need not be what it makes of rows of zeros.
+        So the halo's rows of zeros are left out.
         """
         pieces = []
         for number, run in enumerate(_runs(shard)):
@@ -82,16 +82,16 @@ class Before(Reach):
         return tuple(pieces)
 
     def kept(self, shard: Shard) -> Tensor:
-        """The last rows of each piece; those before them were fetched."""
+        """The last rows of each piece, after the halo."""
         runs, pieces = _runs(shard), self.pieces(shard)
         ends = torch.tensor([len(piece.rows) for piece in pieces]).cumsum(0).tolist()
         return torch.cat([torch.arange(end - run.length, end) for run, end in zip(runs, ends, strict=True)])
 
 
 def reach(left: int | None, shard: Shard) -> Reach:
-    """The reach of a layer that reads ``left`` tokens before each, None for all; alike on all ranks.
+    """The reach of a layer that reads ``left`` previous tokens (None: all). The same on all ranks.
 
-    Where that would be more rows than it has tokens (`Striped`), all are gathered.
+    If halos would have more rows than the sequence (`Striped`), everything is gathered.
     """
     if (
         left is None
@@ -103,7 +103,7 @@ def reach(left: int | None, shard: Shard) -> Reach:
 
 @dataclass(frozen=True)
 class _Run:
-    """Consecutive tokens of one document. first: among this rank's ones. place: the first one's in its document."""
+    """Consecutive tokens of one document. first: a local index. place: the first token's index in its document."""
 
     first: int
     length: int
@@ -111,7 +111,7 @@ class _Run:
 
 
 def _runs(shard: Shard) -> list[_Run]:
-    """This rank's, in ascending order."""
+    """This rank's runs, ascending."""
     positions, ends = _positions(shard), torch.tensor(_ends(shard))
     starts = ends[torch.searchsorted(ends, positions, right=True) - 1]
     begins = (positions.diff(prepend=positions[:1] - 2) != 1) | (positions == starts)
@@ -121,7 +121,7 @@ def _runs(shard: Shard) -> list[_Run]:
 
 @lru_cache(8)
 def _most_runs(layout: Layout, seq_len: int, world_size: int) -> int:
-    """Of any rank, in one document."""
+    """The most runs of any rank, for one document."""
     held = [layout.positions(seq_len, world_size, rank) for rank in range(world_size)]
     return max(int((positions.diff() != 1).sum()) + 1 for positions in held)
 
@@ -135,7 +135,7 @@ def _positions(shard: Shard) -> Tensor:
 
 
 def _places(positions: Tensor, ranges: Sequence[range]) -> Tensor:
-    """Where each position is in the ranges, end to end."""
+    """The index of each position in the concatenated ranges."""
     starts = torch.tensor([each.start for each in ranges])
     lengths = torch.tensor([len(each) for each in ranges])
     nth = torch.searchsorted(starts, positions, right=True) - 1

@@ -1,4 +1,4 @@
-"""Registration of the attention in the library's registry."""
+"""Registration of the attention in Transformers' registry."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from distflash.context import ContextParallel
 from distflash.integrations.transformers.attention import Attention
 from distflash.integrations.transformers.batch import NAME, NAMES
 
-# Model families with a list of the flash attentions that they accept. They are imported, if this version of the library
-# has them, so that `_choosy_models` finds them.
+# Model families with a list of the flash attentions that they accept. They are imported, if this version of
+# Transformers has them, so that `_choosy_models` finds them.
 _CHOOSY = ("Flint", "GptOss", "GraniteMoeSWA", "GraniteSWA", "MiMoV2Flash", "MiniMaxM3VL", "OpenAIPrivacyFilter")
 
 
 def register(cp: ContextParallel) -> None:
-    """Register attention over ``cp`` in the library under the name "distflash", until `unregister`.
+    """Register attention over ``cp`` in Transformers under the name "distflash", until `unregister`.
 
     Models use it with ``attn_implementation="distflash"`` or ``model.set_attn_implementation("distflash")``. Models
     that refuse any attention with "flash" in its name (Llama 4, for its chunks) use it under its other name,
     "context_parallel".
 
-    The library treats a name with "flash" in it as a package to load, and some models have a list of those that they
+    Transformers treats a name with "flash" in it as a package to load, and some models have a list of those that they
     accept. So this also records that there is nothing to load, and adds the name to the lists of the imported models
     and of those that are known to have a list.
 
-    Until `unregister`, hooks on all modules check models of the library before and after their forward.
+    Until `unregister`, global hooks check Transformers models before and after their forward.
 
     Raises:
         ValueError: the name is registered already; call `unregister` first.

@@ -1,6 +1,6 @@
-"""RoPE whose frequencies depend on the length: refused where the ranks would come to different ones.
+"""Checks of RoPE with length-dependent frequencies, which could differ between ranks.
 
-The library takes the length for the largest position id + 1, and a rank has those of its own tokens only.
+Transformers computes the length as the largest position id + 1, and a rank has local position ids only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from distflash.integrations.transformers.batch import Shard
 
 
 def rope_problem(config: Any, shard: Shard) -> str | None:
-    """Why the ranks would rotate queries and keys by other frequencies than one process with the whole batch."""
+    """Check that all ranks use the frequencies of the whole sequence."""
     if shard.world_size == 1:
         return None
     kinds = {parameters["rope_type"]: parameters for parameters in _rope_parameters(config)}
@@ -44,7 +44,7 @@ def rope_problem(config: Any, shard: Shard) -> str | None:
 
 
 def cached_rope_problem(config: Any, lengths: tuple[int, ...], tokens: int) -> str | None:
-    """Why sequences of these lengths cannot go on by ``tokens``: their keys have been rotated by other frequencies."""
+    """Check that ``tokens`` more tokens do not change the frequencies, by which cached keys have been rotated."""
     kinds = {parameters["rope_type"]: parameters for parameters in _rope_parameters(config)}
     longest = max(lengths, default=0)
     if "longrope" in kinds:
@@ -65,7 +65,7 @@ def cached_rope_problem(config: Any, lengths: tuple[int, ...], tokens: int) -> s
 
 
 def _rope_parameters(config: Any) -> Iterator[Mapping[str, Any]]:
-    """The parameters of each of the model's rotary embeddings: one for all layers, or one for each type of layer."""
+    """The parameters of the model's rotary embeddings: one for all layers, or one per layer type."""
     parameters = getattr(config, "rope_parameters", None) or {}
     for each in [parameters, *parameters.values()]:
         if isinstance(each, Mapping) and "rope_type" in each:
@@ -73,6 +73,6 @@ def _rope_parameters(config: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _length(shard: Shard, rank: int) -> int:
-    """What the library takes for the length on a rank: its largest position id + 1."""
+    """The length that Transformers computes on a rank: its largest position id + 1."""
     ids = shard.of_rank(rank).position_ids(torch.device("cpu"))
     return int(ids.max()) + 1 if len(ids) else 0

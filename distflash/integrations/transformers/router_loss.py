@@ -1,9 +1,8 @@
 """The routers' load-balancing loss over all ranks' tokens.
 
-The loss of Switch Transformers (https://arxiv.org/abs/2101.03961, equations 4 to 6), as Mixtral and its like have it:
-``E * sum over experts of (share of tokens) * (mean probability)``. It is no mean over tokens, so that the mean of what
-ranks have of their own tokens is another number. Given the shares of all tokens it is one, though: linear in each
-token's probabilities.
+The loss of Switch Transformers (https://arxiv.org/abs/2101.03961, equations 4 to 6), as in Mixtral:
+``E * sum over experts of (fraction of tokens) * (mean probability)``. It is not a mean over tokens, so the mean of the
+ranks' losses would be wrong. With the fractions of all ranks' tokens, it is linear in each token's probabilities.
 
 [Note: shapes] B batch, T local tokens, L layers with routers, E experts.
 """
@@ -25,7 +24,7 @@ from distflash.context import ALONE, ContextParallel
 from distflash.integers import as_int
 from distflash.integrations.transformers.loss import CausalLMLoss
 
-# What a model's forward has to do for `with_router_loss` to be right, without spaces.
+# Code that a model's forward must contain for `with_router_loss`, without spaces.
 _COMPUTES = (
     "aux_loss=load_balancing_loss_func(outputs.router_logits,self.num_experts,self.num_experts_per_tok,attention_mask,)"
 )
@@ -44,20 +43,20 @@ def router_aux_loss(
     reduction: Literal["sum", "mean"] = "mean",
     group: dist.ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
-    """The load-balancing loss of Mixtral and its like over all ranks' tokens. All ranks must call.
+    """Mixtral's load-balancing loss over all ranks' tokens. All ranks must call.
 
     Args:
-        router_logits: of each layer with a router ``[B * T, E]``, of this rank's tokens: ``output.router_logits``.
-        num_experts, top_k: E, and how many experts take a token.
+        router_logits: ``output.router_logits``: for each layer with a router ``[B * T, E]``, of this rank's tokens.
+        num_experts, top_k: E, and the number of experts per token.
         cp: the group that `register` was given.
-        attention_mask: ``[B, T]`` of this rank's tokens, 0 where a token is padding, which is left out; None for all.
+        attention_mask: ``[B, T]`` of this rank's tokens, 0 for padding, which is not counted; None for no padding.
         reduction, group: as for `ContextParallel.mean`.
 
     Returns:
-        Scalar, float32, the same on every rank. Gradients flow through the probabilities, not through the shares.
+        Scalar, float32, the same on every rank. Gradients flow through the probabilities, not the fractions.
 
     Raises:
-        ValueError: on every rank, if an argument is wrong on any, or they differ.
+        ValueError: on every rank, if an argument is invalid on any, or if they differ.
     """
     problem = _problem(router_logits, num_experts, top_k, attention_mask)
     if problem is not None:
@@ -74,20 +73,20 @@ def router_aux_loss(
 
 
 def with_router_loss(model: PreTrainedModel, output: Any, attention_mask: Tensor | None, cp: ContextParallel) -> Any:
-    """A model's output, whose auxiliary loss is of this rank's tokens, with that of all tokens in its place."""
+    """Replace a model's auxiliary loss, which is of this rank's tokens, by that of all ranks' tokens."""
     how = model.loss_function if isinstance(model.loss_function, CausalLMLoss) else None
     reduction, group = ("mean", None) if how is None else (how.reduction, how.group)
     experts = model.num_experts, model.num_experts_per_tok
     loss = router_aux_loss(output.router_logits, *experts, cp, attention_mask, reduction=reduction, group=group)
     if output.loss is not None:
-        difference = loss - output.aux_loss.to(loss.device)  # of which the gradient of the part's own loss cancels out
+        difference = loss - output.aux_loss.to(loss.device)  # cancels the local loss and its gradient
         output.loss = output.loss + model.router_aux_loss_coef * difference.to(output.loss.device)
     output.aux_loss = loss
     return output
 
 
 def router_loss_problem(model: PreTrainedModel, output: Any, attention_mask: Tensor | None) -> str | None:
-    """Why a model's auxiliary loss is not that which is known here; None if it is."""
+    """Check that a model's auxiliary loss is the one implemented here."""
     name = type(model).__name__
     if not hasattr(output, "aux_loss"):
         return f"return_dict: {name} returns a tuple, in which the routers' auxiliary loss is not found; leave it True"
@@ -109,12 +108,12 @@ def router_loss_problem(model: PreTrainedModel, output: Any, attention_mask: Ten
 
 
 def wants_router_loss(model: PreTrainedModel, asked: Any) -> bool:
-    """Whether a forward with ``output_router_logits=asked`` makes an auxiliary loss."""
+    """Whether a forward with ``output_router_logits=asked`` computes an auxiliary loss."""
     return asks_for_router_logits(model, asked) and "aux_loss" in _code(model)
 
 
 def asks_for_router_logits(model: PreTrainedModel, asked: Any) -> bool:
-    """Whether a forward with ``output_router_logits=asked`` returns what routers compute."""
+    """Whether a forward with ``output_router_logits=asked`` returns router logits."""
     return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
 
 
@@ -123,13 +122,13 @@ def _code(model: nn.Module) -> str:
     try:
         return "".join(inspect.getsource(type(model).forward).split())
     except OSError:  # no file: a notebook
-        return "aux_loss"  # as far as anybody knows
+        return "aux_loss"  # unknown, so assume that it has one
 
 
 def _sums(
     router_logits: Sequence[Tensor], num_experts: int, top_k: int, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Over all layers: how many tokens each expert takes ``[E]``, their probabilities' sum ``[E]``, and the tokens."""
+    """Summed over layers: tokens per expert ``[E]``, probabilities per expert ``[E]``, and the number of tokens."""
     device = router_logits[0].device
     counts = torch.zeros(num_experts, dtype=torch.float64, device=device)
     probabilities, tokens = torch.zeros(num_experts, device=device), torch.zeros((), dtype=torch.float64, device=device)

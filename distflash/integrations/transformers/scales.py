@@ -1,8 +1,7 @@
-"""Llama 4's scale of queries by their position, which its layers count from 0 on each rank.
+"""Corrects Llama 4's query scale, which depends on positions that its layers count from 0 on each rank.
 
 Layers without RoPE multiply the query at position ``i`` by ``log(floor((i + 1) / floor_scale) + 1) * attn_scale + 1``
-(https://arxiv.org/abs/2501.19399). What they have multiplied it by is replaced by what belongs to its position in the
-sequence, or in its document.
+(https://arxiv.org/abs/2501.19399). This factor is replaced by that of the position in the sequence or document.
 
 [Note: shapes] B batch, T local tokens, H query heads, D head dim.
 """
@@ -17,13 +16,13 @@ from torch import Tensor, nn
 
 from distflash.integrations.transformers.batch import Shard
 
-# What a layer's forward has to compute for `rescaled` to be right, without spaces.
+# Code that a layer's forward must contain for `rescaled`, without spaces.
 _COUNTS = "positions=torch.arange(hidden_states.shape[1],device=hidden_states.device)+past_seen_tokens"
 _SCALES = "torch.log1p(torch.floor((positions.float()+1.0)/self.floor_scale))*self.attn_scale+1.0"
 
 
 def rescaled(layer: nn.Module, query: Tensor, shard: Shard) -> Tensor:
-    """``query [B, H, T, D]`` as the layer would have scaled it by the positions of ``shard``; others as they are."""
+    """``query [B, H, T, D]`` scaled for the positions of ``shard``; unchanged if the layer does not scale."""
     if not scales_queries(layer):
         return query
     counted = torch.arange(query.shape[2], device=query.device) + shard.start
@@ -32,7 +31,7 @@ def rescaled(layer: nn.Module, query: Tensor, shard: Shard) -> Tensor:
 
 
 def scale_problem(model: nn.Module) -> str | None:
-    """Why it is not known by what a model's layers scale their queries; None if it is, or if they do not."""
+    """Check that layers that scale queries do so in the known way."""
     for kind in {type(module) for module in model.modules() if scales_queries(module)}:
         if not _is_known(kind):
             return (
@@ -52,7 +51,7 @@ def _is_known(kind: type[nn.Module]) -> bool:
 
 
 def scales_queries(layer: Any) -> bool:
-    """Whether a layer scales queries by their position."""
+    """Whether a layer scales queries by position."""
     return bool(getattr(layer, "attn_temperature_tuning", False)) and not getattr(layer, "use_rope", True)
 
 

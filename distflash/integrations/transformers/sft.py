@@ -1,4 +1,4 @@
-"""TRL's supervised fine-tuning over sequences that ranks hold together. Imported only when it is used."""
+"""TRL's SFTTrainer with context parallelism. Imported only when it is used."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from distflash.integrations.transformers.trainer import ContextParallelMixin
 class SFTTrainer(ContextParallelMixin, trl.SFTTrainer):
     """``trl.SFTTrainer`` with ``context_parallel=cp``; see `ContextParallelMixin`.
 
-    Packed sequences and ``padding_free`` batches are documents, each of which sees itself only.
+    Packed sequences and ``padding_free`` batches become documents.
 
     Raises:
-        ValueError: also for ``label_smoothing_factor``, which TRL computes from whole labels, and for the routers'
-            auxiliary loss of a mixture of experts, which TRL computes from a rank's tokens.
+        ValueError: also for ``label_smoothing_factor`` and for the routers' auxiliary loss of a mixture of experts,
+            which TRL would compute from a rank's tokens.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

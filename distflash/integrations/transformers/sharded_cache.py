@@ -1,4 +1,4 @@
-"""The library's cache for generation, over a group of ranks: `ShardedCache`.
+"""`ShardedCache`: a Transformers cache for generation over a group of ranks.
 
 [Note: shapes] B batch, S tokens of the prompt.
 """
@@ -21,24 +21,24 @@ from distflash.integrations.transformers.one_rank import follow_random_state
 
 
 class ShardedCache(Cache):
-    """Keys and values of a model's layers, spread over the ranks of ``cp``, for ``model.generate``.
+    """KV cache of a model's layers, sharded over the ranks of ``cp``, for ``model.generate``.
 
         cache = ShardedCache(cp)
         cache.prefill(model, ids)                                # all but the last token, sharded over the ranks
         out = model.generate(ids, past_key_values=cache)         # every rank has the same tokens
 
-    Every rank calls both, with the same whole ``ids``. A later turn passes ``ids`` that begin with what the cache has
-    had. Left-padded prompts need their attention_mask in both calls. The model has ``attn_implementation="distflash"``.
+    Every rank calls both, with the same whole ``ids``. In a later turn, ``ids`` begin with the tokens in the cache.
+    Left-padded prompts need their attention_mask in both calls. The model has ``attn_implementation="distflash"``.
 
-    What is sampled is rank 0's: the other ranks take over its logits and its random state with every step.
+    Sampling is rank 0's: the other ranks get its logits and random state with every step.
 
     Args:
         cp: the group that `register` was given.
-        capacity: how many tokens of a sequence there may be, for which memory is then allocated at once. None lets
-            memory grow as the sequences do. Layers with a window need no more than that in either case.
+        capacity: the most tokens of a sequence; memory is allocated at once. None: memory grows with the sequences.
+            Layers with a window never store more than the window.
 
     Raises:
-        ValueError: an argument is of another kind.
+        ValueError: an argument has the wrong type.
     """
 
     def __init__(self, cp: ContextParallel, capacity: int | None = None) -> None:
@@ -54,36 +54,36 @@ class ShardedCache(Cache):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """How many tokens each sequence has had, without padding."""
+        """The length of each sequence, without padding."""
         return self.layers[0].lengths if self.layers else (0,) * self.sequences.batch
 
     @property
     def nbytes(self) -> int:
-        """Of device memory on this rank."""
+        """Device memory on this rank."""
         return sum(layer.cache.nbytes for layer in self.layers if layer.cache is not None)
 
     @property
     def batch_size(self) -> int:
-        """How many sequences; -1 before the first."""
+        """The number of sequences; -1 before the first forward."""
         return self.sequences.batch or -1
 
     @torch.no_grad()
     def prefill(
         self, model: PreTrainedModel, ids: Tensor, chunk: int | None = None, attention_mask: Tensor | None = None
     ) -> None:
-        """Run the model over what the cache has not had of ``ids``, but for the last token, sharded over the ranks.
+        """Run the model on the tokens of ``ids`` that are not in the cache, sharded over the ranks.
 
-        The last one is the first step of ``model.generate(ids, past_key_values=cache)``, whose logits all ranks have.
+        The last token is left for ``model.generate(ids, past_key_values=cache)``, so that all ranks get its logits.
         Prompts of unequal length are run one by one.
 
         Args:
-            ids: int64 ``[B, S]``, the whole of it, the same on every rank. They begin with what the cache has had.
-            chunk: how many tokens are run at once, on all ranks together; None for all. Fewer need less memory for
-                activations, and more time.
-            attention_mask: ``[B, S]``, zeros where prompts are padded on the left.
+            ids: int64 ``[B, S]``, the whole prompt, the same on every rank. It begins with the tokens in the cache.
+            chunk: tokens per forward, over all ranks; None for all. Smaller chunks need less memory for activations,
+                and more time.
+            attention_mask: ``[B, S]``, zeros for padding on the left.
 
         Raises:
-            ValueError: on every rank, if an argument is wrong, or ranks have different tokens.
+            ValueError: on every rank, if an argument is invalid, or if ranks have different tokens.
         """
         prefilling.prefill(self, model, ids, chunk, attention_mask)
         follow_random_state(self.sequences.cp)
@@ -92,7 +92,7 @@ class ShardedCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """What a layer calls with its new keys and values. A prompt that is given n times is kept n times."""
+        """Called by a layer with its new keys and values. If a prompt is repeated n times, so is its cache."""
         if self.sequences.row is None:
             self.require_batch(key_states.shape[0])
         new = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -100,7 +100,7 @@ class ShardedCache(Cache):
         return new
 
     def require_batch(self, batch: int) -> None:
-        """Have as many sequences, by repeating each one, as ``generate`` does for beams and several results."""
+        """Repeat sequences up to ``batch``, as ``generate`` does for beams and several results."""
         had = self.sequences.batch
         if had == batch:
             return
@@ -116,23 +116,23 @@ class ShardedCache(Cache):
             )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens there have been, padding included."""
+        """The length of the first sequence, including padding."""
         if layer_idx < len(self.layers):
             return super().get_seq_length(layer_idx)
         return self.sequences.padding[0] if self.sequences.padding and self.sequences.row is None else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Of the library's matrix, which nobody makes."""
+        """Sizes of the mask matrix, which is never materialised."""
         return self.get_seq_length(layer_idx) + query_length, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence n becomes what sequence ``beam_idx[n]`` was: the beams that go on."""
+        """Replace sequence n by sequence ``beam_idx[n]``, for beam search."""
         indices = beam_idx.tolist()
         super().reorder_cache(indices)
         self._take(indices)
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
-        """Keep some of the sequences, also more than once, in this order."""
+        """Select sequences, with repetition, in this order."""
         if isinstance(indices, Tensor):
             indices = (indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist()
         super().batch_select_indices(indices)
@@ -140,29 +140,29 @@ class ShardedCache(Cache):
         self._take(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget so many of the last tokens, given as a number of at most 0: drafts that were rejected."""
+        """Drop the last tokens, for example rejected drafts. tokens_to_remove: their number, negated."""
         super().crop(tokens_to_remove)
         if self.sequences.prompt is not None and tokens_to_remove:
             self.sequences.prompt = self.sequences.prompt[:, : self.get_seq_length()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence so many times, one behind the other."""
+        """Repeat each sequence, as `torch.repeat_interleave`."""
         self.batch_select_indices([n for n in range(self.sequences.batch) for _ in range(repeats)])
 
     def reset(self) -> None:
-        """Forget everything, and free the memory."""
+        """Drop all tokens, and free the memory."""
         super().reset()
         self.sequences.batch, self.sequences.padding, self.sequences.expected = 0, (), 0
         self.sequences.prompt = None
         self.layers.clear()
 
     def require_attended(self) -> None:
-        """Raise where a layer's attention was not distflash's."""
+        """Raise if a layer's attention was not distflash's."""
         for layer in self.layers:
             layer.require_attended()
 
     def forget_unfinished(self) -> None:
-        """Take back what a forward that has raised has left in the first layers. No forward may be running."""
+        """Drop tokens that a failed forward has left in the first layers. No forward may be running."""
         caches = [layer.cache for layer in self.layers if layer.cache is not None]
         lengths = [cache.lengths for cache in caches]
         if len(set(lengths)) > 1:
@@ -173,7 +173,7 @@ class ShardedCache(Cache):
             layer.awaits_attention = False
 
     def _require_in_step(self, layer_idx: int, lengths: tuple[int, ...]) -> None:
-        """Raise if a layer has not had the tokens that the first one had before this forward."""
+        """Raise if a layer's lengths differ from the first layer's before this forward."""
         sequences = self.sequences
         if sequences.first is None or layer_idx <= sequences.first:
             sequences.first, sequences.starts, sequences.checked = layer_idx, lengths, False
@@ -185,7 +185,7 @@ class ShardedCache(Cache):
             )
 
     def _take(self, indices: Sequence[int]) -> None:
-        """What is known of the sequences, for those that are kept."""
+        """Select padding and prompts like the sequences."""
         sequences = self.sequences
         if sequences.padding:
             sequences.padding = tuple(sequences.padding[n] for n in indices)

@@ -1,4 +1,4 @@
-"""Tokens and labels further ahead, for heads that predict several tokens: shifted in the whole sequence, then sharded.
+"""Shifted tokens and labels for multi-token prediction: shifted in the whole sequence, then sharded.
 
 [Note: shapes] B batch, T local tokens.
 """
@@ -18,9 +18,9 @@ from distflash.masks import Documents
 
 @dataclass(frozen=True)
 class Shifted:
-    """What is further ahead of each of this rank's tokens, int64 ``[B, T]`` each, by the number of tokens.
+    """Shifted values of this rank's tokens: int64 ``[B, T]`` for each number of tokens to shift by.
 
-    tokens: 0 behind the end of a document. labels: -100 there; none where the batch has none.
+    tokens: 0 after the end of a document. labels: -100 there; empty if the batch has none.
     """
 
     tokens: Mapping[int, Tensor]
@@ -30,7 +30,7 @@ class Shifted:
 def shard_shifted(
     batch: Mapping[str, Any], cp: ContextParallel, documents: Documents | None, shifts: Sequence[int]
 ) -> Shifted:
-    """Of a whole batch with ``input_ids`` and, perhaps, ``labels`` or ``shift_labels``; no shift leaves a document."""
+    """Shift within documents, then shard: ``input_ids``, and ``labels`` or ``shift_labels`` if there are any."""
     labels, done = batch.get("labels"), 0
     if batch.get("shift_labels") is not None:
         labels, done = batch["shift_labels"], 1
@@ -41,7 +41,7 @@ def shard_shifted(
 
 
 def as_shifts(shifts: Any) -> tuple[int, ...]:
-    """``shifts`` as `shard_batch` is given them.
+    """The ``shifts`` argument of `shard_batch`, checked.
 
     Raises:
         ValueError: they are no positive integers.

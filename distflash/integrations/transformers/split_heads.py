@@ -1,8 +1,8 @@
-"""Layers of independent heads over the ranks: each rank runs the whole sequence for its share of the heads.
+"""Layers with independent heads: each rank runs the whole sequence for its share of the heads, as in Ulysses.
 
-What such a layer does to each token (projections, the gate's norm) every rank does to its own tokens. An all-to-all
-brings each rank the projected columns of its heads for all tokens. The layer's own forward runs on them, in a copy that
-has that share of the heads. A second all-to-all brings the results back.
+Projections and the gate's norm are computed for local tokens. An all-to-all brings each rank the projected columns of
+its heads for all tokens. A copy of the layer with only these heads runs on them. A second all-to-all returns the
+results.
 
 [Note: shapes] B batch, T local tokens, S global tokens, W ranks, P projected columns, V result columns of all heads.
 """
@@ -27,7 +27,7 @@ from distflash.integrations.transformers.batch import Shard
 
 
 class Share(NamedTuple):
-    """A rank's share. columns, channels: int64, which projected columns and which channels of the convolution."""
+    """A rank's heads. columns, channels: int64, indices of projected columns and of channels of the convolution."""
 
     columns: Tensor
     channels: Tensor
@@ -39,19 +39,19 @@ class Kind(ABC):
 
     @abstractmethod
     def share(self, layer: Any, world_size: int, rank: int) -> Share | None:
-        """Of a rank; None where the heads cannot be dealt out evenly."""
+        """The share of a rank; None if the number of ranks does not divide the heads."""
 
     @abstractmethod
     def project(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Of ``hidden [B, T, ...]``, what the scan reads ``[B, T, P]``, and the gate."""
+        """The input of the scan ``[B, T, P]``, and the gate, from ``hidden [B, T, ...]``."""
 
     @abstractmethod
     def finish(self, layer: Any, scanned: Tensor, gate: Tensor) -> Tensor:
-        """The layer's result of the scan's ``[B, T, V]``."""
+        """The layer's output, from the scan's ``[B, T, V]``."""
 
 
 def copy_with(layer: nn.Module, **parts: Any) -> Any:
-    """A module that shares all with ``layer`` but for these attributes."""
+    """A shallow copy of ``layer`` with these attributes replaced."""
     copied = copy(layer)
     for kind in ("_parameters", "_modules", "_buffers"):
         vars(copied)[kind] = {name: x for name, x in vars(layer)[kind].items() if name not in parts}
@@ -120,7 +120,7 @@ class GatedDelta(Kind):
 
     @abstractmethod
     def projections(self, layer: Any, channels: int, keys: int, values: int) -> dict[str, Callable[[Tensor], Tensor]]:
-        """What stands for the layer's projections: takes its part of these columns. keys, values: how many heads."""
+        """Replacements of the layer's projections, which slice the columns. keys, values: numbers of heads."""
 
     def finish(self, layer: Any, scanned: Tensor, gate: Tensor) -> Tensor:
         heads = scanned.unflatten(-1, (-1, layer.head_v_dim))
@@ -185,13 +185,13 @@ KINDS: dict[str, Kind] = {
 
 
 def kind_of(layer: nn.Module, world_size: int) -> Kind | None:
-    """How a layer's heads are split over so many ranks; None if they cannot be."""
+    """How to split a layer's heads over ``world_size`` ranks; None if that is not possible."""
     kind = KINDS.get(type(layer).__name__)
     return kind if kind is not None and kind.share(layer, world_size, 0) is not None else None
 
 
 def run_split(layer: Any, kind: Kind, hidden: Tensor, shard: Shard, cp: ContextParallel) -> Tensor:
-    """The result of a layer ``[B, T, ...]`` for this rank's hidden states ``[B, T, ...]``. All ranks must call."""
+    """The output of a layer ``[B, T, ...]`` for local hidden states ``[B, T, ...]``. All ranks must call."""
     projected, gate = kind.project(layer, hidden)
     shares = [kind.share(layer, cp.world_size, rank) for rank in range(cp.world_size)]
     assert all(share is not None for share in shares)
@@ -207,13 +207,13 @@ def run_split(layer: Any, kind: Kind, hidden: Tensor, shard: Shard, cp: ContextP
 
 
 def _rest(layer: Any, channels: Tensor) -> dict[str, Any]:
-    """What a share's copy has beside the sizes."""
+    """Other attributes of a share's copy."""
     bias = layer.conv1d.bias
     return {
         "conv1d": SimpleNamespace(weight=layer.conv1d.weight[channels], bias=None if bias is None else bias[channels]),
         "norm": lambda scanned, gate: scanned,
         "out_proj": nn.Identity(),
-        "training": False,  # kernels for training take the norm and the last projection in one
+        "training": False,  # training kernels fuse the norm and the last projection
     }
 
 
@@ -223,7 +223,7 @@ def _all_documents(shard: Shard) -> list[tuple[int, int]]:
 
 
 class _ToHeads(torch.autograd.Function):
-    """From ``[W, B, T, P]``, this rank's tokens of all shares, to ``[B, S, P]``, all tokens of its own share."""
+    """All-to-all from ``[W, B, T, P]``, local tokens of all shares, to ``[B, S, P]``, all tokens of the own share."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: Shard, cp: ContextParallel) -> Tensor:
@@ -258,8 +258,8 @@ class _ToTokens(torch.autograd.Function):
 
 
 def _require(to: str, x: Tensor, shard: Shard, cp: ContextParallel) -> None:
-    """All ranks are about to send alike."""
-    fields = {**collectives.like(x, 1), "seq_len": shard.seq_len}
+    """Compare the all-to-all over the ranks."""
+    fields = {**collectives.equal_fields(x, 1), "seq_len": shard.seq_len}
     cp.agreement.require(f"all-to-all to {to}", lambda: fields, key=(to, *fields.values()))
 
 

@@ -33,13 +33,13 @@ else:  # the mixin works with any trainer class
 
 
 class ContextParallelMixin(_Trainer):
-    """A mixin before a trainer class, whose batches are then sharded over the ranks of a group.
+    """A mixin for trainer classes that shards their batches over the ranks of a group.
 
         class MyTrainer(dft.ContextParallelMixin, transformers.Trainer): ...
         MyTrainer(model, args, context_parallel=cp, train_dataset=dataset).train()
 
-    Losses, gradients and logs are those of the same trainer with one process per data rank. Batch sizes and steps are
-    per data rank as well: the ranks of a group count as one.
+    Losses, gradients and logs are those of the same trainer with one process per data rank. Batch sizes are per data
+    rank as well: the ranks of a group count as one.
 
     Args:
         context_parallel: the group that `register` was given. Every rank makes the trainer.
@@ -72,7 +72,7 @@ class ContextParallelMixin(_Trainer):
             num_train_epochs=given.num_train_epochs,
         )
 
-    # Data: by the data rank.
+    # Data loaders, by data rank.
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
         accelerator, self.accelerator = self.accelerator, _LeavesAsIs()
@@ -86,7 +86,7 @@ class ContextParallelMixin(_Trainer):
         return loader
 
     def get_cp_size(self) -> int:
-        """The number of ranks with the same batch, by which the library divides the number of sequences per step."""
+        """The number of ranks with the same batch. Transformers divides the number of sequences per step by it."""
         return self.data_ranks.context
 
     def shard_batch(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,13 +106,14 @@ class ContextParallelMixin(_Trainer):
         inputs = super()._prepare_inputs(inputs)
         return inputs if NAME in inputs else self.shard_batch(inputs)
 
-    # The loss: each rank's is scaled so that the mean over ranks, as of gradients, is the mean over all labels.
+    # The loss. Each rank's is scaled so that the mean over ranks is the mean over all labels, as for gradients.
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """The labels of a step, counted once for each group; of this group alone if tokens are not averaged over all.
+        """The number of labels by which a rank's loss is divided.
 
-        Counted here, since versions of the library differ in what they divide by. By a group's own count, ranks of
-        which have a part each, a loss is divided that is averaged over them: hence their share of it.
+        They are counted over all groups if ``average_tokens_across_devices``, else over this group, and divided by the
+        ranks of a group, since the losses of these ranks are averaged. Versions of Transformers differ here, so their
+        count is not used.
         """
         counts = [count for count in map(count_labels, batch_samples) if count is not None]
         if not counts or not self.model_accepts_loss_kwargs:
@@ -125,7 +126,7 @@ class ContextParallelMixin(_Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As in the trainer, of this rank's tokens, for ``inputs`` from `shard_batch`."""
+        """The loss of this rank's tokens, for ``inputs`` from `shard_batch`."""
         with _all_ranks_count(self.accelerator.gradient_state):
             if self.label_smoother is not None and "shift_labels" in inputs:
                 loss = self._smoothed_loss(model, inputs, num_items_in_batch)
@@ -140,7 +141,7 @@ class ContextParallelMixin(_Trainer):
     def _smoothed_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any
     ) -> tuple[Tensor, Any]:
-        """The library's label smoothing, whose labels are shifted already."""
+        """Transformers' label smoothing, for labels that are already shifted."""
         unread = ("labels", "shift_labels", "num_items_in_batch")
         outputs = model(**{name: x for name, x in inputs.items() if name not in unread})
         counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -150,10 +151,10 @@ class ContextParallelMixin(_Trainer):
             loss = loss * self.accelerator.num_processes
         return loss, outputs
 
-    # What is counted and logged: of whole batches, once.
+    # Logged counts, of each whole batch once.
 
     def floating_point_ops(self, inputs: Any) -> float:
-        """This rank's share of those of the whole batch."""
+        """The FLOPs of the whole batch, divided by the ranks that share it."""
         return super().floating_point_ops(inputs) / self.data_ranks.context
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
@@ -162,10 +163,10 @@ class ContextParallelMixin(_Trainer):
         more = self.state.num_input_tokens_seen - before
         self.state.num_input_tokens_seen = before + more // self.data_ranks.context
 
-    # Evaluation: every rank of a group has the whole result, one of each group is gathered.
+    # Evaluation. All ranks of a group have the whole result; it is gathered from one rank per group.
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the trainer; predictions and labels are those of whole sequences."""
+        """The trainer's evaluation, with predictions and labels of whole sequences."""
         self.gather_function = self._gather_over_data
         return super().evaluation_loop(*args, **kwargs)
 
@@ -173,14 +174,14 @@ class ContextParallelMixin(_Trainer):
         state = self.accelerator.gradient_state
         if self.data_ranks.count > 1:
             x = recursively_apply(self.data_ranks.one_of_each, self.accelerator.gather(x))
-        if state.end_of_dataloader and state.remainder > 0:  # what filled the last batch up
+        if state.end_of_dataloader and state.remainder > 0:  # drop rows that were added to fill the last batch
             x = recursively_apply(lambda rows: rows[: state.remainder], x)
         return x
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Any, Any]:
-        """The loss of the group's batch, and, unless only it is wanted, whole logits ``[B, S, V]`` and labels."""
+        """The loss of the group's batch; unless ``prediction_loss_only`` also full logits ``[B, S, V]`` and labels."""
         whole = self._prepare_input(inputs)
         part = self.shard_batch(whole)
         labels = whole.get("labels")
@@ -215,7 +216,7 @@ class ContextParallelMixin(_Trainer):
         return super()._inner_training_loop(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As in the trainer; refuses where it has not found the other ranks, before anything waits for them."""
+        """Create the accelerator. Raises if it does not know of all ranks, before they wait for each other."""
         super().create_accelerator_and_postprocess()
         world = dist.get_world_size() if dist.is_initialized() else 1
         if self.accelerator.num_processes != world:
@@ -231,14 +232,14 @@ class Trainer(ContextParallelMixin, transformers.Trainer):
 
 
 def count_labels(batch: Mapping[str, Any]) -> Tensor | None:
-    """How many labels of a whole batch count: the first token of a sequence is none, since nothing predicts it."""
+    """The number of labels of a whole batch. The first token of a sequence is not predicted, so it is none."""
     if batch.get("shift_labels") is not None:
         return (batch["shift_labels"] != IGNORED).sum()
     return None if batch.get("labels") is None else (batch["labels"][..., 1:] != IGNORED).sum()
 
 
 class _LeavesAsIs:
-    """Stands for the accelerator while a trainer makes a loader, which is prepared for data ranks afterwards."""
+    """A stand-in for the accelerator while a trainer makes a loader. The loader is prepared for data ranks later."""
 
     def prepare(self, loader: DataLoader[Any]) -> DataLoader[Any]:
         return loader
@@ -246,9 +247,9 @@ class _LeavesAsIs:
 
 @contextmanager
 def _all_ranks_count(state: Any) -> Iterator[None]:
-    """Within it ``gather_for_metrics`` drops nothing of a loader's last batch.
+    """Within it, ``gather_for_metrics`` drops nothing after a loader's last batch.
 
-    TRL gathers sums of ranks by it, of which none is a row that fills a batch up.
+    TRL uses it to gather one sum per rank. These are not rows of a batch, so none may be dropped.
     """
     loader = state.active_dataloader
     if loader is None:

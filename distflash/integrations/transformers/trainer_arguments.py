@@ -1,4 +1,4 @@
-"""What of a trainer's arguments is refused, and why; and activation checkpointing that does not run attention twice."""
+"""Checks of a trainer's arguments, and activation checkpointing that does not recompute attention."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import nn
 
 from distflash.checkpointing import keep_attention
 
-# Trainers of TRL whose losses are those of tokens, which the labels of a sequence say.
+# TRL trainers whose loss is a sum over tokens.
 _KNOWN_OF_TRL = ("SFTTrainer",)
 
 
 def class_problem(kind: type) -> str | None:
-    """Why trainers of a class cannot be right over several ranks; None if nothing is known."""
+    """Check a trainer's class."""
     for base in kind.__mro__:
         of_trl = base.__module__.startswith("trl.") and base.__name__.endswith("Trainer")
         if of_trl and base.__name__ not in (*_KNOWN_OF_TRL, "_BaseTrainer"):
@@ -26,7 +26,7 @@ def class_problem(kind: type) -> str | None:
 
 
 def arguments_problem(trainer: Any) -> str | None:
-    """Why a trainer cannot be right over several ranks; None if nothing is known."""
+    """Check a trainer's arguments."""
     args = trainer.args
     if getattr(args, "neftune_noise_alpha", None) is not None:
         return (
@@ -58,10 +58,10 @@ def arguments_problem(trainer: Any) -> str | None:
 
 
 def checkpoint_all_but_attention(model: nn.Module, args: Any) -> None:
-    """Where a trainer has switched on activation checkpointing, have it keep attention: see `keep_attention`.
+    """If a trainer uses activation checkpointing, keep attention's outputs: see `keep_attention`.
 
-    Not where the arguments say otherwise: ``use_reentrant=True``, a ``context_fn``, or TRL's ``selective``. It is not
-    written into the arguments, which are saved as JSON.
+    Unless the arguments have ``use_reentrant=True``, a ``context_fn``, or TRL's ``selective``. The arguments stay
+    unchanged, since they are saved as JSON.
     """
     switched_on = getattr(args, "activation_checkpointing", None)
     given = getattr(args, "activation_checkpointing_kwargs", None)

@@ -1,4 +1,4 @@
-"""Which rank stores which new token of a cache, such that all ranks fill evenly.
+"""Load balancing of the sharded cache: which rank stores each new token.
 
 [Note: shapes] B sequences, W ranks.
 """
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 
-def keepers(counts: Tensor, new: int) -> Tensor:
-    """The rank that stores each new token: the one with the fewest keys at that time, the lowest of several.
+def storing_ranks(counts: Tensor, new: int) -> Tensor:
+    """The rank that stores each new token: the one with the fewest keys so far, the lowest in a tie.
 
     Args:
-        counts: ``[B, W]``, how many keys each rank stores before.
+        counts: ``[B, W]``, the number of keys that each rank stores.
         new: the number of new tokens.
 
     Returns:
@@ -26,10 +26,10 @@ def keepers(counts: Tensor, new: int) -> Tensor:
     return order.flatten(1).sort(1).values[:, :new] % W
 
 
-def level(kept: list[int], new: list[int]) -> list[int]:
-    """How many of its ``new`` tokens each rank sends to others (negative: receives), as few as possible.
+def rebalance(kept: list[int], new: list[int]) -> list[int]:
+    """How many of its ``new`` tokens each rank sends to others (negative: receives); the minimum that balances them.
 
-    Afterwards no rank has more than its share of all tokens, rounded up, unless it stored more before.
+    Afterwards no rank stores more than the mean, rounded up, unless it did before.
     """
     most = -(-(sum(kept) + sum(new)) // len(kept))
     gives = [min(n, max(0, k + n - most)) for k, n in zip(kept, new, strict=True)]

@@ -1,7 +1,7 @@
-"""Ranks that work side by side exchange short texts, and learn why another one stopped.
+"""Exchange of short texts between ranks, and propagation of errors to all ranks.
 
-Texts go through the process group's store and not through collectives: a rank that raises may be anywhere in its work,
-and the store has no order of calls that it could break.
+Texts go through the process group's store. Collectives would not work after an error, since ranks have to call them in
+the same order.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import torch.distributed as dist
 
 from distflash.transport import Distributed, Guarded, Transport
 
-_POLL = 0.02  # seconds between looks into the store
-_GRACE = 2.0  # seconds in which ranks that are not held up by the failed one have noticed
-_RELEASE = 3.0  # seconds in which `release` reaches ranks that wait for this one; it goes on after that
+_POLL = 0.02  # seconds between polls of the store
+_GRACE = 2.0  # seconds in which ranks that do not wait for the failed one notice its error
+_RELEASE = 3.0  # seconds to wait for `release`, which then continues in its thread
 
 
 @dataclass
-class Meeting:
-    """All ranks of ``transport``, which make the same calls in the same order until one of them raises.
+class RankTexts:
+    """All ranks of ``transport``. They make the same calls in the same order, until one of them raises.
 
     Args:
-        name: of the joint work; on every rank the same.
-        release: called with words on a rank that failed if others have not noticed: frees those that wait for it.
-        patience: seconds until ranks that never come are given up; by default as long as torch's own.
+        name: of the work, the same on every rank; a prefix of keys in the store.
+        release: on a rank that failed, called with the error message if others have not noticed it, to end their waits.
+        patience: timeout in seconds; by default torch's.
     """
 
     transport: Transport
@@ -50,7 +50,7 @@ class Meeting:
         """Every rank's text, by rank.
 
         Raises:
-            ValueError, RuntimeError: another rank raised a ValueError, or any other error, in its `part`.
+            ValueError, RuntimeError: another rank raised a ValueError, or another error, within `sharing_errors`.
         """
         if self._store is None:
             return gather_texts(text, self.transport)
@@ -66,11 +66,11 @@ class Meeting:
         return [self._store.get(key).decode() for key in keys]
 
     @contextmanager
-    def part(self) -> Iterator[None]:
-        """Work of this rank. An error in it reaches the other ranks in their `part`, or at their next `exchange`.
+    def sharing_errors(self) -> Iterator[None]:
+        """A context whose errors are raised on all ranks: within it, or at their next `exchange`.
 
         Raises:
-            The error itself on the rank that raised first; a ValueError or RuntimeError with its words on the others.
+            The error itself on the rank that raised first; a ValueError or RuntimeError with its message on the others.
         """
         try:
             yield
@@ -93,7 +93,7 @@ class Meeting:
             time.sleep(_POLL)
 
     def _release(self, words: str) -> None:
-        """In a thread, since nobody knows whether the others wait where they can be reached."""
+        """Call `release` in a thread, since it may block."""
         if self.release is not None:
             thread = threading.Thread(target=_quietly, args=(self.release, words), daemon=True)
             thread.start()
@@ -105,7 +105,7 @@ class Meeting:
         rank, words = json.loads(self._store.get(f"{self._prefix}/failed"))
         self._store.set(f"{self._prefix}/noticed/{self.transport.rank}", "")
         if mine is not None and words == f"{type(mine).__name__}: {mine}":
-            return  # all ranks raise the same, each for itself
+            return  # all ranks raise the same error
         kind = ValueError if words.startswith("ValueError: ") else RuntimeError
         raise kind(
             f"{self.name}: rank {rank} raised {words}. This is rank {self.transport.rank}, which stops"
@@ -116,16 +116,16 @@ def _quietly(work: Callable[[str], None], words: str) -> None:
     try:
         work(words)
     except Exception:
-        return  # of interest is the error that led here
+        return  # the first error is raised instead
 
 
 def _store_of(transport: Transport) -> dist.Store | None:
-    """None for ranks that are no processes: those of a simulator, which ends all of them with the first that raises."""
+    """The group's store; None for simulated ranks, which the simulator ends together."""
     inner = transport.inner if isinstance(transport, Guarded) else transport
     return inner.store if isinstance(inner, Distributed) else None
 
 
 def gather_texts(text: str, transport: Transport) -> list[str]:
-    """Every rank's text, by rank, by a collective. All ranks must call."""
+    """Every rank's text, by rank, with a collective. All ranks must call."""
     encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=transport.device)
     return [bytes(part.tolist()).decode() for part in transport.all_gather(encoded)]

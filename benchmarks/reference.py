@@ -1,10 +1,10 @@
-"""Whether a result is right: sampled rows and columns of attention and its gradients, recomputed densely in float64.
+"""A float64 reference for sampled rows and columns of attention and its gradients.
 
-A sampled query needs all keys and nothing else; a sampled key needs all queries, each with the log-sum-exp of its whole
-row. So the rows are checked first, from scratch, and the columns by means of the lse that has been checked.
+Sampled queries need all keys; their out, dq and lse are recomputed. Sampled keys need all queries, with the lse of
+their rows; there the lse under test is used, which is checked at the sampled queries before.
 
 [Note: shapes] B batch, T local tokens, S global tokens, H query heads, G key/value heads, D and V head dims, n samples
-of a rank, N of all ranks together.
+per rank.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 import distflash as df
 
-# Relative (Frobenius) error against float64 that rounding of inputs' size explains, with room: a wrong mask, a lost hop
-# or a swapped head is off by 0.1 and more.
+# Largest relative (Frobenius) error, several times that of rounding. A wrong mask, a missing ring step or swapped heads
+# give 0.1 or more.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-9}
 
 
 @dataclass(frozen=True)
-class Truth:
+class Reference:
     """The float64 values at this rank's sampled tokens: out and dq as queries, dk and dv as keys."""
 
     tokens: Tensor
@@ -31,7 +31,7 @@ class Truth:
     cp: df.ContextParallel
 
     def errors(self, **results: Tensor) -> dict[str, float]:
-        """Relative errors over the samples of all ranks of ``out, dq, dk, dv [B, T, ...]``, as many as are given."""
+        """Relative errors of the given ``out, dq, dk, dv [B, T, ...]``, over the samples of all ranks."""
         names = sorted(results)
         squares = []
         for name in names:
@@ -42,7 +42,7 @@ class Truth:
 
 
 def wrong(errors: dict[str, float], dtype: torch.dtype) -> bool:
-    """Whether any error is beyond what rounding explains; NaN is."""
+    """Whether any error exceeds TOLERANCE or is NaN."""
     return not all(error <= TOLERANCE[dtype] for error in errors.values())
 
 
@@ -59,12 +59,12 @@ def sample(
     cp: df.ContextParallel,
     seq_len: int,
     count: int = 48,
-) -> Truth:
-    """Compute the truth at ``count`` tokens of each rank. All ranks must call.
+) -> Reference:
+    """Compute the reference at ``count`` tokens of each rank. All ranks must call.
 
     Args:
         q, k, v, dout: this rank's inputs.
-        out, lse: a result for them, ``[B, T, H, V]`` and ``[B, H, T]``, of which lse is checked here.
+        out, lse: a result for them, ``[B, T, H, V]`` and ``[B, H, T]``; lse is checked here.
 
     Raises:
         AssertionError: lse is wrong.
@@ -76,18 +76,18 @@ def sample(
     difference = (lse[:, :, tokens].double() - lse_rows)[seen].abs().max().item() if seen.any() else 0.0
     assert difference < 1e-2 and torch.equal(lse[:, :, tokens] > -torch.inf, seen), f"lse is off by {difference}"
     dk, dv = _columns(q, k, v, dout, out, lse, tokens, mask, positions, seq_len, cp)
-    return Truth(tokens, {"out": out_rows, "dq": dq, "dk": dk, "dv": dv}, cp)
+    return Reference(tokens, {"out": out_rows, "dq": dq, "dk": dk, "dv": dv}, cp)
 
 
 def _tokens(length: int, count: int) -> Tensor:
-    """Sampled local indices: both ends and the middle, where layouts have their seams, and a random rest."""
+    """Sampled local indices: both ends, the middle (where chunks of a layout meet), and random ones."""
     seams = [start + n for start in (0, length // 2 - 4, length - 4) for n in range(4)]
     rest = torch.randint(length, (max(count - len(seams), 0),), generator=torch.Generator().manual_seed(length))
     return torch.cat([torch.tensor(seams).clamp(0, length - 1), rest])
 
 
 def _heads(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
-    """Each query head with the key head that it reads."""
+    """Pairs of a query head and its key head."""
     group = q.shape[2] // k.shape[2]
     return ((h, h // group) for h in range(q.shape[2]))
 
@@ -126,7 +126,7 @@ def _columns(
     seq_len: int,
     cp: df.ContextParallel,
 ) -> tuple[Tensor, Tensor]:
-    """``dk [B, n, G, D], dv [B, n, G, V]`` of the sampled keys: the sum of what all ranks' queries give."""
+    """``dk [B, n, G, D], dv [B, n, G, V]`` of the sampled keys, summed over all ranks' queries."""
     scale = q.shape[-1] ** -0.5
     gather = cp.transport.all_gather
     k_cols, v_cols = (torch.cat(gather(x[:, tokens].contiguous()), 1).double() for x in (k, v))

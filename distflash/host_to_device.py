@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def upload(x: Tensor, device: torch.device | str) -> Tensor:
-    """``x`` on ``device``, by pinned memory: a copy of pageable memory may wait for all work queued on the GPU."""
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """``x`` on ``device``, copied through pinned memory: copies of pageable memory may synchronise with the GPU."""
     device = torch.device(device)
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)

@@ -1,6 +1,6 @@
-"""Candidates for one problem: each is run once and checked, and those that are right are timed in turns.
+"""Compares attention implementations on one problem: each is run once and checked, then all are timed in turns.
 
-Whoever fails, or gives a wrong result, is left out with the reason, and has no figure.
+Candidates that raise or give a wrong result are left out, with the reason.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import distflash as df
-from benchmarks import common, truth
+from benchmarks import common, reference
 from distflash.kernels import Kernel, Problem
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
@@ -27,7 +27,7 @@ Work = Callable[[str, str], float]
 
 @dataclass(frozen=True)
 class Passes:
-    """One candidate on its inputs: what can be timed, and what it gave."""
+    """One candidate on its inputs: the calls to time, and its results."""
 
     calls: dict[str, Callable[[], object]]
     results: dict[str, Tensor]
@@ -35,10 +35,10 @@ class Passes:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Somebody's attention.
+    """An attention implementation.
 
     Attributes:
-        attend: ``(q, k, v, mask) -> out``; raises ValueError for masks that it does not take.
+        attend: ``(q, k, v, mask) -> out``; raises ValueError for masks that it does not support.
         heads_first: whether its tensors are ``[B, H, S, D]``, else ``[B, S, H, D]``.
         repeat_heads: whether it needs as many key heads as query heads.
         before: called before each pass.
@@ -50,7 +50,7 @@ class Candidate:
     before: Callable[[], object] = lambda: None
 
     def run(self, inputs: tuple[Tensor, ...], mask: df.Mask) -> Passes:
-        """Run forward and backward once on ``q, k, v, dout``, contiguous as the candidate likes them best."""
+        """Run forward and backward once on ``q, k, v, dout``, contiguous in the candidate's dimension order."""
         q, k, v, dout = self.native(inputs)
         group = self._group(inputs[0], inputs[1])
 
@@ -73,14 +73,14 @@ class Candidate:
         return Passes(calls, results)
 
     def native(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """``q, k, v, dout`` as the candidate takes them; the first three want gradients."""
+        """``q, k, v, dout`` in the candidate's dimension order; the first three require gradients."""
         q, k, v, dout = (self._turned(x).detach().contiguous() for x in inputs)
         group, heads = self._group(inputs[0], inputs[1]), 1 if self.heads_first else 2
         k, v = (x.repeat_interleave(group, heads) if group > 1 else x for x in (k, v))
         return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
     def on_tokens(self, mask: df.Mask) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The candidate's attention on ``[B, S, heads, D]``, as a layer of a model calls it."""
+        """The candidate's attention on ``[B, S, heads, D]``, for layers of a model."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.before()
@@ -91,7 +91,7 @@ class Candidate:
         return attend
 
     def _group(self, q: Tensor, k: Tensor) -> int:
-        """How often keys ``[B, S, heads, D]`` have to be repeated."""
+        """How often keys ``[B, S, heads, D]`` are repeated."""
         return q.shape[2] // k.shape[2] if self.repeat_heads else 1
 
     def _turned(self, x: Tensor) -> Tensor:
@@ -100,33 +100,35 @@ class Candidate:
 
 
 def _folded(x: Tensor, group: int) -> Tensor:
-    """The sum over each ``group`` of neighbouring heads of ``[B, S, H, D]``."""
+    """The sum over groups of consecutive heads of ``[B, S, H, D]``."""
     return x if group == 1 else x.float().unflatten(2, (-1, group)).sum(3)
 
 
 def ours(cp: df.ContextParallel, seq_len: int) -> Candidate:
-    """What everybody is compared with: distflash, on the tokens that this rank holds."""
+    """distflash, on this rank's tokens."""
     return Candidate(lambda q, k, v, mask: df.attention(q, k, v, mask=mask, cp=cp, seq_len=seq_len))
 
 
 def kernel_of(cp: df.ContextParallel, inputs: tuple[Tensor, ...]) -> Kernel:
-    """The kernel that a call without further keywords takes."""
+    """The default kernel for these inputs."""
     q, k, v = inputs[:3]
     kernel = cp.calls.kernel_for(Problem(q.device, q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3]))
     assert isinstance(kernel, Kernel), kernel
     return kernel
 
 
-def right_for(inputs: tuple[Tensor, ...], mask: df.Mask, cp: df.ContextParallel, seq_len: int) -> truth.Truth:
-    """The truth at sampled tokens; the log-sum-exp that it takes from distflash is checked on the way."""
+def reference_for(
+    inputs: tuple[Tensor, ...], mask: df.Mask, cp: df.ContextParallel, seq_len: int
+) -> reference.Reference:
+    """The float64 reference at sampled tokens. It uses distflash's log-sum-exp, after checking it."""
     with torch.no_grad():
         out, lse = df.attention(*inputs[:3], mask=mask, cp=cp, seq_len=seq_len, return_lse=True)
-    return truth.sample(*inputs, out, lse, mask=mask, cp=cp, seq_len=seq_len)
+    return reference.sample(*inputs, out, lse, mask=mask, cp=cp, seq_len=seq_len)
 
 
 @dataclass
-class Contest:
-    """Candidates by name, in the order in which they entered."""
+class Comparison:
+    """Candidates by name, in the order in which they were added."""
 
     clock: common.Clock
     dtype: torch.dtype
@@ -135,35 +137,35 @@ class Contest:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def enter(self, name: str, run: Callable[[], Passes], right: truth.Truth) -> bool:
-        """Run and check a candidate; one that raises is left out. All ranks must call; False if it is left out."""
+    def enter(self, name: str, run: Callable[[], Passes], right: reference.Reference) -> bool:
+        """Run and check a candidate. Returns False if it is left out. All ranks must call."""
         passes = self.attempt(name, run)
         return passes is not None and self.check(name, passes, right)
 
     def attempt(self, name: str, work: Callable[[], Result]) -> Result | None:
-        """What ``work`` returns, or None where it raises on any rank, and ``name`` is left out. All ranks must call."""
+        """The result of ``work``; None, and ``name`` is left out, if it raises on any rank. All ranks must call."""
         result, reason = None, "failed on another rank"
         try:
             result = work()
         except Exception as error:
-            reason = said(error)
+            reason = error_line(error)
         if common.worst(common.over_ranks(float(result is None), self.clock.device)) > 0:
             self.left_out[name] = reason
             return None
         return result
 
-    def check(self, name: str, passes: Passes, right: truth.Truth) -> bool:
-        """Let in a candidate that is right on every rank."""
+    def check(self, name: str, passes: Passes, right: reference.Reference) -> bool:
+        """Add a candidate if its results are right on every rank."""
         errors = right.errors(**passes.results).items()
         self.errors[name] = {n: common.worst(common.over_ranks(error, self.clock.device)) for n, error in errors}
-        if truth.wrong(self.errors[name], self.dtype):
+        if reference.wrong(self.errors[name], self.dtype):
             self.left_out[name] = "wrong result"
             return False
         self.calls |= {f"{name}|{which}": passes.calls[which] for which in self.passes}
         return True
 
     def row(self, work: Work) -> dict[str, Any]:
-        """Time everybody who is right. TFLOP/s are those of the slowest device, whose work is ``work(name, pass)``."""
+        """Time all candidates. TFLOP/s are of the slowest device; its work is ``work(name, pass)``."""
         timings = self.clock.medians(self.calls)
         ranks = {key: common.over_ranks(t.seconds, self.clock.device) for key, t in timings.items()}
         return {
@@ -175,8 +177,8 @@ class Contest:
         }
 
 
-def said(error: BaseException) -> str:
-    """What an exception says, in a line, and where it was raised."""
+def error_line(error: BaseException) -> str:
+    """An exception's message in one line, with the place where it was raised."""
     lines = str(error).strip().splitlines() or [""]
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

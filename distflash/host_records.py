@@ -1,4 +1,4 @@
-"""The host's records of a cache's sequences, beside the counts and lengths in device memory."""
+"""The host's copy of a cache's metadata, whose lengths and counts are in device memory."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from distflash.exact import Exact
 from distflash.horizon import Horizon
 from distflash.ledger import Ledger
 
-# Horizons kept, one for each mask.
+# Horizons to cache, one per mask.
 _MASKS = 4
 
 
 @dataclass
-class Books:
-    """The host's records of all sequences of a cache.
+class HostRecords:
+    """The host's metadata of all sequences of a cache.
 
     Attributes:
-        ledgers: which rank stores which keys; tokens of later decoding steps may be missing.
+        ledgers: which rank stores which keys; tokens of the last decoding steps may be missing.
         lengths: the length of each sequence in tokens.
         stale: whether replays of a CUDA graph may have appended tokens that the host has not counted.
-        horizons: the mask bounds of positions to come, by masks.
-        keep: references to what captured graphs read.
+        horizons: the mask bounds of future positions, by mask.
+        keep: references to tensors that captured graphs read.
     """
 
     ledgers: list[Ledger]
@@ -31,7 +31,7 @@ class Books:
     keep: list[object] = field(default_factory=list)
 
     def remember(self, mask: Exact, horizon: Horizon) -> None:
-        """Keep a horizon and those of the last masks, since each step may have a new mask."""
+        """Cache a horizon. Only the last few masks are kept, since each step may have a new one."""
         self.horizons.pop(mask, None)
         while len(self.horizons) >= _MASKS:
             del self.horizons[next(iter(self.horizons))]

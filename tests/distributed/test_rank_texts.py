@@ -1,18 +1,18 @@
-"""Texts between ranks, and the words of one that raises."""
+"""Exchange of texts between ranks, and propagation of errors."""
 
 import time
 
 import pytest
 import torch.distributed as dist
 
-from distflash.meeting import Meeting
+from distflash.rank_texts import RankTexts
 from distflash.transport import Distributed
 
 
 def exchanged():
-    """Runs as a rank: two meetings of one name do not see each other's texts."""
+    """Runs as a rank: two instances of one name do not see each other's texts."""
     ranks = Distributed(dist.group.WORLD)
-    return [Meeting(ranks, "test").exchange(f"{n}: {ranks.rank}") for n in range(2)]
+    return [RankTexts(ranks, "test").exchange(f"{n}: {ranks.rank}") for n in range(2)]
 
 
 def test_everyone_gets_every_text(ranks_of):
@@ -23,11 +23,11 @@ def test_everyone_gets_every_text(ranks_of):
 def interrupted(kind, words):
     """Runs as a rank: the second raises where the others meet."""
     ranks, released, start = Distributed(dist.group.WORLD), [], time.monotonic()
-    meeting = Meeting(ranks, "test", release=released.append)
-    with pytest.raises((RuntimeError, ValueError, OSError)) as error, meeting.part():
+    texts = RankTexts(ranks, "test", release=released.append)
+    with pytest.raises((RuntimeError, ValueError, OSError)) as error, texts.sharing_errors():
         if ranks.rank == 1:
             raise kind(words)
-        meeting.exchange("")
+        texts.exchange("")
     assert not released and time.monotonic() - start < 10  # all have noticed by themselves
     return type(error.value), str(error.value)
 
@@ -44,10 +44,10 @@ def test_the_words_of_a_rank_that_raises_reach_the_others(kind, ranks_of):
 def absent():
     """Runs as a rank: the last one never comes."""
     ranks = Distributed(dist.group.WORLD)
-    meeting = Meeting(ranks, "test", patience=0.5)
+    texts = RankTexts(ranks, "test", patience=0.5)
     if ranks.rank == 0:
         with pytest.raises(RuntimeError, match=r"test: some rank did not come within 0\.5 s"):
-            meeting.exchange("")
+            texts.exchange("")
     return True
 
 

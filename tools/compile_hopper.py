@@ -30,7 +30,7 @@ from triton.runtime import driver
 from distflash.dropout import Dropout
 from distflash.kernels.base import KeyGradient, Keys, Scores
 from distflash.kernels.hopper import launches
-from distflash.kernels.hopper.tiles import BackwardTile, ForwardTile, backward_tile, forward_tile
+from distflash.kernels.hopper.tiles import ORDERED, BackwardTile, ForwardTile, backward_tile, forward_tile
 from distflash.kernels.hopper.turns import turns_of
 from distflash.kernels.launch import Launch
 from distflash.plan import Pass
@@ -180,7 +180,7 @@ def shapes() -> Iterator[Configuration]:
             for wide in (False, True):
                 for special in ({}, {"group": 4}, {"softcap": True}):
                     yield Configuration("backward", d, d, dtype, wide=wide, **special)
-            for special in ({}, {"group": 4}, {"softcap": True}, {"wide": True}):
+            for special in ({}, {"group": 4}, {"softcap": True}, {"wide": True}) if d in ORDERED else ():
                 yield Configuration("backward", d, d, dtype, ordered=True, **special)
             yield Configuration("round", d, d, dtype)
         for dims in ((192, 128), (256, 256)):

@@ -196,11 +196,10 @@ def test_in_order_on_any_number_of_programs(name, dim, programs):
     oracle.check(Hopper(deterministic=True, margin=margin), case, "cuda")
 
 
-@pytest.mark.parametrize("lag", [0.0, 0.125])
 @pytest.mark.parametrize("mask", [masks.Full(), masks.Causal()], ids=repr)
 @pytest.mark.parametrize("dim", [64, 128])
-def test_the_same_bits_in_a_hundred_runs(dim, mask, lag):
-    kernel = Hopper(deterministic=True, backward_tile=replace(backward_tile(dim, dim, ordered=True), lag=lag))
+def test_the_same_bits_in_a_hundred_runs(dim, mask):
+    kernel = Hopper(deterministic=True)
     case = replace(ORDERED, mask=mask, seq_len=2048, heads=16, kv_heads=4, d_qk=dim, d_v=dim)
     x = oracle.make_inputs(case, "cuda")
     first = oracle.run(kernel, case, x)

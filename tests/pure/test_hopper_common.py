@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distflash.geometry import Geometry
 from distflash.intervals import build
-from distflash.kernels.hopper import backward_parts, common, forward
+from distflash.kernels.hopper import backward_parts, common, forward_loads
 from distflash.kernels.triton import common as portable
 from distflash.liveness import GROUP_ROWS
 from tests.strategies import examples, layouts, masks
@@ -67,7 +67,7 @@ def in_python(function):
 locate, portable_locate = in_python(common.locate), in_python(portable.locate)
 span, nth, visited = in_python(common.span), in_python(common.nth), in_python(common.visited)
 place_of, is_masked = in_python(backward_parts.place_of), in_python(backward_parts.is_masked)
-at_least_one = in_python(forward.at_least_one)
+at_least_one = in_python(forward_loads.at_least_one)
 
 
 @st.composite

@@ -164,8 +164,8 @@ def shard_batch(
     Args:
         batch: the output of a tokenizer or collator, the same whole batch on every rank of ``cp``: tensors ``[B, S]``
             by name. ``input_ids``, and optionally: ``labels`` (not shifted, as Transformers expects) or
-            ``shift_labels`` (shifted); ``position_ids`` that restart at 0 at each packed document, or ``cu_seqlens`` (also
-            ``cu_seq_lens_q``) ``[documents + 1]``; ``attention_mask`` of ones; ``token_type_ids`` or
+            ``shift_labels`` (shifted); ``position_ids`` that restart at 0 at each packed document, or ``cu_seqlens``
+            (also ``cu_seq_lens_q``) ``[documents + 1]``; ``attention_mask`` of ones; ``token_type_ids`` or
             ``mm_token_type_ids``; ``num_items_in_batch``, which divides the sum of the losses instead of the number of
             this batch's labels; and ``dropout_seed``, which attention dropout needs in training: an int from 0 to
             2^40 - 1, such as the step, and another one for each data-parallel rank.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distflash.kernels.base import Abilities, BackwardContext, Kernel, KeyGradient, Keys, Problem, QueryGradient, Scores
 from distflash.kernels.decoding import Decoding
-from distflash.kernels.hopper.tiles import KEYS, BackwardTile, ForwardTile, backward_tile, forward_tile, padded
+from distflash.kernels.hopper.tiles import KEYS, ORDERED, BackwardTile, ForwardTile, backward_tile, forward_tile, padded
 from distflash.kernels.hopper.turns import turns_of
 from distflash.kernels.launch import Launch
 from distflash.kernels.machine import Machine, machine_of
@@ -41,9 +41,9 @@ class Hopper(Kernel):
     columns with wider keys, the backward pass is the portable kernel's.
 
     Args:
-        deterministic: the same bits in every run. Up to a head dim of 128, blocks of keys add to dQ in ascending order:
-            each waits for the block before it. Above, and where values and keys do not have the same padded width, the
-            backward pass is the portable kernel's, which computes seven products per tile instead of five.
+        deterministic: the same bits in every run. For head dims above 64 and up to 128, blocks of keys add to dQ in
+            ascending order: each waits for the block before it. For others the backward pass is the portable kernel's,
+            which computes seven products per tile instead of five, and has no order to keep.
         margin: the number of multiprocessors (SMs) that the persistent grid leaves free for communication kernels.
         forward_tile, backward_tile: tile sizes in place of the shipped ones, for tuning.
         machine: see `Kernel.rehearsing`.
@@ -112,7 +112,8 @@ class Hopper(Kernel):
         from distflash.kernels.hopper import launches
 
         seen = each.pairs / (q.shape[1] if each.live is None else max(1, each.live.count))
-        tile = self.forward_tile or forward_tile(q.shape[-1], keys[0].v.shape[-1], seen)
+        dims = q.shape[-1], keys[0].v.shape[-1]
+        tile = self.forward_tile or forward_tile(*dims, seen, scores.dropout is not None)
         programs = self._programs(q.device)
         tensors = [q, *of_keys(keys), scores.sinks, *of_state(into), None if each.live is None else each.live.groups]
         inputs = facts_of(q, *[x for of_source in keys for x in (of_source.k, of_source.v)], scores.sinks)
@@ -201,7 +202,7 @@ class Hopper(Kernel):
     def _fused(self, q: Tensor, out: Tensor) -> bool:
         d_qk, d_v = padded(q.shape[-1]), padded(out.shape[-1])
         if self.deterministic:
-            return d_qk == d_v <= 128
+            return d_qk == d_v and d_qk in ORDERED
         return d_qk == d_v or (d_qk, d_v) == (256, 128)
 
     def _backward_tile(self, d_qk: int, d_v: int) -> BackwardTile:

@@ -148,9 +148,6 @@ def backward(
         semaphores = saved.semaphores if tile.ordered else None
         choices = dict(semaphores=semaphores, earlier=earlier, WIDE=wide, DIRECT=tile.direct)
         choices |= dict(ORDERED=tile.ordered)
-    # The blocks of a head add to dQ one after the other, so few of them are at work at a time.
-    visits = H // G * max(1, triton.cdiv(T, QUERIES))
-    spread = programs / (tile.lag * visits) if tile.lag else 0.0
     return Launch(
         kernel=backward_wide_kernel if tile.by_columns else backward_kernel,
         programs=programs,
@@ -174,7 +171,7 @@ def backward(
             first_head=heads.start,
             head_count=len(heads),
             batches=B,
-            heads_at_once=_neighbours(blocks, programs, *[q, saved.dout] * (H // G), least=spread),
+            heads_at_once=_neighbours(blocks, programs, *[q, saved.dout] * (H // G)),
             programs=programs,
             GROUP=H // G,
             D=D,
@@ -265,13 +262,13 @@ def _dropout(dropout: Dropout | None, rows: Sequence[Intervals], nothing: Tensor
     )
 
 
-def _neighbours(blocks: int, programs: int, *shared: Tensor, least: float = 0.0) -> int:
+def _neighbours(blocks: int, programs: int, *shared: Tensor) -> int:
     """How many key heads of so many blocks each to work on at a time: a power of two that fits into the L2 cache.
 
     Programs side by side that read the same tiles at about the same time have them read from the cache once, so few are
-    best; but enough to keep all programs busy, and long blocks from being begun last; and at ``least`` so many.
+    best; but enough to keep all programs busy, and long blocks from being begun last.
     """
-    wanted = min(max(triton.cdiv(programs, max(1, blocks)), math.ceil(least)), heads_at_once(*shared))
+    wanted = min(triton.cdiv(programs, max(1, blocks)), heads_at_once(*shared))
     return 1 << max(0, wanted.bit_length() - 1)
 
 

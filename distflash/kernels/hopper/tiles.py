@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 # The backward kernel: keys of a work tile, and queries of a block, which is also the tile size of the dQ accumulator.
 KEYS = 128
 QUERIES = 64
+# Padded head dims for which adding dQ in order is faster than the portable kernel's backward pass.
+ORDERED = (128,)
 
 
 def padded(dim: int) -> int:
@@ -46,9 +48,6 @@ class BackwardTile:
         direct: a warpgroup adds its part of dQ to global memory itself, instead of through shared memory and the dQ
             warp.
         ordered: dQ is added in the order of key blocks, by the dQ warp; see `ordered`.
-        lag: if not 0, work tiles are dealt from so many heads at a time that the number of key blocks of one head
-            that are at work is at most this fraction of the query tiles of a work tile. The last of them starts adding
-            about as many tiles late.
         by_columns: a work tile is 64 keys, of which one warpgroup has dK and the other dV; otherwise it is KEYS keys,
             half of them for each warpgroup.
     """
@@ -59,7 +58,6 @@ class BackwardTile:
     direct: bool = False
     by_columns: bool = False
     ordered: bool = False
-    lag: float = 0.0
 
 
 _FORWARD = {
@@ -69,17 +67,23 @@ _FORWARD = {
 }
 # Three warpgroups read keys less often; of a query's few keys, the larger blocks mask out more.
 _FORWARD_LONG = _FORWARD | {64: ForwardTile(consumers=3, block_n=128, stages=3, registers=160, in_turn=True)}
+# With dropout, integer arithmetic takes longer than the products, so nothing is gained by more of these in flight.
+_FORWARD_DROPOUT = {
+    64: replace(_FORWARD[64], halves=True),
+    128: replace(_FORWARD[128], halves=False, in_turn=True),
+    256: _FORWARD[256],
+}
 _FORWARD_NARROW = ForwardTile(consumers=3, block_n=64, stages=2, registers=160, slots=1, in_turn=True)
 _BACKWARD = {
     64: BackwardTile(stages=2, registers=240, in_registers=True, direct=True),
     128: BackwardTile(stages=2, registers=240),
     256: BackwardTile(stages=2, registers=240, direct=True, by_columns=True),
 }
-_ORDERED = {dim: replace(_BACKWARD[dim], direct=False, ordered=True, lag=0.125) for dim in (64, 128)}
+_BACKWARD_ORDERED = replace(_BACKWARD[128], ordered=True)
 _BACKWARD_NARROW = replace(_BACKWARD[256], in_registers=True)
 
 
-def forward_tile(d_qk: int, d_v: int, keys: float) -> ForwardTile:
+def forward_tile(d_qk: int, d_v: int, keys: float, has_dropout: bool = False) -> ForwardTile:
     """The shipped tile for these head dims.
 
     Args:
@@ -88,6 +92,8 @@ def forward_tile(d_qk: int, d_v: int, keys: float) -> ForwardTile:
     """
     if d_qk > 128 and d_v <= 128:
         return _FORWARD_NARROW
+    if has_dropout:
+        return _FORWARD_DROPOUT[padded(d_qk)]
     return (_FORWARD_LONG if keys >= 2048 else _FORWARD)[padded(d_qk)]
 
 
@@ -95,10 +101,10 @@ def backward_tile(d_qk: int, d_v: int, ordered: bool = False) -> BackwardTile:
     """The shipped tile for these head dims.
 
     Args:
-        ordered: dQ is to be added in order, which the kernel for head dims above 128 cannot do.
+        ordered: dQ is to be added in order, for head dims of ORDERED.
     """
     if ordered:
-        return _ORDERED[padded(d_qk)]
+        return _BACKWARD_ORDERED
     if 128 < d_qk <= 192 and d_v <= 128:
         return _BACKWARD_NARROW
     return _BACKWARD[padded(d_qk)]

@@ -188,6 +188,7 @@ def draw_rates(figure: Any, record: dict[str, Any]) -> None:
             axes.bar([x + (n - 1) * 0.27 for x in range(len(values))], values, 0.27, label=pictures.word(name))
         axes.set_xticks(range(len(record["rows"])), [row["mask"] for row in record["rows"]])
         pictures.plain_axes(axes, which, "TFLOP/s per GPU (median)")
+    pictures.legend_above(figure, figure.axes[0], 3)
 
 
 # ------------------------------------------------------------------------------------------------------------- steps
@@ -226,6 +227,7 @@ def draw_steps(figure: Any, record: dict[str, Any]) -> None:
             axes.bar([x + (n - 0.5) * 0.4 for x in range(len(values))], values, 0.4, label=name)
         axes.set_xticks(range(len(record["rows"])), [row["mask"] for row in record["rows"]])
         pictures.plain_axes(axes, f"{which}, slowest of {record['ranks']} ranks", "TFLOP/s per GPU")
+    pictures.legend_above(figure, figure.axes[0], 2)
 
 
 # ------------------------------------------------------------------------------------------------------------- train

@@ -77,6 +77,16 @@ def log_lengths(axes: Any, lengths: list[int]) -> None:
     axes.set_xticks(lengths, list(map(tokens, lengths)))
 
 
+def log_values(axes: Any) -> None:
+    """A logarithmic y axis with numbers written out, at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+
+
 def legend_above(figure: Any, axes: Any, columns: int) -> None:
     """One legend for all panels."""
     for each in figure.axes:

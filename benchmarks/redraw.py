@@ -35,6 +35,7 @@ DRAWN_BY: dict[str, pictures.Draw | None] = {
     "decode": decode.draw,
     "decode-": decode_ranks.draw,
     "decode-sweep": None,
+    "first-calls-": None,
     "gpt2": gpt2.draw,
     "kernels": kernels.draw,
     "masks-": masks.draw,

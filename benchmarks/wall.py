@@ -211,7 +211,7 @@ def draw(figure: Any, record: dict[str, Any]) -> None:
                 points = [(r["seq_len"], r["times"].get(f"{name}|{which}")) for r in rows]
                 found = [(x, factor * t[time]) for x, t in points if t]
                 each.plot(*zip(*found, strict=True) if found else ((), ()), marker="o", label=pictures.word(name))
-            each.set_yscale("log")
+            pictures.log_values(each)
             pictures.log_lengths(each, lengths)
             pictures.plain_axes(
                 each, f"{title}, {which}", f"{time} {unit} a layer (median)", "tokens of the whole sequence"

@@ -305,8 +305,8 @@ class ContextParallel(Sharding):
             token_count: how many losses that sum has (tokens that are not ignored); may be 0.
             reduction: how parameter gradients are combined over the group after backward; must be given. "mean" if they
                 are averaged, as DDP, FSDP and ZeRO do. "sum" if they are added, as an all-reduce of your own does, or
-                if ranks share no parameter. Then the combined gradient is that of the value returned. The wrong one
-                scales it by the number of ranks, which Adam hides.
+                if ranks share no parameter. If right, the combined gradient is that of the returned value. The wrong
+                one scales it by the number of ranks, which Adam hides.
             group: the ranks whose tokens count and whose gradients are combined. None: the ranks that share the
                 sequence. With data parallelism: all ranks of data x context, as a process group or a one-dimensional
                 mesh.

@@ -8,9 +8,9 @@ The numbers are those of the generator Philox-2x32-7 of Salmon et al. 2011 (http
 with the fewest rounds that pass their statistical tests; FlashAttention's dropout has as many. It maps a counter of two
 words and a key of one word to two random words:
 
-- the key and the offset of a head are ``philox(philox((batch, head), seed_low), seed_high)``;
-- four pairs share one counter, ``(strip(query) + offset, strip(key))``: positions that differ in bit 3 only are in one
-  strip. Bit 3 of the query selects one of the two words, bit 3 of the key one of its halves.
+- a head's Philox key and offset are ``philox(philox((batch, head), seed_low), seed_high)``;
+- four pairs share one counter, ``(strip(q) + offset, strip(k))`` of their positions. Positions that differ in bit 3
+  only are in one strip. Bit 3 of the query's selects one of the two words, bit 3 of the key's one of its halves.
 
 Four pairs because NVIDIA's matrix instructions have these four in the registers of one thread, in the scores and in
 their transpose: see [Note: fragment order] in `kernels.hopper.fragments`.
@@ -32,7 +32,7 @@ ROUNDS = 7
 LEVELS = 1 << 16  # of the random number of a pair
 
 _WORD = 0xFFFFFFFF
-_STEP_BITS = 40  # of a seed; those above are the layer's, see `of_layer`
+_STEP_BITS = 40  # low bits of a seed; the layer is above, see `of_layer`
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Dropout:
         return LEVELS / (LEVELS - self.threshold)
 
     def of_heads(self, heads: slice) -> Dropout:
-        """That of the tensors' query heads from ``heads.start`` on."""
+        """For query heads from ``heads.start`` on."""
         return replace(self, first_head=self.first_head + (heads.start or 0))
 
     def kept(self, batch: int, heads: range, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        """Which pairs are kept: bool ``[B, heads, T, K]``. heads: of the tensors, so from 0 on."""
+        """Which pairs are kept: bool ``[B, heads, T, K]``. heads: indices from ``first_head``."""
         heads_of_call = range(heads.start + self.first_head, heads.stop + self.first_head)
         return numbers(self.seed, batch, heads_of_call, q_positions, k_positions) >= self.threshold
 
@@ -69,7 +69,7 @@ def dropout_mask(
 ) -> Tensor:
     """Which probabilities `attention` keeps under dropout, on any number of ranks, layout, schedule and kernel.
 
-    Every pair of a query and a key has a random number of the generator Philox-2x32-10 of Salmon et al. 2011
+    Every pair of a query and a key has a random number of the generator Philox-2x32-7 of Salmon et al. 2011
     (https://doi.org/10.1145/2063384.2063405), which depends on the seed, the head, the index in the batch and the two
     global positions. A pair is dropped if the number is below ``p``.
 
@@ -111,7 +111,7 @@ def threshold_of(p: float) -> int:
 
 
 def in_steps(p: float) -> float:
-    """The probability that pairs are dropped with where ``p`` is asked for: a multiple of 2^-16."""
+    """The drop probability really used for ``p``: a multiple of 2^-16."""
     return threshold_of(p) / LEVELS
 
 
@@ -121,7 +121,7 @@ def dropout_of(p: float, seed: Tensor) -> Dropout | None:
 
 
 def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
-    """A seed as kernels read it: an int is written to the device, which waits for nothing."""
+    """A seed as kernels read it: an int is written to the device without a synchronisation."""
     return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
 
 

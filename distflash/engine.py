@@ -67,11 +67,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     q = q.contiguous() if plan.moves_queries else q
     exchange = Exchange(plan, transport, {What.KEYS: (k, v), What.QUERIES: (q,)})
     exchange.tensors |= {(What.KEYS, plan.rank): (k, v), (What.QUERIES, plan.rank): (q,)}
-    exchange.derived[What.QUERIES, plan.rank] = own
+    exchange.derived[What.QUERIES, plan.rank] = own  # the softmax state of the queries, by their rank
     # Only the rank that holds the queries adds the sinks.
     remote_scores = replace(call.scores, sinks=None) if plan.moves_queries else call.scores
     if own.running is not None:
-        exchange.prototypes[What.PARTIALS] = own.running.tensors
+        exchange.prototypes[What.PARTIALS] = own.running.tensors  # shapes to receive in
         exchange.on_arrival[What.PARTIALS] = lambda _, arrived: own.merge(arrived, kernel.base)
     for stage in exchange.walk(plan.forward, plan.done_with[0]):
         for each in stage.passes:

@@ -125,7 +125,7 @@ class Striped(Layout):
 
 @dataclass(frozen=True)
 class WholeChunks(Layout):
-    """Another layout in units of ``chunk`` tokens instead of single tokens, so that no chunk is on two ranks.
+    """``layout`` in units of ``chunk`` tokens instead of single tokens, so that no chunk is on two ranks.
 
     Args:
         layout: assigns chunks to ranks.

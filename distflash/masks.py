@@ -35,8 +35,8 @@ class Mask:
 
     Attributes:
         graph_inputs: for torch.compile, the mask's fields in order, as int64 tensors on the CPU. They become graph
-            inputs, so a change does not recompile. If None, ints become graph inputs, but tuples recompile when their
-            length changes.
+            inputs, so a change does not recompile. If None, int fields become graph inputs; a tuple field of a new
+            length recompiles.
 
     Examples:
         >>> from dataclasses import dataclass
@@ -84,7 +84,7 @@ class Mask:
     def cover(self, positions: Tensor, seq_len: int) -> tuple[Ends, ...]:
         """The same keys as `parts`, not simplified: intervals may overlap, and empty ones may have ``hi < lo``.
 
-        Every query has the same number of pairs. So the union of their ``[lo[0], hi[-1])`` contains every key that a
+        All queries have equally many intervals. So the union of their ``[lo[0], hi[-1])`` contains every key that a
         query between the first and the last position sees.
         """
         return self.parts(positions, seq_len)
@@ -156,9 +156,9 @@ class Mask:
             return NotImplemented
         return other.after(self, Or)
 
-    def after(self, first: Mask, pair: type[And] | type[Or]) -> Mask:
-        """Combine ``first`` with this mask by ``pair``. `Rows` overrides it, to combine each of its masks."""
-        return pair(first, self)
+    def after(self, first: Mask, operation: type[And] | type[Or]) -> Mask:
+        """Combine ``first`` with this mask by `And` or `Or`. `Rows` combines each of its masks."""
+        return operation(first, self)
 
     def __bool__(self) -> Never:
         # Python's `a and b` is b: without this error, a would be ignored silently.
@@ -232,6 +232,7 @@ class Window(Mask):
         set_count(self, "right", least=0, hint="; for no limit write sys.maxsize")
 
     def ends(self, positions: Tensor, seq_len: int) -> Ends:
+        # FAR is beyond every position.
         return positions - min(self.left, FAR), positions + min(self.right, FAR) + 1
 
 
@@ -242,8 +243,8 @@ class Documents(Mask):
     Args:
         cu_seqlens: cumulative lengths ``[0, l0, l0 + l1, ..., S]``, as integers in a sequence, an array or a tensor
             ``[documents + 1]`` (a tensor on a GPU is copied to the host once, here: build the mask once a step).
-            Repeated values are empty documents or padding at the end, and are left out of the mask. In a function that
-            `torch.compile` compiles, they are read and checked by the call, when the graph runs.
+            Repeated values are empty documents or padding at the end, and are left out of the mask. Under
+            `torch.compile` the call reads and checks all values when the graph runs.
 
     Raises:
         ValueError: it does not start at 0, decreases, or does not consist of integers. The call checks that it ends at

@@ -39,7 +39,7 @@ class Softmax:
     def of_scores(scores: Tensor, values: Tensor, dropped: Tensor | None = None) -> Softmax:
         """The state of the keys of ``scores [..., t, n]`` and ``values [..., n, V]``. Overwrites the scores.
 
-        dropped: ``[..., t, n]``, what dropout multiplies the exponentials of `weighted` by.
+        dropped: ``[..., t, n]``, dropout's factors for the exponentials in `weighted`.
         """
         maximum = scores.amax(-1)
         p = scores.sub_(_finite(maximum)[..., None]).exp_()
@@ -61,7 +61,7 @@ class Softmax:
         return self.weighted * self.inverse_total[..., None], self.lse(base)
 
     def with_sinks(self, sinks: Tensor, base: float = math.e) -> Softmax:
-        """The state with one more logit, without a value. sinks: natural, broadcast against `maximum`."""
+        """The state with one more logit, without a value. sinks: in base e, broadcast against `maximum`."""
         sink = (sinks.to(self.maximum.dtype) / math.log(base)).expand_as(self.maximum)
         return self.merge(Softmax(sink, torch.ones_like(sink), self.weighted.new_zeros(())), base)
 
@@ -90,9 +90,9 @@ class Partial:
         running: between passes, ``maximum, total [B, H, T]`` and ``weighted [B, T, H, V]`` in the accumulator's dtype.
             The first pass writes them, later ones merge. None if there is only one pass.
         counter: int32 ``[2]``, zeros before and after every pass: the atomic counter of a kernel's tile scheduler.
-        maxima: ``[B, H, T]``, of a call that asks for the largest scores, else None. Where rows end, the maximum of
-            their scores, without sinks, which such a call adds where rows end; -inf for no key. In the base of the
-            running state, whose maximum is the same tensor.
+        maxima: ``[B, H, T]`` if the call asks for the largest scores, else None. After a row's last pass, the maximum
+            of its scores without sinks (added only then), ``-inf`` without keys. In the running state's base, and the
+            same tensor as its maximum.
     """
 
     final: Tensor
@@ -120,7 +120,7 @@ class Partial:
 
     @property
     def maximum(self) -> Tensor | None:
-        """Where passes write the maximum of rows: between them, and with `maxima` also where rows end."""
+        """The buffer of row maxima. All passes but the last write it; with `maxima` the last one, too."""
         return self.maxima if self.running is None else self.running.maximum
 
     def fill_identity(self, sinks: Tensor | None, base: float = math.e) -> None:

@@ -1,9 +1,10 @@
 """A plan is data: what one rank computes and what it sends and receives in a call, known before any tensor.
 
-A schedule makes plans (`schedules`), `overlap` rewrites them, and the engine executes them. ``print(plan)`` is a table.
+A schedule makes plans (`schedules`), `overlap` rewrites them to hide transfers, and the engine executes them.
+``print(plan)`` is a table.
 
-[Note: stages] The transfers of a stage run while its passes compute. A received tensor can be read from stage ``until``
-on. A sent tensor must not change before that stage.
+[Note: stages] The transfers of a stage run while its passes compute. From its stage ``until`` on, a received
+tensor can be read and a sent one changed.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class Pass:
         sources: the ranks of the keys.
         visible: for each source, the interval of its keys that each query sees.
         heads: the key heads; None for all.
-        begun: with two sources, the number of KV heads that attended to the first source in an earlier pass. These, the
-            lowest-numbered, attend only to the second source here; all others attend to both.
+        begun: with two sources: key heads below this number attended to the first source in an earlier pass, and here
+            only to the second; all others attend to both.
         first: whether this is the first pass of these queries and heads (other than begun heads). If so, the
             online-softmax state is initialised (from the sinks, if any) instead of loaded.
         last: whether this is their last pass, which divides and rounds the result.
@@ -151,7 +152,7 @@ class Stage:
 
     @cached_property
     def exchanges(self) -> tuple[tuple[int, tuple[Transfer, ...], tuple[Transfer, ...]], ...]:
-        """The transfers that are waited for together: ``(until, received, sent)``, the first to be read first."""
+        """The transfers that are waited for together: ``(until, received, sent)``, ascending in until."""
         return tuple(
             (
                 until,

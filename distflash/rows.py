@@ -99,8 +99,8 @@ class Rows(Mask):
             return NotImplemented
         return Rows([a | b for a, b in self._beside(other)])
 
-    def after(self, first: Mask, pair: type[And] | type[Or]) -> Mask:
-        return Rows([pair(first, mask) for mask in self.masks])
+    def after(self, first: Mask, operation: type[And] | type[Or]) -> Mask:
+        return Rows([operation(first, mask) for mask in self.masks])
 
     def _beside(self, other: Mask) -> list[tuple[Mask, Mask]]:
         """Each row's mask with the mask that it is combined with."""

@@ -1,5 +1,5 @@
-"""The interface of kernels: attention of one rank's queries over one source's keys, masked by an index range [lo, hi)
-per query and per key.
+"""The interface of kernels: attention of one rank's queries over one source's keys, masked by a range [lo, hi)
+of keys per query, and of queries per key.
 
 A kernel knows no layout, no rank and no mask. It never communicates. A new kernel is one new file (or folder) with a
 subclass of `Kernel`.
@@ -55,10 +55,10 @@ class Scores:
         softcap: 0 for none.
         alibi_slopes: float32 ``[H]``, contiguous, or None; ``i`` and ``j`` are global positions.
         sinks: ``[H]``, contiguous, or None; one extra logit per head in the softmax's denominator, without a value
-            vector. The first pass of a forward adds it, or the last one where it also writes `Partial.maxima`; no other
-            pass and no backward reads it.
-        dropout: of the probabilities, after the softmax's denominator is known; None for none. Its keep scale
-            multiplies what a pass adds to the weighted values, so the running state has it.
+            vector. Added once in a forward: by its first pass, or at the end with `Partial.maxima`. No backward pass
+            reads it.
+        dropout: of the probabilities, not of the softmax's denominator; None for none. Weighted values of the running
+            state include its factor ``1 / (1 - p)``.
     """
 
     scale: float
@@ -116,8 +116,8 @@ class BackwardContext:
         own_delta: `delta`, for kernels without ``lse_delta``.
         lse_delta: ``[2, B * H, T']``, T' at least T: lse (in base 2) and delta in the layout that the kernel's loops
             read; None if they read ``lse`` and ``own_delta``.
-        counter: int32 ``[2]``, zeros from the first pass on: the atomic counter of the tile scheduler of a kernel that
-            has one; else None.
+        counter: int32 ``[2]``, zeroed by the first pass, and zero after each: the atomic counter of a kernel's tile
+            scheduler, if any.
         dq_accum: the dQ accumulator in global memory, to which all passes add, in a kernel-specific memory layout and
             the accumulator's dtype; None for kernels that accumulate in `QueryGradient.sum`.
         semaphores: int32 ``[B * H, tiles]``, of the tiles of ``dq_accum``, for a kernel that adds to these in an order;
@@ -213,7 +213,7 @@ class Kernel(ABC):
         return None
 
     def decoding(self, device: torch.device) -> Decoding:
-        """The kernel for a few new tokens over a cache; by default in plain torch. Steps of one object run in order."""
+        """The kernel for a few new tokens over a cache; by default in plain torch. Its steps must not overlap."""
         from distflash.kernels.reference_decoding import ReferenceDecoding
 
         return ReferenceDecoding()

@@ -90,11 +90,11 @@ class ContextParallelMixin(_Trainer):
         return self.data_ranks.context
 
     def shard_batch(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """This rank's part of a batch: `shard_batch`, after which nothing is padded. Override for ``whole=``."""
+        """This rank's part of the batch, unpadded first. Override to give `shard_batch` other arguments."""
         return shard_batch(self.seeded(unpadded(inputs)), self.context_parallel)
 
     def seeded(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """In training with a ``dropout_seed``, the same on all ranks of a group and in a resumed run."""
+        """In training, adds a ``dropout_seed``: equal on the ranks of a group, and in a resumed run."""
         if not self.model.training or "dropout_seed" in inputs:
             return inputs
         step = self.state.global_step
@@ -106,7 +106,7 @@ class ContextParallelMixin(_Trainer):
         inputs = super()._prepare_inputs(inputs)
         return inputs if NAME in inputs else self.shard_batch(inputs)
 
-    # The loss. Each rank's is scaled so that the mean over ranks is the mean over all labels, as for gradients.
+    # The loss. Each rank's is scaled so that its mean over ranks, like the gradients', is over all labels.
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """The number of labels by which a rank's loss is divided.
@@ -151,7 +151,7 @@ class ContextParallelMixin(_Trainer):
             loss = loss * self.accelerator.num_processes
         return loss, outputs
 
-    # Logged counts, of each whole batch once.
+    # Logged counts: a whole batch counts once.
 
     def floating_point_ops(self, inputs: Any) -> float:
         """The FLOPs of the whole batch, divided by the ranks that share it."""

@@ -173,7 +173,11 @@ def attention(
         forward = prefill.Forward(cp, cache, mask, tokens_of_chunk, numbers, sinks, alibi_slopes)
         out, lse = prefill.prefill(q, k, v, forward)
         return (out, lse) if return_lse else out
-    seed = as_seed(dropout_seed, q.device) if dropout_p and dropout_seed is not None else None
+    seed = None
+    if dropout_p and dropout_seed is not None:
+        if (problem := validation.captured_seed_problem(q, dropout_seed)) is not None:
+            cp.refuse(problem, in_attention=True)
+        seed = as_seed(dropout_seed, q.device)
     recipe_id, data = cp.recipe(mask, Numbers(scale, softcap, dropout_p, kv_layout, max_logits=return_max_logits))
     out, lse, max_logits = ops.call(q, k, v, sinks, alibi_slopes, seed, tokens, recipe_id, data)
     if return_max_logits:

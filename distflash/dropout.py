@@ -85,7 +85,8 @@ def dropout_mask(
         has ``dropout_mask(seed, p, 1, heads, q_positions + n * S, k_positions + n * S)``.
 
     Raises:
-        ValueError: ``p`` is no probability below 1, or positions are no one-dimensional tensors of integers.
+        ValueError: ``p`` is no probability below 1, ``seed`` is no seed, or positions are no tensors of integers
+            ``[tokens]``.
 
     Examples:
         >>> q, k, v = torch.randn(3, 1, 6, 2, 8)
@@ -96,13 +97,21 @@ def dropout_mask(
         >>> torch.allclose(out, torch.einsum("bhij,bjhd->bihd", probability * kept / 0.75, v), atol=1e-6)
         True
     """
-    if not 0 <= p < 1:
+    if not isinstance(p, int | float) or isinstance(p, bool) or not 0 <= p < 1:
         raise ValueError(f"p: expected a probability of at least 0 and below 1, got {p!r}")
+    if not _is_seed(seed):
+        raise ValueError(f"seed: expected an int that fits into int64, or an int64 tensor [], got {seed!r}")
     for name, x in (("q_positions", q_positions), ("k_positions", k_positions)):
         if x.dim() != 1 or x.is_floating_point() or x.dtype == torch.bool:
             raise ValueError(f"{name}: expected integers [tokens], got {x.dtype} with shape {tuple(x.shape)}")
     device = q_positions.device
     return numbers(as_seed(seed, device), batch, range(heads), q_positions, k_positions) >= threshold_of(p)
+
+
+def _is_seed(x: object) -> bool:
+    if isinstance(x, Tensor):
+        return x.dtype == torch.int64 and x.dim() == 0
+    return isinstance(x, int) and not isinstance(x, bool) and -(2**63) <= x < 2**63
 
 
 def threshold_of(p: float) -> int:

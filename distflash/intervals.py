@@ -12,9 +12,8 @@ local key indices. Both are non-decreasing, so
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +24,6 @@ from distflash.masks import Ends
 
 POSITION_TILE = 128
 _NOTHING = torch.empty(0, dtype=torch.int64)
-
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -57,17 +54,6 @@ class Intervals:
     pairs: int
     unseen: tuple[range, ...] = ()
     in_tiles: bool = False
-    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def kept(self, make: Callable[[Intervals], Made]) -> Made:
-        """``make(self)``, made once: what follows from the intervals alone, such as a kernel's tables."""
-        if make in self._kept:
-            return self._kept[make]
-        made = make(self)
-        # A graph that is being captured has memory of its own, in which nothing is yet.
-        if not (self.col_lo.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._kept[make] = made
-        return made
 
     def to(self, device: torch.device) -> Intervals:
         """The same intervals with every tensor on ``device``."""

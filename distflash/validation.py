@@ -379,3 +379,15 @@ def hint(value: object) -> str:
     if isinstance(value, type):
         return f"; an object, not the class: {value.__name__}()"
     return ""
+
+
+def captured_seed_problem(q: Tensor, seed: int | Tensor) -> str | None:
+    """An int as the seed of a call in a CUDA graph, which would have it in every replay."""
+    if isinstance(seed, Tensor) or torch.compiler.is_compiling() or not q.is_cuda:
+        return None
+    if not torch.cuda.is_current_stream_capturing():
+        return None
+    return (
+        f"dropout_seed: the int {seed} would be the same in every replay of this CUDA graph; pass an int64 tensor [] "
+        "on q's device, and fill it before each replay"
+    )

@@ -203,7 +203,9 @@ def kind_of(calls: Calls, specification: Specification, kernel: Kernel) -> str:
     """A key that calls share if they launch the same specialisations, as far as can be told without planning them."""
     transport, tokens = calls.transport, specification.tokens
     lengths = [(n.bit_length(), n % 16) for n in (tokens.seq_len, tokens.q_len, tokens.q_start)]
-    problem: Problem = replace(specification.problem, device=_META, softcap=float(specification.problem.softcap > 0))
+    asked = specification.problem
+    softcap, dropout_p = float(asked.softcap > 0), float(asked.dropout_p > 0)
+    problem: Problem = replace(asked, device=_META, softcap=softcap, dropout_p=dropout_p)
     group = (
         transport.rank,
         transport.world_size,

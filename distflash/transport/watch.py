@@ -69,6 +69,7 @@ class Watch:
                 progress = time.monotonic()
             elif self._stuck(oldest, time.monotonic() - progress):
                 with self._lock:
-                    self._queue.clear()
+                    self._finished += self._queue
+                    self._queue = []
                     self._thread = None
                 return

@@ -361,3 +361,17 @@ def test_ranks_of_different_probabilities_raise():
 def test_wrong_arguments_of_the_oracle(words, arguments):
     with pytest.raises(ValueError, match=words):
         df.dropout_mask(*arguments)
+
+
+@pytest.mark.parametrize("seed", [torch.tensor([1, 2]), torch.tensor(1.5), 2**63, True, None], ids=repr)
+def test_the_oracle_refuses_what_is_no_seed(seed):
+    i = torch.arange(3)
+    with pytest.raises(ValueError, match=r"^seed: expected an int that fits into int64"):
+        df.dropout_mask(seed, 0.5, 1, 2, i, i)
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, None, True], ids=repr)
+def test_the_oracle_refuses_what_is_no_probability(p):
+    i = torch.arange(3)
+    with pytest.raises(ValueError, match=r"^p: expected a probability"):
+        df.dropout_mask(1, p, 1, 2, i, i)

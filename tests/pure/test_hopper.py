@@ -67,3 +67,8 @@ def test_warpgroups_share_the_columns_of_wide_queries(d_qk, d_v):
         for start, width in ((part, early), (part + early, parts - early)):
             assert width in (0, 1, 2)  # powers of two, which begin at multiples of themselves
             assert not width or start % width == 0
+
+
+def test_a_tile_by_columns_is_not_deterministic():
+    with pytest.raises(ValueError, match=r"^Hopper\(backward_tile\): with deterministic=True"):
+        Hopper(deterministic=True, backward_tile=backward_tile(256, 256))

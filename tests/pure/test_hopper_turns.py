@@ -57,12 +57,6 @@ def test_turns_count_the_earlier_blocks_of_a_tile(rows):
             assert int(turns.earlier[block] - turns.ended[tile]) == before
 
 
-def test_turns_are_made_once_for_a_pass():
-    rows = build(Geometry.of_sequence(masks.Causal(), Contiguous(), 500, 1), 0, 0)[0]
-    assert rows.kept(turns_of) is rows.kept(turns_of)
-    assert rows.to("cpu").kept(turns_of) is not rows.kept(turns_of)
-
-
 def issued(blocks: int, heads: int, heads_at_once: int) -> Iterator[tuple[int, int]]:
     """``(block, head)`` in the order of the counter."""
     return (pick(n, blocks, heads, heads_at_once) for n in range(blocks * heads))

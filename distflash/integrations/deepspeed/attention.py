@@ -57,7 +57,8 @@ class DistributedAttention(nn.Module):
 
     Attributes:
         dropout_seed: of layers that are redirected to it and have attention dropout: an int from 0 to 2^40 - 1, such as
-            the step. To be set before each forward, to the same on all ranks of cp; each layer makes its own of it.
+            the step, the same on all ranks of cp. Each layer makes its own of it. Set it once a step, before the first
+            forward, and leave it until the last backward: checkpointed modules read it again.
     """
 
     dropout_seed: int | None = None
@@ -155,7 +156,7 @@ def redirect_attention(
         kind: a class whose forward calls torch's function with ``[batch, heads, tokens, head_dim]``, without attn_mask,
             and with an is_causal that matches the mask of ``attention``.
         attention: computes the calls; its `Order` is that of torch's function. If the modules have attention dropout,
-            set its ``dropout_seed`` before each forward.
+            set its ``dropout_seed`` once a step.
 
     Returns:
         Handles; ``remove()`` of all of them undoes it.
@@ -243,10 +244,13 @@ class _Mode(TorchFunctionMode):
         seed = self.attention.dropout_seed
         if seed is None:
             self.attention.refuse(
-                "dropout_p: the layer has attention dropout, for which all ranks need one seed; before each forward "
+                "dropout_p: the layer has attention dropout, for which all ranks need one seed; once a step "
                 "set dropout_seed of the DistributedAttention to the step, or set the layer's dropout to 0"
             )
-        return of_layer(seed, self.layer + (self.calls - 1) * _LAYERS)
+        try:
+            return of_layer(seed, self.layer + (self.calls - 1) * _LAYERS)
+        except ValueError as error:
+            self.attention.refuse(str(error))
 
 
 def _is_causal(mask: Mask, seq_len: int) -> bool:

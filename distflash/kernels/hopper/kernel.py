@@ -49,7 +49,7 @@ class Hopper(Kernel):
         machine: see `Kernel.rehearsing`.
 
     Raises:
-        ValueError: margin is no int of at least 0.
+        ValueError: margin is no int of at least 0, or a tile by columns is to be deterministic.
 
     Examples:
         >>> cp = df.ContextParallel(dist.group.WORLD, kernel=df.kernels.Hopper(deterministic=True))
@@ -70,6 +70,11 @@ class Hopper(Kernel):
     def __post_init__(self) -> None:
         if not isinstance(self.margin, int) or isinstance(self.margin, bool) or self.margin < 0:
             raise ValueError(f"Hopper(margin): expected a number of multiprocessors, at least 0, got {self.margin!r}")
+        if self.deterministic and self.backward_tile is not None and self.backward_tile.by_columns:
+            raise ValueError(
+                f"Hopper(backward_tile): with deterministic=True expected a tile that is not by_columns, whose dQ has "
+                f"no order, got {self.backward_tile}; leave one of the two out"
+            )
 
     def not_supported_reasons(self, problem: Problem) -> list[str]:
         reasons = self._portable.not_supported_reasons(problem)
@@ -135,8 +140,9 @@ class Hopper(Kernel):
         self, saved: BackwardContext, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
     ) -> None:
         # dQ of few queries in order, or dQ, dK and dV for one of them: the portable kernel's two are faster.
-        separate = self.deterministic and each.gradients is not Gradients.ALL and each.first and each.last
-        if saved.dq_accum is None or separate:
+        only = each.gradients is Gradients.OF_QUERIES and each.first and each.last
+        separate = each.gradients is Gradients.OF_KEYS or only
+        if saved.dq_accum is None or (self.deterministic and separate):
             self._portable.backward(saved, keys, each, scores, dq, dkv)
             return
         from distflash.kernels.hopper import launches
@@ -182,7 +188,8 @@ class Hopper(Kernel):
 
         rows, earlier = keys.rows, None
         if saved.semaphores is not None:
-            turns = rows.kept(turns_of)
+            # Anew in each pass: tensors that outlive a call may lie in the memory of a CUDA graph.
+            turns = turns_of(rows)
             saved.semaphores.copy_(turns.ended)  # of every head
             earlier = turns.earlier
 

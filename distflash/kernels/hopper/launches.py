@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from distflash.dropout import Dropout
-from distflash.intervals import Intervals
+from distflash.intervals import POSITION_TILE, Intervals
 from distflash.kernels.base import BackwardContext, KeyGradient, Keys, Scores
 from distflash.kernels.hopper import backward as of_backward
 from distflash.kernels.hopper import (
@@ -105,7 +105,7 @@ def forward(
             flags=all_rows(each.first, each.last, each.begun > 0) if live is None else -1,
             heads_at_once=group * _neighbours(blocks * group, programs, first.k, first.v),
             programs=programs,
-            **_dropout(scores.dropout, [x.rows for x in keys], first.rows.row_lo),
+            **_dropout(scores.dropout, [x.rows for x in keys], first.rows.row_lo, tile.block_n),
             keys=first.k.shape[1],
             other_keys=keys[-1].k.shape[1],
             GROUP=group,
@@ -245,20 +245,23 @@ def _of_tile(tile: ForwardTile) -> dict[str, Any]:
     )
 
 
-def _dropout(dropout: Dropout | None, rows: Sequence[Intervals], nothing: Tensor) -> dict[str, Any]:
-    """The seed, the numbers and the positions of a pass over one source or two; or stand-ins."""
+def _dropout(
+    dropout: Dropout | None, rows: Sequence[Intervals], nothing: Tensor, columns: int = QUERIES
+) -> dict[str, Any]:
+    """The seed, the numbers and the positions of a pass over one source or two; or stand-ins. columns: of a product."""
     positions = rows[0].q_positions, rows[0].k_positions, rows[-1].k_positions
     names = "q_positions", "k_positions", "other_k_positions"
     if dropout is None:
         absent = dict.fromkeys(("seed", *names), nothing)
         return absent | dict(heads_before=0, threshold=0, keep_scale=1.0, DROPOUT=0)
+    in_tiles = POSITION_TILE % columns == 0 and all(x.in_tiles for x in rows)
     return dict(
         **dict(zip(names, positions, strict=True)),
         seed=dropout.seed,
         heads_before=dropout.first_head,
         threshold=dropout.threshold,
         keep_scale=dropout.keep_scale,
-        DROPOUT=of_dropout.IN_TILES.value if all(x.in_tiles for x in rows) else of_dropout.ANYWHERE.value,
+        DROPOUT=of_dropout.IN_TILES.value if in_tiles else of_dropout.ANYWHERE.value,
     )
 
 

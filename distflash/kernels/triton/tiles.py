@@ -68,7 +68,7 @@ _SINGLE: dict[int, Tiles] = {
 FAMILIES = tuple(_HALF)
 # Under dropout: where the random numbers of a tile as above do not fit into registers.
 _HALF_OF_DROPOUT: dict[str, dict[int, dict[str, Tile]]] = {
-    "sm_90": {64: dict(dq=Tile(64, 64, 4, 3)), 128: dict(dkdv=Tile(32, 64, 4, 2))},
+    "sm_90": {64: dict(forward=Tile(64, 64, 4, 3), dq=Tile(64, 64, 4, 3)), 128: dict(dkdv=Tile(32, 64, 4, 2))},
     "sm_80": {
         64: dict(dkdv=Tile(32, 64, 4, 2), dq=Tile(64, 32, 4, 2)),
         128: dict(forward=Tile(64, 64, 4, 2), dkdv=Tile(32, 64, 8, 2)),

@@ -40,7 +40,8 @@ class PlacedCall:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, placed: PlacedCall) -> tuple[Tensor, Tensor, Tensor | None]:
     """``(out, lse, max_logits)``, see `engine.forward`; max_logits ``[heads]`` of all ranks, None if not asked for."""
-    k, v = k.contiguous(), v.contiguous()
+    # As kernels and transports read them from memory: k and v contiguous, and no view that negates.
+    q, k, v = q.resolve_neg(), k.contiguous().resolve_neg(), v.contiguous().resolve_neg()
     if placed.placements:
         with named("placement inward"):
             (q,), (k, v), _ = inward(placed.placements, Held((q,), (k, v)))
@@ -56,7 +57,8 @@ def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, placed: PlacedCall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``(dq, dk, dv, dsinks)``, see `engine.backward`."""
-    dtype, k, v = k.dtype, k.contiguous(), v.contiguous()
+    dtype, dout = k.dtype, dout.resolve_neg()
+    q, k, v = q.resolve_neg(), k.contiguous().resolve_neg(), v.contiguous().resolve_neg()
     if not placed.placements:
         return _backward(dout, dlse, q, k, v, out, lse, placed.call)
     dlse = torch.zeros_like(lse) if dlse is None else dlse  # all ranks send the same tensors

@@ -77,8 +77,8 @@ class Scores:
         dropout: Dropout | None = None,
     ) -> Scores:
         """Those of a call, with tensors made contiguous for the kernels."""
-        slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
-        sinks = None if sinks is None else sinks.contiguous()
+        slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous().resolve_neg()
+        sinks = None if sinks is None else sinks.contiguous().resolve_neg()
         return Scores(d_qk**-0.5 if scale is None else scale, softcap, slopes, sinks, dropout)
 
     @cached_property

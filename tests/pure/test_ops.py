@@ -43,7 +43,7 @@ def test_opcheck(extras):
 def test_opcheck_with_max_logits():
     tensors = [torch.randn(2, S, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
     cp = df.ContextParallel(Alone())
-    arguments = (*tensors, None, None, LENGTHS, True, recipe_of(cp, max_logits=True), [], None, None)
+    arguments = (*tensors, None, None, None, LENGTHS, True, recipe_of(cp, max_logits=True), [], None, None)
     torch.library.opcheck(torch.ops.distflash.attention.default, arguments)
     *_, found = torch.ops.distflash.attention(*arguments)
     assert found.shape == (4,) and not found.requires_grad

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from fractions import Fraction
+from functools import partial
 from math import inf, nan
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import distflash as df
 from distflash import validation
 from distflash.transport import Alone, Simulator
+from tests import strided
 from tests.wrong_calls import KEYWORDS, NUMBERS, PER_HEAD, W, tensors
 
 
@@ -164,3 +166,15 @@ def test_timeouts(timeout):
 def test_cp_must_be_a_context_parallel():
     with pytest.raises(ValueError, match="cp: expected a ContextParallel or None"):
         df.attention(**tensors(), cp=ALONE)
+
+
+def test_a_negated_view_is_sent_as_what_it_stands_for():
+    def part(negate, transport):
+        q, k, v = (torch.randn(1, 3, 2, 1, generator=torch.Generator().manual_seed(n)) for n in range(3))
+        if negate:
+            q, k, v = map(strided.negated, (q, k, v))
+        cp = df.ContextParallel(transport, schedule=df.PassQuery())
+        return df.attention(q, k, v, cp=cp)
+
+    plain, negated = (Simulator(2).run(partial(part, n)) for n in (False, True))
+    assert all(map(torch.equal, plain, negated))

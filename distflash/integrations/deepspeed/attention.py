@@ -235,7 +235,7 @@ class _Mode(TorchFunctionMode):
             )
         q, k, v = (x.transpose(1, 2) for x in own.four(query=query, key=key, value=value))
         seed = self._seed() if dropout_p else None
-        placed = dict[str, Any](mask=own.mask, cp=own.cp, seq_len=own.seq_len)
+        placed: dict[str, Any] = dict(mask=own.mask, cp=own.cp, seq_len=own.seq_len)
         out: Tensor = attention(q, k, v, scale=scale, dropout_p=dropout_p, dropout_seed=seed, **placed)
         return out.transpose(1, 2)
 

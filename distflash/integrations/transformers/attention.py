@@ -96,7 +96,7 @@ class Attention:
         if layer is not None:
             return layer.attend(q, k, v, mask, seq_len, scale=scaling, softcap=softcap, sinks=s_aux), None
         cp = self.cp if distflash is None else self.cp.with_layout(distflash.layout)
-        numbers = dict[str, Any](scale=scaling, softcap=softcap, dropout_p=dropout)
+        numbers: dict[str, Any] = dict(scale=scaling, softcap=softcap, dropout_p=dropout)
         if dropout:  # the same when a checkpointed layer is computed again
             numbers["dropout_seed"] = of_layer(distflash.dropout_seed, _number_of(module))
         return attention(q, k, v, mask=mask, cp=cp, seq_len=seq_len, sinks=s_aux, **numbers), None

@@ -109,8 +109,11 @@ def dropout_mask(
 
 
 def _is_seed(x: object) -> bool:
-    if isinstance(x, Tensor):
-        return x.dtype == torch.int64 and x.dim() == 0
+    return x.dtype == torch.int64 and x.dim() == 0 if isinstance(x, Tensor) else fits_int64(x)
+
+
+def fits_int64(x: object) -> bool:
+    """Whether it is an int, and one that a seed can be."""
     return isinstance(x, int) and not isinstance(x, bool) and -(2**63) <= x < 2**63
 
 

@@ -171,10 +171,8 @@ def attention_backward(
     numbers: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv, dsinks)`` of `attend.backward`; dsinks is empty without sinks."""
-    given, made = (
-        Given(lengths, sinks, alibi_slopes, dropout_seed),
-        templates[recipe].filled(Data(ints, boundaries, numbers)),
-    )
+    given = Given(lengths, sinks, alibi_slopes, dropout_seed)
+    made = templates[recipe].filled(Data(ints, boundaries, numbers))
     dq, dk, dv, dsinks = _backward_of(dout, dlse, (q, k, v, out, lse), number, given, made)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 

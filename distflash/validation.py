@@ -13,6 +13,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from distflash.dropout import fits_int64
 from distflash.kernels import Hopper, Kernel, Problem
 from distflash.layouts import Layout
 from distflash.masks import Mask
@@ -143,7 +144,7 @@ def seed_problem(dropout_p: float, seed: object, q: Tensor) -> str | None:
     if seed is None:
         return f"dropout_seed: is missing, but dropout_p is {came(dropout_p)}; {remedy}"
     if not isinstance(seed, Tensor):
-        if isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63:
+        if fits_int64(seed):
             return None
         return f"dropout_seed: expected an int that fits int64, got {came(seed)}; {remedy}"
     if (problem := _kind_problem("dropout_seed", seed)) is not None:

@@ -278,3 +278,19 @@ def _results(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: T
         results["dsinks"] = sinks.grad
     assert all(t is not None for t in results.values())
     return {name: t.detach() for name, t in results.items()}
+
+
+def assert_largest(p: Problem, x: Inputs, found: Tensor) -> None:
+    """The largest scores ``[heads]`` are as near to those in float64 as products in the accumulator's dtype can be."""
+    q, k = x.q.double(), x.k.double()
+    s = scores(p, q, k, x.slopes).flatten(2)
+    truth = torch.cat([s, s.new_full((*s.shape[:2], 1), -torch.inf)], 2).amax(2).amax(0)
+    products = torch.einsum("bihd,bjhd->hbij", q.abs(), per_query_head(p, k).abs()).flatten(1)
+    largest = 0.0 if not products.numel() else products.amax(1) * abs(p.d_qk**-0.5 if p.scale is None else p.scale)
+    if x.slopes is not None:
+        largest = largest + x.slopes.double() * (p.seq_len + p.queries + p.q_start)
+    assert found.dtype == torch.promote_types(p.dtype, torch.float32)
+    unseen = truth == -torch.inf
+    assert torch.equal(found == -torch.inf, unseen)
+    error = (found.double() - truth).masked_fill(unseen, 0.0).abs()
+    assert (error <= torch.finfo(found.dtype).eps * largest).all(), (error, largest)

@@ -58,12 +58,15 @@ class RankTexts:
         keys = [f"{self._prefix}/{self._count}/{rank}" for rank in range(self.transport.world_size)]
         self._store.set(keys[self.transport.rank], text)
         give_up = time.monotonic() + self.patience
-        while not self._store.check(keys):
-            self._require_no_failure()
+        while True:
+            failed = self._failed()  # asked before the keys: whoever fails after an exchange has set its key in it
+            if self._store.check(keys):
+                return [self._store.get(key).decode() for key in keys]
+            if failed:
+                self._require_no_failure()
             if time.monotonic() > give_up:
                 raise RuntimeError(f"{self.name}: some rank did not come within {self.patience:g} s")
             time.sleep(_POLL)
-        return [self._store.get(key).decode() for key in keys]
 
     @contextmanager
     def sharing_errors(self) -> Iterator[None]:
@@ -99,8 +102,11 @@ class RankTexts:
             thread.start()
             thread.join(_RELEASE)
 
+    def _failed(self) -> bool:
+        return self._store is not None and self._store.check([f"{self._prefix}/failed"])
+
     def _require_no_failure(self, mine: Exception | None = None) -> None:
-        if self._store is None or not self._store.check([f"{self._prefix}/failed"]):
+        if self._store is None or not self._failed():
             return
         rank, words = json.loads(self._store.get(f"{self._prefix}/failed"))
         self._store.set(f"{self._prefix}/noticed/{self.transport.rank}", "")

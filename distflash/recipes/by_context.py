@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distflash.recipes.drawing import new_figure
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -77,15 +79,10 @@ def with_error(mean: Mean) -> str:
 
 def plot(measured: ByContext, trained: int | None, title: str, path: Path) -> None:
     """Draw bits per byte against bytes of context, with twice the standard error as a band."""
-    import matplotlib  # only the first rank draws
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     means = measured.fine()
     context = [(mean.first * mean.last) ** 0.5 for mean in means]
     low, high = ([mean.bits + sign * 2 * (mean.error or 0.0) for mean in means] for sign in (-1, 1))
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = new_figure(8, 4.5)
     axes.fill_between(context, low, high, color="#9ecae1", linewidth=0, label="twice the standard error")
     axes.plot(context, [mean.bits for mean in means], color="#08519c", linewidth=2, label="mean over sequences")
     if trained is not None:
@@ -99,4 +96,3 @@ def plot(measured: ByContext, trained: int | None, title: str, path: Path) -> No
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

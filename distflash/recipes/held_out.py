@@ -9,6 +9,7 @@ import torch
 
 from distflash.recipes import manifest
 from distflash.recipes.data import Corpus, open_held_out
+from distflash.recipes.drawing import new_figure
 from distflash.recipes.fsdp import end_forward
 from distflash.recipes.model import Decoder
 from distflash.recipes.step import Step
@@ -72,12 +73,7 @@ def read_curve(path: Path) -> Curve:
 
 def plot_curves(path: Path, curves: Mapping[str, Curve], before: float, whole: int, title: str) -> None:
     """Plot held-out losses against steps. before: the original's loss. whole: the original's number of steps."""
-    import matplotlib  # imported here because only rank 0 plots
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = new_figure(8, 5)
     axes.axhline(before, color="black", linestyle="--", linewidth=1, label=f"original, as it was ({before:.2f})")
     for (label, curve), color in zip(curves.items(), ("#969696", "#08519c", "#e6550d", "#31a354"), strict=False):
         steps = sorted(curve)
@@ -96,4 +92,3 @@ def plot_curves(path: Path, curves: Mapping[str, Curve], before: float, whole: i
     axes.spines[["right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from distflash.recipes.config import TrainConfig
+from distflash.recipes.drawing import new_figure
 from distflash.recipes.warned import future_warnings_in
 
 
@@ -119,16 +120,11 @@ def read_line(path: Path, number: int, line: bytes) -> Metrics:
 
 def plot_loss(out: Path, title: str) -> Path | None:
     """Plot `metrics.jsonl` as `loss.png` in the folder `out`. Returns None if there are no steps."""
-    import matplotlib  # imported here because only rank 0 plots
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     metrics = read_metrics(out / "metrics.jsonl")
     if not metrics:
         return None
     steps, losses = [m.step for m in metrics], [m.loss for m in metrics]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = new_figure(8, 4.5)
     axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="each step")
     axes.plot(steps, smooth(losses), color="#08519c", linewidth=2, label="smoothed")
     axes.set_title(title, fontsize=11)
@@ -138,7 +134,6 @@ def plot_loss(out: Path, title: str) -> Path | None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(out / "loss.png", dpi=150)
-    plt.close(figure)
     return out / "loss.png"
 
 

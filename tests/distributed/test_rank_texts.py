@@ -6,7 +6,8 @@ import pytest
 import torch.distributed as dist
 
 from distflash.rank_texts import RankTexts
-from distflash.transport import Distributed
+from distflash.transport import Distributed, Simulator
+from distflash.transport.simulated import SimulatedTransport
 
 
 def exchanged():
@@ -53,3 +54,22 @@ def absent():
 
 def test_a_rank_that_never_comes_is_given_up(ranks_of):
     assert ranks_of(2).run(absent) == [True, True]
+
+
+class FailsAfterwards(dist.HashStore):
+    """A store in which rank 1 comes to the exchange just after rank 0 looked for it, and then fails at once."""
+
+    def check(self, keys):
+        done = super().check(keys)
+        if not done and len(keys) > 1:
+            self.set(keys[1], "came")
+            self.set(f"{keys[1].rsplit('/', 2)[0]}/failed", '[1, "ValueError: later"]')
+        return done
+
+
+def test_an_exchange_that_all_came_to_is_not_undone_by_a_later_error():
+    texts = RankTexts(SimulatedTransport(Simulator(2), 0), "test")
+    texts._store = FailsAfterwards()
+    assert texts.exchange("came first") == ["came first", "came"]
+    with pytest.raises(ValueError, match="rank 1 raised ValueError: later"):
+        texts.exchange("again")

@@ -4,6 +4,7 @@
 - The package reads no environment variables, its recipes excepted.
 - Recipes and launch/ import what `import distflash` gives, recipes and integrations; no module behind them.
 - Files and functions stay short enough to be read in one sitting.
+- A row of a table in Markdown is one line.
 
 Prints each violation as `path:line: text` and exits with 1 if there is any.
 """
@@ -99,6 +100,13 @@ def check_lengths(path: str, source: str, tree: ast.AST) -> Iterator[Found]:
                 yield node.lineno, f"{node.name}: {length} lines in the body, {MAX_FUNCTION_LINES} allowed"
 
 
+def check_tables(text: str) -> Iterator[Found]:
+    """Rows of tables that a line break ends: the rest would be a row of its own."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith("| ") and not line.endswith("|"):
+            yield number, "a row of a table goes on in the next line"
+
+
 def violations(root: Path) -> Iterator[str]:
     for folder in SOURCES:
         for file in sorted((root / folder).rglob("*.py")):
@@ -106,6 +114,9 @@ def violations(root: Path) -> Iterator[str]:
             tree = ast.parse(source, filename=path)
             found = [*check_names(path, tree), *check_face(path, tree), *check_lengths(path, source, tree)]
             yield from (f"{path}:{line}: {text}" for line, text in sorted(set(found)))
+    for file in sorted([*root.glob("*.md"), *(root / "docs").rglob("*.md")]):
+        for line, text in check_tables(file.read_text()):
+            yield f"{file.relative_to(root).as_posix()}:{line}: {text}"
 
 
 def main() -> int:

@@ -31,7 +31,8 @@ from distflash.sharding import Sharding
 from distflash.specification import CallTokens
 from distflash.transport import Alone, Transport
 
-# The default of a required argument, so that our error for a missing one can list the values.
+# Stands for an argument that must be given. It has a default only so that a call without it gets our error, which
+# lists the values, instead of a TypeError of Python's.
 _REQUIRED: Any = None
 
 
@@ -39,17 +40,18 @@ class ContextParallel(Sharding):
     """A group of ranks that hold one sequence together.
 
     Args:
-        group: a ``torch.distributed.ProcessGroup`` that this rank belongs to, a ``DeviceMesh`` of one or two
-            dimensions (`Ulysses`, `DoubleRing`), or a transport (one rank of a `distflash.transport.Simulator`).
-            None raises; it is in the type only because torch types ``dist.group.WORLD`` as Optional.
+        group: a ``torch.distributed.ProcessGroup`` that this rank belongs to, a ``DeviceMesh`` of one
+            dimension, or of two for `Ulysses` and `DoubleRing`, or a transport (one rank of a
+            `distflash.transport.Simulator`). None raises; it is in the type only because torch types
+            ``dist.group.WORLD`` as Optional.
         layout: which tokens each rank holds.
         schedule: the context-parallel algorithm: what ranks send to each other, and when.
         kernel: None for the fastest kernel that supports the call. If one is given, it is used, or the call raises with
             all reasons why it cannot be.
         timeout: how long this rank waits for another rank before all ranks raise `RankFailure`: seconds or a timedelta,
-            at most the process group's own timeout, which is the default. It must exceed the largest delay between
-            ranks (compilation, loading data, writing checkpoints). On GPUs messages are asynchronous, so a watchdog
-            thread enforces it; if None, only NCCL's watchdog does.
+            at most the process group's own timeout. It must exceed the largest delay between ranks (compilation,
+            loading data, writing checkpoints). On GPUs, where messages are asynchronous, a watchdog thread of ours
+            enforces it. None (the default): the process group's own timeout, which on GPUs NCCL's watchdog enforces.
         check_every_call: whether the ranks compare every attention call, forward and backward, before it sends
             anything. Then a rank that skips a call, or runs two backward passes in another order than the other ranks,
             gets an error; otherwise keys or gradients of different calls would be mixed. The same on all ranks. None
@@ -89,13 +91,15 @@ class ContextParallel(Sharding):
         self.layout = layout
         self.kernel = kernel
         self.transport = groups.guarded(groups.transport_of(group, meshes=True), validation.require_timeout(timeout))
+        warming.prepare_for(self.transport.device)
         self.schedule = schedule.on(groups.shape_of(group, self.transport))
         if not (check_every_call is None or isinstance(check_every_call, bool)):
             raise ValueError(f"check_every_call: expected True, False or None, got {check_every_call!r}")
         every_call = self.transport.verifies_every_call if check_every_call is None else check_every_call
         self.agreement = Agreement(self.transport, every_call)
         self.calls = Calls(self.transport, layout, self.schedule, kernel, self.agreement)
-        # A string: torch.compile guards the value of strings, while it may turn ints into symbols.
+        # By it torch.compile knows which group a graph was made for, see `_template`. A string, since an int may become
+        # a symbol.
         self._name = f"context_parallel_{new_number()}"
 
     @property
@@ -127,11 +131,11 @@ class ContextParallel(Sharding):
         )
 
     def with_mask(self, mask: Mask) -> ContextParallel:
-        """The same group with the layout for a batch with this mask: see `Balanced`.
+        """This group with the layout computed for ``mask``, which only `Balanced` computes.
 
         It takes no time and communicates nothing. Use what it returns to shard the batch, for positions and for
         attention. Layers with other masks use the same object: all attention calls on a batch must use the layout by
-        which the batch was sharded. Layouts other than `Balanced` are the same for all masks.
+        which the batch was sharded.
 
         Raises:
             ValueError: mask is not a Mask.
@@ -154,7 +158,7 @@ class ContextParallel(Sharding):
             >>> cp.with_layout(df.Contiguous()).positions(8)
             tensor([0, 1, 2, 3])
         """
-        if layout is self.layout or layout == self.layout:  # equal: for example a copy from a data loader's worker
+        if layout is self.layout or layout == self.layout:  # a data loader's worker returns an equal copy
             return self
         validation.require_layout(layout)
         other = object.__new__(ContextParallel)
@@ -225,8 +229,9 @@ class ContextParallel(Sharding):
         Args:
             problem: what is wrong, in words.
             kind: as in `agree`.
-            in_attention: whether the other ranks call `attention` instead of `agree`. On GPUs ranks compare only calls
-                with a new signature, unless `check_every_call`; in other calls only this rank raises.
+            in_attention: whether the other ranks call `attention` instead of `agree`. On GPUs, unless
+                `check_every_call` is set, they are told only before the first attention call that all agreed on;
+                later only this rank raises.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -272,7 +277,8 @@ class ContextParallel(Sharding):
 
         Args:
             x: this rank's tokens.
-            seq_len: the global length. May be left out where all ranks hold equally many tokens or ``mask`` knows it.
+            seq_len: the global length. May be left out if all ranks hold equally many tokens, or if ``mask`` has a
+                length, as `Documents` does.
             mask: the mask with which the tokens attend.
 
         Raises:
@@ -341,6 +347,9 @@ class ContextParallel(Sharding):
         kv_layout: Layout | None = None,
     ) -> Plan:
         """What this rank computes, sends and receives in a call; prints as a table. Cached; communicates nothing.
+
+        In the table, ``keys of 1[0:15]`` are the first 15 of the keys received from rank 1, and ``(15)`` counts tokens.
+        *first* and *last* mark the kernel calls that begin and end the softmax of their queries.
 
         With `Ulysses`: the inner schedule's plan, in which a "rank" is one all-to-all group. The all-to-all is not
         shown.

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -136,6 +137,15 @@ def specification_of(
         raise ValueError(problem)
     asked = Problem(transport.device, dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3])
     return Specification(asked, q.shape[0], CallTokens(length, 0, length, layout=layout), Exact(mask), None, needs_grad)
+
+
+def prepare_for(device: torch.device) -> None:
+    """Begin what the first call on a GPU needs, whatever its arguments are. Takes no time of this thread."""
+    if device.type == "cuda":
+        with suppress(ImportError):  # without triton
+            from distflash.kernels.triton import compiling
+
+            compiling.read_compiler_early()
 
 
 class Warming:

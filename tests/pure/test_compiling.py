@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from distflash.kernels.machine import MACHINES
-from distflash.kernels.triton.compiling import Share, Workers
+from distflash.kernels.triton.compiling import Share, Workers, read_compiler_early
 
 MACHINE = MACHINES["sm_90"]
 
@@ -53,6 +53,18 @@ def finished(work, seconds=60.0, processes=2):
     workers = Workers(work, MACHINE, processes)
     done = workers.wait(seconds)
     return done, workers.finish()
+
+
+def test_the_compiler_is_read_once_and_in_a_thread(monkeypatch):
+    read, thread = [], threading.current_thread()
+    monkeypatch.setattr("triton.runtime.cache.triton_key", lambda: read.append(threading.current_thread()))
+    read_compiler_early.cache_clear()
+    try:
+        for _ in range(2):
+            read_compiler_early().join(10)
+    finally:
+        read_compiler_early.cache_clear()
+    assert len(read) == 1 and read[0] is not thread
 
 
 def test_processes_run_the_work():

@@ -49,6 +49,14 @@ class Passing(Kernel):
         self.passes.append(("backward", each.sources))
 
 
+@pytest.mark.parametrize(("device", "count"), [("cuda:0", 1), ("cpu", 0)])
+def test_a_group_on_gpus_begins_what_every_first_call_needs(device, count, monkeypatch):
+    begun = []
+    monkeypatch.setattr("distflash.kernels.triton.compiling.read_compiler_early", lambda: begun.append(1))
+    df.ContextParallel(Silent(0, 2, torch.device(device)))
+    assert len(begun) == count
+
+
 def calls_of(world_size=2, rank=0, layout=ZIGZAG, schedule=RING, kernel=None):
     transport = Silent(rank, world_size, META) if world_size > 1 else Alone(device=META)
     return Calls(transport, layout, schedule.on((world_size,)), kernel, Agreement(transport, every_call=False))

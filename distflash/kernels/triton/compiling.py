@@ -11,9 +11,11 @@ wait and then find it.
 from __future__ import annotations
 
 import fcntl
+import functools
 import gc
 import hashlib
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -64,7 +66,7 @@ class Workers:
     def __init__(self, work: Work, machine: Machine, processes: int) -> None:
         # Forked: a new Python would need longer to import torch and triton than most kernels need to compile. The
         # children use no GPU and no thread of this process.
-        _read_compiler()
+        read_compiler()
         context = get_context("fork")
         self._readers, self._processes = [], []
         for n in range(processes):
@@ -107,12 +109,23 @@ def cache_folder() -> Path:
     return Path(knobs.cache.dir)
 
 
-def _read_compiler() -> None:
-    """Have triton read its own files once, for the keys of its cache, and not in every process."""
+def read_compiler() -> None:
+    """Have triton read its own files (0.4 GB), once in a process. The keys of its cache contain a digest of them."""
     with suppress(ImportError):
         from triton.runtime.cache import triton_key
 
         triton_key()
+
+
+@functools.cache
+def read_compiler_early() -> threading.Thread:
+    """`read_compiler` in a thread, since the first call needs the digest, even if all kernels are compiled.
+
+    A call that comes before the thread is done reads the files itself.
+    """
+    reader = threading.Thread(target=read_compiler, name="distflash: reads the compiler", daemon=True)
+    reader.start()
+    return reader
 
 
 def _received(reader: connection.Connection) -> tuple[list[str], str | None]:

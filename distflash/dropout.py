@@ -6,11 +6,12 @@ in memory, and a call that is computed again drops the same ones.
 
 The numbers are those of the generator Philox-2x32-7 of Salmon et al. 2011 (https://doi.org/10.1145/2063384.2063405),
 with the fewest rounds that pass their statistical tests; FlashAttention's dropout has as many. It maps a counter of two
-words and a key of one word to two random words:
+words and a Philox key of one word to two random words:
 
 - a head's Philox key and offset are ``philox(philox((batch, head), seed_low), seed_high)``;
-- four pairs share one counter, ``(strip(q) + offset, strip(k))`` of their positions. Positions that differ in bit 3
-  only are in one strip. Bit 3 of the query's selects one of the two words, bit 3 of the key's one of its halves.
+- ``strip(p)`` is the position p with its bit 3 (of value 8) cleared. The counter of a pair is ``(strip(q) + offset,
+  strip(k))``, so four pairs share one. Bit 3 of the query's position selects the first or the second random word, and
+  bit 3 of the key's position the low or the high 16 bits of that word.
 
 Four pairs because NVIDIA's matrix instructions have these four in the registers of one thread, in the scores and in
 their transpose: see [Note: fragment order] in `kernels.hopper.fragments`.
@@ -25,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# Of Philox-2x32: the multiplier, the step of the key, and the number of rounds.
+# Of Philox-2x32: the multiplier, what is added to the Philox key each round, and the number of rounds.
 MULTIPLIER = 0xD256D193
 KEY_STEP = 0x9E3779B9
 ROUNDS = 7

@@ -26,7 +26,7 @@ from distflash.transport import PointToPoint
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call without its tensors.
+    """What the engine needs for an attention call besides q, k and v.
 
     Attributes:
         plan: of this rank.
@@ -97,7 +97,8 @@ def backward(
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
     if torch.autograd._profiler_enabled():
         kernel, transport = ranged(kernel, transport, plan.backward, "backward")
-    if plan.moves_queries and dlse is None:  # all ranks send the same tensors
+    if plan.moves_queries and dlse is None:
+        # Ranks send it with their queries, so every rank needs one if any does.
         dlse = torch.zeros_like(lse)
     queries: Tensors = (q, out, lse, dout) if dlse is None else (q, out, lse, dout, dlse)
     queries = tuple(x.contiguous() for x in queries) if plan.moves_queries else queries

@@ -29,8 +29,8 @@ class Exchange:
             tokens.
         on_arrival: what to do with a received kind; by default it is stored in ``tensors``.
         tensors: local and received tensors, by kind and source rank.
-        derived: what is computed from tensors, by the same keys, and freed with them: the softmax state of queries, or
-            their backward context.
+        derived: what is computed from ``tensors``, under the same keys (`TensorKey`), and freed with them: the softmax
+            state of queries, or their backward context.
     """
 
     plan: Plan
@@ -146,7 +146,7 @@ def take(x: Tensor, rows: tuple[range, ...] | None) -> Tensor:
 
 
 def copy_of(x: Tensor, rows: tuple[range, ...]) -> Tensor:
-    """A copy of the tokens in ``rows`` of ``x``, whose strides and alignment do not depend on ``x``."""
+    """A new contiguous copy of the tokens in ``rows``; never a view of ``x``, as `take` may return."""
     dim = tokens_of(x)
     pieces = [x.narrow(dim, r.start, len(r)) for r in rows]
     into = x.new_empty(_with_tokens(x, sum(map(len, rows))))

@@ -46,7 +46,10 @@ class Layout(ABC):
         return None
 
     def fingerprint(self, seq_len: int, world_size: int) -> int:
-        """A digest of all ranks' ranges, which ranks compare; 0 for a layout whose ranges follow from its fields."""
+        """An int by which ranks check that they computed the same ranges, such as a digest of them.
+
+        0 if it is enough to compare the layouts' fields, as for all layouts but `Balanced`.
+        """
         return 0
 
     def length(self, seq_len: int, world_size: int, rank: int) -> int:

@@ -39,7 +39,7 @@ class Softmax:
     def of_scores(scores: Tensor, values: Tensor, dropped: Tensor | None = None) -> Softmax:
         """The state of the keys of ``scores [..., t, n]`` and ``values [..., n, V]``. Overwrites the scores.
 
-        dropped: ``[..., t, n]``, dropout's factors for the exponentials in `weighted`.
+        dropped: ``[..., t, n]``, factors of the exponentials in `weighted`: 0 where dropped, else `Dropout.keep_scale`.
         """
         maximum = scores.amax(-1)
         p = scores.sub_(_finite(maximum)[..., None]).exp_()
@@ -90,9 +90,10 @@ class Partial:
         running: between passes, ``maximum, total [B, H, T]`` and ``weighted [B, T, H, V]`` in the accumulator's dtype.
             The first pass writes them, later ones merge. None if there is only one pass.
         counter: int32 ``[2]``, zeros before and after every pass: the atomic counter of a kernel's tile scheduler.
-        maxima: ``[B, H, T]`` if the call asks for the largest scores, else None. After a row's last pass, the maximum
-            of its scores without sinks (added only then), ``-inf`` without keys. In the running state's base, and the
-            same tensor as its maximum.
+        maxima: ``[B, H, T]`` if the call asks for the largest scores, else None. After a row's last pass it holds the
+            row's largest score, without sinks, times log2(e) if `Kernel.base` is 2; ``-inf`` without keys. So that
+            sinks stay out of it, they are added in the last pass and not in the first. If there is a running state, it
+            is the same tensor as ``running.maximum``.
     """
 
     final: Tensor
@@ -103,8 +104,9 @@ class Partial:
 
     @staticmethod
     def empty(q: Tensor, d_v: int, between: bool, maxima: bool = False) -> Partial:
-        """Buffers for queries ``q [B, T, H, D]``, with a running state if ``between``. Filled are only the counter and,
-        if there are any, the maxima.
+        """Buffers for queries ``q [B, T, H, D]``, with a running state if ``between``.
+
+        Only the counter (with 0) and the maxima (with -inf) are initialised.
         """
         B, T, H, _ = q.shape
         dtype = accumulator_dtype(q.dtype)
@@ -131,7 +133,7 @@ class Partial:
         else:
             self.lse.copy_(sinks[None, :, None].expand_as(self.lse))
         if self.running is not None:
-            if sinks is None or self.maxima is not None:  # which the sinks join in `finish`
+            if sinks is None or self.maxima is not None:  # if there are maxima, `finish` adds the sinks
                 self.running.maximum.fill_(-torch.inf)
                 self.running.total.zero_()
             else:
@@ -150,7 +152,10 @@ class Partial:
         own.weighted.mul_(a[..., None]).addcmul_(other.weighted, b[..., None])
 
     def finish(self, base: float, sinks: Tensor | None = None) -> None:
-        """Write the result of the running state, rounded once. sinks: ``[H]``; with `maxima` the state lacks them."""
+        """Write the result of the running state, rounded once.
+
+        sinks: ``[H]``, which are added here if there are `maxima`; otherwise the state contains them already.
+        """
         assert self.running is not None
         state = _heads_first(self.running)
         if self.maxima is not None and sinks is not None:

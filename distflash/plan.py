@@ -3,8 +3,8 @@
 A schedule makes plans (`schedules`), `overlap` rewrites them to hide transfers, and the engine executes them.
 ``print(plan)`` is a table.
 
-[Note: stages] The transfers of a stage run while its passes compute. From its stage ``until`` on, a received
-tensor can be read and a sent one changed.
+[Note: stages] A transfer starts with its stage and runs while the stage's passes compute, and perhaps through later
+stages. From stage `Transfer.until` on, the received tensors can be read and the sent ones overwritten.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TensorKey = tuple[What, int]
 
 @dataclass(frozen=True)
 class Transfer:
-    """One message between this rank and another one.
+    """What this rank sends another one, or receives from it, at one time: one message for each tensor.
 
     Attributes:
         sends: whether this rank sends it; otherwise it receives it.
@@ -171,7 +171,7 @@ class Plan:
         rank: this rank.
         forward, backward: the stages, the same number on every rank.
         lengths: the number of local keys of every rank.
-        rows: for every remote source, which of its local keys this rank receives, as ascending ranges.
+        rows: for every other rank, which rows of its keys this rank receives, as ascending ranges.
         pairs: int64 ``[W, W]``, allowed (query, key) pairs of each rank's queries (row) with each source (column).
         remote: for each rank, how many remote keys its queries see.
     """

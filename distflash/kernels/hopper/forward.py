@@ -7,7 +7,7 @@ state between passes is that of the portable kernel. The accumulator is rescaled
 
 The grid is persistent, with one program per multiprocessor. The producer warp takes the next work tile (a block of
 queries of a head) from an atomic counter as soon as a slot for Q is free, publishes it to the consumers, and prefetches
-its tiles while they finish the previous one.
+its tiles of keys and values while they finish the previous work tile.
 
 The keys of a block come from one source, or from two in order. A pass processes only blocks of rows that see one of its
 keys (`distflash.liveness`); for begun heads, some of these blocks may have no work.
@@ -51,14 +51,18 @@ from distflash.kernels.hopper.compat import store_wait
 from distflash.kernels.hopper.dropout import kept, positions, stream_of
 from distflash.kernels.hopper.dropout import strips as strips_of_positions
 from distflash.kernels.hopper.forward_loads import K_FREE, V_FREE, load_tiles, make_gates
-from distflash.kernels.hopper.forward_state import LOWEST, begin, end
+from distflash.kernels.hopper.forward_state import LOWEST, end_state, start_state
 
-# A named barrier, besides those that the compiler uses and those of `forward_loads`.
+# The first of CONSUMERS named barriers, one for each consumer warpgroup: its turn to issue products (ping-pong). Other
+# numbers are the compiler's and those of `forward_loads`.
 TURN = gl.constexpr(5)
 MAX_STAGES = gl.constexpr(4)
-PLACE = gl.constexpr(3)  # first, plane, ends: the scalars of a work tile that its epilogue needs
-JOB = gl.constexpr(8)  # and starts, begin, before, full, tiles
-JOB_2 = gl.constexpr(12)  # and the last four once more for the second source
+# How many scalars describe a work tile. PLACE, what its epilogue needs: its first query, its plane (batch * H + head),
+# and whether this pass is its last. JOB: those; whether this pass is its first; the first key, how many tiles come
+# before those that need no mask, how many need none, and how many there are. JOB_2: the last four of a second source.
+PLACE = gl.constexpr(3)
+JOB = gl.constexpr(8)
+JOB_2 = gl.constexpr(12)
 
 
 @gluon.jit
@@ -79,7 +83,7 @@ def read_place(jobs, slot, TWO: gl.constexpr):
 
 @gluon.jit
 def tile_at(i, job, BLOCK_N: gl.constexpr, TWO: gl.constexpr):
-    """Of tile ``i`` of a block: its first key, whether it needs the mask, and whether it is the second source's."""
+    """Of a block's tile of keys ``i``: its first key, whether it needs the mask, whether it is the second source's."""
     begin, before, full, tiles, begin_2, before_2, full_2, tiles_2 = job
     theirs = i >= tiles
     if TWO:
@@ -152,7 +156,10 @@ def thinned(p, at, drop, DROPOUT: gl.constexpr):
 
 @gluon.jit
 def rounded(p, at, drop, like, DROPOUT: gl.constexpr):
-    """`thinned`, in the dtype of ``like``. In pairs: the compiler by itself would select after rounding, one by one."""
+    """`thinned`, in the dtype of ``like``, two elements an instruction.
+
+    Without `pack` the compiler would round first, and then set the dropped elements to 0 one by one.
+    """
     if DROPOUT != 0:
         return pack(thinned(p, at, drop, DROPOUT), like)
     else:
@@ -185,7 +192,10 @@ def attend(
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
     HALVES: gl.constexpr, TWO: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
-    """P V of a tile, overlapping the next tile's softmax up to its maximum, or up to half of its exponentials."""
+    """P V of the last tile, during the softmax of ``tile`` up to its maximum, or if HALVES up to half its exponentials.
+
+    zero: 0, which the assembler cannot know, see `arrive_after`.
+    """
     m, l, acc, p, stage, phase = state
     at = positions_at(tile, drop, smem[1].shape[3], mma_s, TWO, DROPOUT)
     EVERYBODY: gl.constexpr = 32 + CONSUMERS * 128
@@ -195,7 +205,8 @@ def attend(
     s = warpgroup_mma_wait(1, [s])
     s, factor = scores(s, tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
     m, change = follow(s, factor, m)
-    # Without an arrival that depends on results, the assembler would move the wait for P V up to that for Q K^T.
+    # The arrival depends on results of this softmax. Otherwise the assembler would move the wait for P V up to the wait
+    # for Q K^T, and nothing would overlap.
     if HALVES:
         # Split before the subtraction, so that the assembler interleaves subtractions and exponentials: 1% faster.
         left, right = halves(s)
@@ -274,11 +285,11 @@ def block(
                 w, (m, l, acc, s, stage, phase), query, smem, gates, tile_at(i, job, BLOCK_N, TWO), ends, scale,
                 softcap, drop, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, TWO, DROPOUT,
             )  # fmt: skip
-        last_tile = tile_at(tiles - 1, job, BLOCK_N, TWO)
+        tile = tile_at(tiles - 1, job, BLOCK_N, TWO)
     else:
-        last_tile = tile_at(0, job, BLOCK_N, TWO)
-    at = positions_at(last_tile, drop, BLOCK_N, mma_s, TWO, DROPOUT)
-    s, factor = scores(s, last_tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
+        tile = tile_at(0, job, BLOCK_N, TWO)
+    at = positions_at(tile, drop, BLOCK_N, mma_s, TWO, DROPOUT)
+    s, factor = scores(s, tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
     fresh = m == LOWEST
     m, change = follow(s, factor, m)
     p32, l = exponentials(s, factor, m, l, change)
@@ -354,21 +365,21 @@ def consume(
             lo_2 = gl.load(other_lo + rows, mask=exists, other=0)
             length_2 = gl.load(other_hi + rows, mask=exists, other=0) - lo_2
         drop = dropping_of(first, plane, sizes, dropping, mma_s, BLOCK_N, DROPOUT)
-        state = begin(
+        state = start_state(
             sinks, sums, first, plane, starts, sizes, keep_scale, V, VP, mma_s, mma_o, SINKS and not MAXIMA, DROPOUT
         )
         place = q_smem.index(slot * CONSUMERS + w)
         query = strips(place.reshape([ROWS, q_smem.shape[4]]), columns_of(D))
         job = (begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2)
-        # Always 0, since lengths are not negative, but the assembler cannot know that.
+        # ``queries >> 31`` is 0, but the assembler cannot know that lengths are not negative: see `arrive_after`.
         state, stage, phase = block(
             w, state, query, smem, gates, stage, phase, job, (lo, length, lo_2, length_2), scale, softcap,
             queries >> 31, previous, q_free, drop, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, IN_TURN, HALVES, TWO,
             DROPOUT,
         )  # fmt: skip
-        first, plane, closes = read_place(jobs, slot, TWO)
-        end(
-            state, final, place, lse, sinks, sums, first + w * ROWS, plane, closes, sizes, keep_scale, V, VP, mma_s,
+        first, plane, is_last = read_place(jobs, slot, TWO)
+        end_state(
+            state, final, place, lse, sinks, sums, first + w * ROWS, plane, is_last, sizes, keep_scale, V, VP, mma_s,
             mma_o, SINKS, MAXIMA, DROPOUT,
         )  # fmt: skip
         if SLOTS > 1:
@@ -386,7 +397,7 @@ def consume(
 
 @gluon.jit(
     do_not_specialize=[
-        "queries", "heads", "batches", "head_count", "done", "blocks", "flags", "heads_at_once", "programs",
+        "queries", "heads", "batches", "head_count", "begun_heads", "blocks", "flags", "heads_at_once", "programs",
         "heads_before", "threshold", "keys", "other_keys",
     ]
 )  # fmt: skip
@@ -394,16 +405,21 @@ def forward_kernel(
     q, k, v, row_lo, row_hi,  # descriptors of [B, H, T, D], [B, G, K, D], [B, G, K, V]; int32 [T]
     other_k, other_v, other_lo, other_hi,  # the same of the second source, read if TWO
     sinks,  # [H], read if SINKS
-    final, lse,  # descriptor of [B, H, T, V] in q's dtype, float32 [B, H, T]: written where rows end
-    maximum, total, weighted,  # float32 [B, H, T], [B, H, T], [B, T, H, V]: between passes
-    # The maximum is without sinks and written where rows end, too, if MAXIMA.
+    # Descriptor of [B, H, T, V] in q's dtype, float32 [B, H, T]: the result of rows of which this is the last pass.
+    final, lse,
+    # Float32 [B, H, T], [B, H, T], [B, T, H, V]: the running state of all other rows. If MAXIMA, the maximum is written
+    # in the last pass, too, and does not count sinks.
+    maximum, total, weighted,
     counter,  # int32 [2], zeros, and zeros again afterwards
     scale, softcap, queries, heads, batches,
-    head_count, done,  # the heads of this launch, and, if TWO, how many of them have begun
-    groups, blocks, flags,  # int32 [N, 2], and their blocks of queries; or all blocks and their flags, see `locate`
+    head_count, begun_heads,  # the heads of this launch, and, if TWO, how many of them have begun
+    # With LiveRows: their groups, int32 [N, 2], how many blocks of queries those have, and -1. Without: groups is not
+    # read, all blocks of queries, and the flags of all of them. See `locate`.
+    groups, blocks, flags,
     heads_at_once, programs,
     seed, heads_before, threshold, keep_scale,  # of `dropout.Dropout`, read if DROPOUT, as the positions are
-    q_positions, k_positions, other_k_positions, keys, other_keys,  # int32 [T] and of each source [K]; its K
+    # Positions, int32: of queries [T], of each source's keys [K]; and the number of each source's keys.
+    q_positions, k_positions, other_k_positions, keys, other_keys,
     GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, SLOTS: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
     IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr, MAXIMA: gl.constexpr, DROPOUT: gl.constexpr,
@@ -423,7 +439,7 @@ def forward_kernel(
     sums, sizes = (maximum, total, weighted), (queries, heads)
     positions_of = (q_positions, k_positions, other_k_positions)
     dropping = (seed, heads_before, threshold, keep_scale) + positions_of + (keys, other_keys)
-    grid = (queries, heads, head_count, done, batches, heads_at_once, programs, groups, blocks, flags)
+    grid = (queries, heads, head_count, begun_heads, batches, heads_at_once, programs, groups, blocks, flags)
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (

@@ -135,7 +135,7 @@ def load_tiles(
     """The producer warp: one work tile after the other."""
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     q_ready, q_free, _, _ = gates
-    queries, heads, head_count, done, batches, heads_at_once, programs, groups, blocks, marks = grid
+    queries, heads, head_count, begun_heads, batches, heads_at_once, programs, groups, blocks, marks = grid
     slot, slot_phase, stage, loaded = 0, 1, 0, 0
     program = gl.program_id(0)
     while program < blocks * head_count * batches:
@@ -143,7 +143,7 @@ def load_tiles(
         batch, head = place // head_count, place % head_count
         # Longest first: with causal masks later rows see more keys.
         first, flags = locate((blocks - 1 - block) * BLOCK_M, groups, marks)
-        begun = head < done
+        begun = head < begun_heads
         if TWO:
             flags = gl.where(begun, flags >> BEGUN_BITS, flags)
         if (flags & LIVE) != 0:  # 0 only for heads that have begun

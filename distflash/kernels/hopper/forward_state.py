@@ -27,7 +27,7 @@ def places(first, plane, sizes, V: gl.constexpr, VP: gl.constexpr, mma_s: gl.con
 
 
 @gluon.jit
-def begin(
+def start_state(
     sinks, sums, first, plane, starts, sizes, keep_scale, V: gl.constexpr, VP: gl.constexpr, mma_s: gl.constexpr,
     mma_o: gl.constexpr, SINKS: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def begin(
         m = gl.load(maximum + at_row, mask=exists, other=float("-inf"))
         l = gl.load(total + at_row, mask=exists, other=0.0)
         acc = gl.load(weighted + at_out, mask=exists_out, other=0.0)
-        if DROPOUT != 0:  # a pass adds values without the scale, which `end` multiplies by
+        if DROPOUT != 0:  # a pass adds values without the scale, which `end_state` multiplies by
             acc = acc * (1.0 / keep_scale)
     return gl.maximum(m, LOWEST), l, acc
 
@@ -59,9 +59,10 @@ def with_sink(m, l, sink):
 
 
 @gluon.jit
-def end(
-    state, final, staging, lse, sinks, sums, first, plane, ends, sizes, keep_scale, V: gl.constexpr, VP: gl.constexpr,
-    mma_s: gl.constexpr, mma_o: gl.constexpr, SINKS: gl.constexpr, MAXIMA: gl.constexpr, DROPOUT: gl.constexpr,
+def end_state(
+    state, final, staging, lse, sinks, sums, first, plane, is_last, sizes, keep_scale,
+    V: gl.constexpr, VP: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr,
+    SINKS: gl.constexpr, MAXIMA: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Epilogue: write O through ``staging``, which is Q's shared memory, or the running state for the next pass."""
     m, l, acc = state
@@ -69,7 +70,7 @@ def end(
     if DROPOUT != 0:
         acc = acc * keep_scale
     at_row, at_out, exists, exists_out = places(first, plane, sizes, V, VP, mma_s, mma_o)
-    if ends != 0:
+    if is_last != 0:
         alpha = 1.0
         if MAXIMA:
             gl.store(maximum + at_row, gl.where(l > 0.0, m, float("-inf")), mask=exists)

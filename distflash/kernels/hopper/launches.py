@@ -99,7 +99,7 @@ def forward(
             heads=H,
             batches=B,
             head_count=heads,
-            done=each.begun * group,
+            begun_heads=each.begun * group,
             groups=first.rows.row_lo if live is None else live.groups,
             blocks=blocks,
             flags=all_rows(each.first, each.last, each.begun > 0) if live is None else -1,

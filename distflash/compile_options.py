@@ -21,4 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask", choices=("causal", "full", "window"), default="causal")
     parser.add_argument("--window", type=int, default=4096, help="keys that a query sees, its own among them (4096)")
     parser.add_argument("--layout", choices=("zigzag", "contiguous", "striped"), default="zigzag")
+    parser.add_argument("--dropout-p", type=float, default=0.0, help="the rate of attention dropout (0)")
+    parser.add_argument("--max-logits", action="store_true", help="with return_max_logits=True")
+    parser.add_argument("--deterministic", action="store_true", help="with kernel=Hopper(deterministic=True)")
     parser.add_argument("--forward-only", action="store_true", help="no backward follows")

@@ -175,6 +175,8 @@ class ContextParallel(Sharding):
         *,
         seq_len: int | None = None,
         needs_grad: bool = True,
+        dropout_p: float = 0.0,
+        return_max_logits: bool = False,
     ) -> None:
         """Compile the kernels that `attention` launches for such tensors, in parallel processes. Nothing is sent.
 
@@ -184,7 +186,7 @@ class ContextParallel(Sharding):
 
         Args:
             q_shape, k_shape, v_shape: of this rank's tensors, see `attention`; v_shape is k_shape by default.
-            dtype, mask, seq_len: as in the call.
+            dtype, mask, seq_len, dropout_p, return_max_logits: as in the call.
             needs_grad: whether to compile the backward kernels as well.
 
         Raises:
@@ -196,7 +198,9 @@ class ContextParallel(Sharding):
         """
         shapes = warming.Shapes(tuple(q_shape), tuple(k_shape), tuple(k_shape if v_shape is None else v_shape))
         layout = None if self.layout is self.calls.layout else self.layout
-        asked = warming.specification_of(self.calls, shapes, dtype, mask, seq_len, needs_grad, layout)
+        asked = warming.specification_of(
+            self.calls, shapes, dtype, mask, seq_len, needs_grad, layout, dropout_p, return_max_logits
+        )
         warming.Warming().before(self.calls, asked, self.calls.prepare(asked).kernel)
 
     def agree(self, kind: str, **fields: object) -> None:

@@ -55,9 +55,17 @@ def _rehearsal(options: argparse.Namespace, machine: Machine, rank: int, seq_len
     shapes = warming.Shapes(*((options.batch, tokens, *side) for side in sides))
     masks: dict[str, Mask] = {"causal": Causal(), "full": Full(), "window": Window(options.window - 1, 0)}
     asked = warming.specification_of(
-        calls, shapes, getattr(torch, options.dtype), masks[options.mask], seq_len, not options.forward_only
+        calls,
+        shapes,
+        getattr(torch, options.dtype),
+        masks[options.mask],
+        seq_len,
+        not options.forward_only,
+        dropout_p=options.dropout_p,
+        max_logits=options.max_logits,
     )
-    kernels = [rehearsed for k in (Hopper(), Triton()) if (rehearsed := k.rehearsing(machine)) is not None]
+    known = Hopper(deterministic=options.deterministic), Triton()
+    kernels = [rehearsed for k in known if (rehearsed := k.rehearsing(machine)) is not None]
     kernel: Kernel | str = validation.kernel_for(asked.problem, None, kernels)
     if isinstance(kernel, str):
         raise ValueError(kernel)

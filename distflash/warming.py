@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from distflash import attend, lengths, validation
 from distflash.agreement import Agreement
 from distflash.call import Calls
+from distflash.dropout import in_steps, threshold_of
 from distflash.exact import Exact
 from distflash.geometry import Sharded
 from distflash.given import Given, Numbers
@@ -117,16 +119,18 @@ def specification_of(
     seq_len: int | None,
     needs_grad: bool,
     layout: Layout | None = None,
+    dropout_p: float = 0.0,
+    max_logits: bool = False,
 ) -> Specification:
     """The specification of self-attention on the group's device, without softcap, sinks and slopes.
 
-    layout: of this batch, if it is not the group's.
+    layout: of this batch, if it is not the group's. dropout_p, max_logits: as in `attention`.
 
     Raises:
         ValueError: the shapes are not those of such a call.
     """
     q, k, v = (torch.empty(shape, dtype=dtype, device=_META) for shape in (shapes.q, shapes.k, shapes.v))
-    problem = validation.call_problem(q, k, v, mask, None, None, None, 0.0, 0.0, True)
+    problem = validation.call_problem(q, k, v, mask, None, None, None, 0.0, dropout_p, True, 0)
     if problem is None:
         transport = calls.transport
         length = lengths.seq_len_of(k.shape, mask, transport.world_size) if seq_len is None else seq_len
@@ -135,7 +139,9 @@ def specification_of(
         )
     if problem is not None:
         raise ValueError(problem)
-    asked = Problem(transport.device, dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    dims = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
+    rate = in_steps(validation.as_number(dropout_p) or 0.0)
+    asked = Problem(transport.device, dtype, *dims, dropout_p=rate, max_logits=max_logits)
     return Specification(asked, q.shape[0], CallTokens(length, 0, length, layout=layout), Exact(mask), None, needs_grad)
 
 
@@ -212,9 +218,13 @@ def compile_all(work: Rehearsal, machine: Machine) -> tuple[str, ...]:
 def kind_of(calls: Calls, specification: Specification, kernel: Kernel) -> str:
     """A key that calls share if they launch the same specialisations, as far as can be told without planning them."""
     transport, tokens = calls.transport, specification.tokens
-    lengths = [(n.bit_length(), n % 16) for n in (tokens.seq_len, tokens.q_len, tokens.q_start)]
-    asked = specification.problem
-    softcap, dropout_p = float(asked.softcap > 0), float(asked.dropout_p > 0)
+    asked, lengths = specification.problem, (tokens.seq_len, tokens.q_len, tokens.q_start)
+    likeness: Hashable = tuple((n.bit_length(), n % 16) for n in lengths)
+    if threshold := threshold_of(asked.dropout_p):
+        # Triton specialises integers in a tuple, the threshold among them. And whether positions are consecutive
+        # within tiles (`Intervals.in_tiles`) depends on the lengths.
+        likeness = lengths, threshold == 1, threshold % 16 == 0
+    softcap, dropout_p = float(asked.softcap > 0), float(threshold > 0)
     problem: Problem = replace(asked, device=_META, softcap=softcap, dropout_p=dropout_p)
     group = (
         transport.rank,
@@ -226,7 +236,7 @@ def kind_of(calls: Calls, specification: Specification, kernel: Kernel) -> str:
         type(tokens.layout),
     )
     mask = _names(specification.mask.value)
-    return repr((problem, specification.batch, specification.needs_grad, lengths, group, mask, kernel))
+    return repr((problem, specification.batch, specification.needs_grad, likeness, group, mask, kernel))
 
 
 def _names(mask: Mask) -> str:

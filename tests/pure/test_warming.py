@@ -32,6 +32,7 @@ class Passing(Kernel):
     """Notes the passes that it is asked for."""
 
     passes: list = field(default_factory=list, compare=False, repr=False)
+    given: list = field(default_factory=list, compare=False, repr=False)
 
     def not_supported_reasons(self, problem):
         return []
@@ -39,6 +40,7 @@ class Passing(Kernel):
     def forward(self, q, keys, each, scores, into):
         assert q.device == META and all(x.k.device == META for x in keys)
         self.passes.append(("forward", each.sources))
+        self.given.append((scores.dropout is not None, into.maxima is not None))
 
     def preprocess(self, q, out, lse, dout, dlse):
         self.passes.append(("save", dlse is not None))
@@ -99,6 +101,20 @@ def test_a_rehearsal_of_a_forward_alone_has_no_backward():
     assert {name for name, _ in kernel.passes} == {"forward"}
 
 
+@pytest.mark.parametrize("schedule", [df.Ring(), df.Ulysses(), df.PassQuery()], ids=repr)
+@pytest.mark.parametrize(("dropout_p", "max_logits"), [(0.0, False), (0.1, False), (0.0, True), (0.1, True)])
+def test_a_rehearsal_has_the_dropout_and_the_largest_scores_that_were_asked_for(dropout_p, max_logits, schedule):
+    calls, kernel = calls_of(schedule=schedule), Passing()
+    shapes = warming.Shapes((1, 32, 4, 16), (1, 32, 2, 16), (1, 32, 2, 16))
+    specification = warming.specification_of(
+        calls, shapes, torch.float32, CAUSAL, 64, True, dropout_p=dropout_p, max_logits=max_logits
+    )
+    warming.Rehearsal(calls, kernel, specification)()
+    dropout, largest = (set(each) for each in zip(*kernel.given, strict=True))
+    assert dropout == {dropout_p > 0}
+    assert True in largest if max_logits else largest == {False}  # other ranks' queries have none under `PassQuery`
+
+
 def test_a_rehearsal_of_rows_and_chunks():
     kernel, mask = Passing(), df.Rows([df.Causal(), df.Window(3)])
     warming.Rehearsal(calls_of(), kernel, asked(mask=mask, batch=2))()
@@ -116,7 +132,13 @@ def test_calls_that_differ_in_data_are_of_one_kind():
 
     assert kind(mask=packed(10, 64)) == kind(mask=packed(30, 40, 64)) == kind(mask=packed(10, 64), S=64)
     assert kind(S=4096) == kind(S=4096 + 16) and kind(softcap=30.0) == kind(softcap=50.0)
+    assert kind(dropout_p=0.1) == kind(dropout_p=0.2)
     others = [
+        kind(dropout_p=0.1),
+        kind(dropout_p=0.5),  # a multiple of 2^-12
+        kind(S=4096, dropout_p=0.1),
+        kind(S=4096 + 256, dropout_p=0.1),  # positions that are not consecutive within tiles
+        kind(max_logits=True),
         kind(mask=packed(64)),
         kind(),
         kind(S=65),
@@ -207,29 +229,49 @@ def test_warm_up_takes_what_attention_takes():
     ):
         with pytest.raises(ValueError, match=problem):
             cp.warm_up(*arguments)
+    with pytest.raises(ValueError, match="dropout_p: expected a probability"):
+        cp.warm_up((1, 64, 4, 16), (1, 64, 2, 16), dropout_p=1.0)
+
+
+@pytest.mark.parametrize("numbers", [{}, {"dropout_p": 0.1}, {"return_max_logits": True}], ids=str)
+def test_warm_up_is_of_the_specification_of_the_call(numbers):
+    """So what it prepares is what the call uses."""
+    cp = df.ContextParallel(Alone())
+    q, k, v = (torch.zeros(1, 64, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    cp.warm_up(q.shape, k.shape, dtype=torch.float32, mask=CAUSAL, **numbers)
+    seed = {"dropout_seed": 7} if "dropout_p" in numbers else {}
+    df.attention(q, k, v, mask=CAUSAL, cp=cp, **numbers, **seed)
+    assert cp.calls.prepare.cache_info().misses == 1
 
 
 @pytest.mark.timeout(300)
-def test_what_was_compiled_without_a_gpu_is_what_a_call_launches(tmp_path):
+@pytest.mark.parametrize(
+    ("ranks", "options", "numbers"),
+    [(2, "", ""), (1, "--dropout-p 0.1 --max-logits", "dropout_p=0.1, dropout_seed=7, return_max_logits=True")],
+    ids=["plain", "dropout and largest scores"],
+)
+def test_what_was_compiled_without_a_gpu_is_what_a_call_launches(tmp_path, ranks, options, numbers):
     """In a process of its own, since in this one triton may interpret."""
-    code = """
+    code = f"""
         import os, sys, torch
         import distflash as df
         from distflash.__main__ import main
-        options = "compile --gpu sm_90 --ranks 2 --seq-lens 256 --heads 2 --kv-heads 1 --head-dim 32 --dtype float32"
+        options = "compile --gpu sm_90 --ranks {ranks} --seq-lens 256 --heads 2 --kv-heads 1 --head-dim 32"
+        options += " --dtype float32 {options}"
         assert main(options.split()) == 0
         folder = os.environ["TRITON_CACHE_DIR"]
         before = set(os.listdir(folder))
         assert main(options.split()) == 0 and len(before) > 4
         from benchmarks import stub
         stub.start()
-        for rank in range(2):
-            transport = df.transport.Silent(rank, 2, torch.device("cpu"))
+        for rank in range({ranks}):
+            transport = df.transport.Silent(rank, {ranks}, torch.device("cpu")) if {ranks} > 1 else df.transport.Alone()
             cp = df.ContextParallel(transport, kernel=stub.KERNELS["triton"])
-            q, k, v = (torch.zeros(1, 128, heads, 32, requires_grad=True) for heads in (2, 1, 1))
-            out, lse = df.attention(q, k, v, mask=df.Causal(), cp=cp, return_lse=True)
+            q, k, v = (torch.zeros(1, 256 // {ranks}, heads, 32, requires_grad=True) for heads in (2, 1, 1))
+            given = dict(mask=df.Causal(), cp=cp, return_lse=True, {numbers})
+            out, lse, *_ = df.attention(q, k, v, **given)
             torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
-            torch.autograd.grad(df.attention(q, k, v, mask=df.Causal(), cp=cp).sum(), (q, k, v))
+            torch.autograd.grad(df.attention(q, k, v, **given)[0].sum(), (q, k, v))
         print("new:", set(os.listdir(folder)) - before)
     """
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -28,12 +28,11 @@ def of_layers() -> dict[str, str | None]:
         "ranks": ({"context_parallel_size": 2}, "self", None, cp),
         "layout": ({}, "self", None, df.ContextParallel(Alone(), df.Striped())),
         "cross": ({}, "cross", None, cp),
-        "dropout": ({"attention_dropout": 0.1}, "self", None, cp),
         "comm": ({}, "self", "a2a", cp),
         "logits": ({"log_max_attention_logit": True}, "self", None, cp),
     }
     return {
-        name: config_problem(replace(CONFIG, **options), kind, comm, None, group)
+        name: config_problem(replace(CONFIG, **options), kind, comm, group)
         for name, (options, kind, comm, group) in wrong.items()
     }
 

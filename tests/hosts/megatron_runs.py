@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import megatron.core.fusions.fused_softmax as softmax
 import megatron.core.models.common.embeddings.rotary_pos_embedding as rotary
+import megatron.core.tensor_parallel.random as recomputation
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -32,6 +36,9 @@ softmax.get_sliding_window_causal_mask = lambda queries, keys, window: (
 )
 torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
 tensor_parallel.get_cuda_rng_tracker = lambda: SimpleNamespace(fork=nullcontext)
+# Megatron's recomputation sets back the state of the CPU's generator, which is all that is drawn from here.
+recomputation._get_cuda_rng_state = lambda **_: None
+recomputation._set_cuda_rng_state = lambda *_, **__: None
 
 
 def _positions_of_rank(pos_emb: Tensor, seq_dim: int, cp_group: Any) -> Tensor:
@@ -129,3 +136,39 @@ def train(run: Run, distributed: bool) -> dict[str, list[float]]:
             for p in model.parameters():
                 p -= 0.1 * p.grad
     return found
+
+
+class Tracker:
+    """A random state of its own, as Megatron's tracker has one for each tensor-parallel rank."""
+
+    def __init__(self, seed: int) -> None:
+        self.state = torch.Generator().manual_seed(seed).get_state()
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.state)
+        yield
+        self.state = torch.get_rng_state()
+        torch.set_rng_state(outside)
+
+
+def seeds() -> dict[str, Any]:
+    """Of dropout: on two tensor-parallel ranks, once more on the first, and where there is nothing to fork."""
+    model, _ = model_of(Run(options=(("attention_dropout", 0.5),)), True)
+    layer = model.decoder.layers[0].self_attention.core_attention
+
+    def drawn(tracker: Any) -> list[int]:
+        with mock.patch.object(tensor_parallel, "get_cuda_rng_tracker", lambda: tracker):
+            return [int(layer.dropout_seed(torch.device("cpu"))) for _ in range(2)]
+
+    found: dict[str, Any] = {name: drawn(Tracker(int(name[0]))) for name in ("0", "1", "0 again")}
+    layer.eval()
+    with mock.patch.object(type(layer), "dropout_seed", side_effect=AssertionError):
+        layer(*torch.randn(3, 8, 1, 4, 8))
+    layer.config = copy.copy(layer.config)
+    layer.config.sequence_parallel = True
+    torch.manual_seed(5)
+    as_it_is = [int(torch.randint(2**62, ())) for _ in range(2)]
+    torch.manual_seed(5)
+    return found | {"already forked": drawn(None) == as_it_is}

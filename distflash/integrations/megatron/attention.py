@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from megatron.core import tensor_parallel
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
@@ -43,7 +46,7 @@ class CoreAttentionBuilder:
         attention_dropout: float | None = None,
         pg_collection: Any = None,
     ) -> CoreAttention:
-        problem = config_problem(config, attention_type, cp_comm_type, attention_dropout, self.cp)
+        problem = config_problem(config, attention_type, cp_comm_type, self.cp)
         if problem is not None:
             raise ValueError(problem)
         layer = CoreAttention(
@@ -51,6 +54,7 @@ class CoreAttentionBuilder:
             layer_number,
             attn_mask_type,
             attention_type,
+            attention_dropout=attention_dropout,
             softmax_scale=softmax_scale,
             pg_collection=pg_collection,
         )
@@ -74,7 +78,8 @@ def core_attention(cp: ContextParallel) -> CoreAttentionBuilder:
 class CoreAttention(DotProductAttention):
     """Attention over all context ranks' keys, made by `core_attention`.
 
-    It inherits the scale, the parameter ``softmax_offset`` (sinks) and its checkpointing from Megatron's class.
+    It inherits the scale, the rate of dropout, the parameter ``softmax_offset`` (sinks) and its checkpointing from
+    Megatron's class.
     """
 
     batches: Batches
@@ -119,8 +124,22 @@ class CoreAttention(DotProductAttention):
             mask, cp = mask & batch.documents, batch.cp
             q, k, v = (x[None] for x in (query, key, value))
         sinks = None if self.softmax_offset is None else self.softmax_offset.to(q.device)
-        out = attention(q, k, v, mask=mask, cp=cp, scale=self.softmax_scale * self.layer_scale(), sinks=sinks)
+        numbers: dict[str, Any] = dict(scale=self.softmax_scale * self.layer_scale(), sinks=sinks)
+        if self.training and self.attention_dropout.p:
+            numbers |= dict(dropout_p=self.attention_dropout.p, dropout_seed=self.dropout_seed(q.device))
+        out = attention(q, k, v, mask=mask, cp=cp, **numbers)
         return (out.transpose(0, 1) if packed_seq_params is None else out[0]).flatten(-2).contiguous()
+
+    def dropout_seed(self, device: torch.device) -> Tensor:
+        """A new seed, int64 ``[]``, drawn on the device from the random state of Megatron's own attention dropout.
+
+        That state is the same on all context ranks, and Megatron sets it back when it recomputes activations. It is
+        another one on each tensor-parallel rank, whose heads are others, although each rank counts its own from 0.
+        """
+        # Under sequence parallelism the block has forked it.
+        forked = self.config.sequence_parallel
+        with nullcontext() if forked else tensor_parallel.get_cuda_rng_tracker().fork():
+            return torch.randint(2**62, (), device=device)
 
     def window(self) -> Mask | None:
         """The layer's sliding window; None for full attention."""

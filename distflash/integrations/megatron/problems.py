@@ -14,9 +14,7 @@ _KINDS = (AttnMaskType.causal, AttnMaskType.no_mask)
 _PACKED_KINDS = (*_KINDS, AttnMaskType.padding_causal, AttnMaskType.padding)
 
 
-def config_problem(
-    config: Any, attention_type: str, cp_comm_type: str | None, attention_dropout: float | None, cp: ContextParallel
-) -> str | None:
+def config_problem(config: Any, attention_type: str, cp_comm_type: str | None, cp: ContextParallel) -> str | None:
     """Check a layer's configuration."""
     if config.context_parallel_size != cp.world_size:
         return (
@@ -27,9 +25,6 @@ def config_problem(
         return f"cp: expected the layout Zigzag(), in which Megatron spreads its sequences, got {cp.layout!r}"
     if attention_type != "self":
         return f'attention_type: expected "self", got {attention_type!r}; build cross-attention with Megatron\'s own'
-    dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-    if dropout:
-        return f"attention_dropout: must be 0, got {dropout}; Megatron's default is 0.1"
     if cp_comm_type not in (None, "p2p"):
         return (
             f"cp_comm_type: {cp_comm_type!r} is of Transformer Engine; leave it out, and pass ContextParallel a "

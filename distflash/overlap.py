@@ -1,4 +1,4 @@
-"""Rewrites of a plan that make it faster and keep its result: fewer passes, and more overlap with communication.
+"""Rewrites of a plan for a kernel that keep its result: fewer passes, more overlap with communication, and tables.
 
 Each function takes the stages of a plan and returns new ones, or the same ones if nothing is gained.
 """
@@ -15,6 +15,7 @@ from distflash.chunkwise_plan import ChunkwisePlan
 from distflash.kernels.base import Abilities
 from distflash.liveness import all_rows, groups_that_see, live_rows
 from distflash.plan import Gradients, Pass, Plan, Stage, What
+from distflash.turns import turns_of
 
 # Fraction of the key heads computed before the first remote keys arrive; sized to cover one exchange within a node.
 FIRST_HEADS = 0.25
@@ -44,6 +45,8 @@ def overlap(plan: Plan, kv_heads: int, batch: int, abilities: Abilities, intra_n
         backward = defer_heads_to_the_end(backward, plan.rank, first_heads, kv_heads)
     elif abilities.separate_gradients:
         backward = defer_dkv(backward) if plan.moves_queries else defer_dq(backward)
+    if abilities.ordered_blocks is not None:
+        backward = with_turns(backward, *abilities.ordered_blocks)
     return replace(plan, forward=forward, backward=backward)
 
 
@@ -122,6 +125,16 @@ def defer_dq(stages: Sequence[Stage]) -> tuple[Stage, ...]:
 def defer_dkv(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """Backward: the last pass is split, so that computing its dK and dV overlaps the last dQ sends."""
     return _last_in_two(stages, Gradients.OF_QUERIES, Gradients.OF_KEYS)
+
+
+def with_turns(stages: Sequence[Stage], keys: int, queries: int) -> tuple[Stage, ...]:
+    """Backward: each pass has the order in which blocks of its keys add to tiles of dQ. See `distflash.turns`."""
+
+    def changed(each: Pass) -> Pass:
+        (rows,) = each.visible
+        return replace(each, turns=turns_of(rows, keys, queries))
+
+    return tuple(replace(stage, passes=tuple(map(changed, stage.passes))) for stage in stages)
 
 
 def _last_in_two(stages: Sequence[Stage], first: Gradients, second: Gradients) -> tuple[Stage, ...]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distflash.intervals import Intervals
 from distflash.liveness import LiveRows
+from distflash.turns import Turns
 
 
 class What(Enum):
@@ -98,6 +99,8 @@ class Pass:
         live: forward: the row groups (blocks of queries) that this pass processes, each with its own ``first`` and
             ``last`` flag, see `LiveRows`. None: all rows, with the pass's flags. An optimisation only: a kernel may
             ignore it, if it does so in every pass.
+        turns: backward: the order in which blocks of keys add to dQ, for kernels that keep one, see `Turns`. None: the
+            kernel has none, or makes it.
     """
 
     queries: int
@@ -110,6 +113,7 @@ class Pass:
     adds: bool = False
     gradients: Gradients = Gradients.ALL
     live: LiveRows | None = None
+    turns: Turns | None = None
 
     @cached_property
     def pairs(self) -> int:
@@ -295,8 +299,8 @@ class Plan:
             return moved[id(rows)]
 
         def moved_pass(each: Pass) -> tuple[Pass]:
-            live = each.live and each.live.to(device)
-            return (replace(each, visible=tuple(map(on_device, each.visible)), live=live),)
+            live, turns = each.live and each.live.to(device), each.turns and each.turns.to(device)
+            return (replace(each, visible=tuple(map(on_device, each.visible)), live=live, turns=turns),)
 
         return self.with_passes(moved_pass)
 

@@ -30,10 +30,18 @@ from triton.runtime import driver
 from distflash.dropout import Dropout
 from distflash.kernels.base import KeyGradient, Keys, Scores
 from distflash.kernels.hopper import launches
-from distflash.kernels.hopper.tiles import ORDERED, BackwardTile, ForwardTile, backward_tile, forward_tile
-from distflash.kernels.hopper.turns import turns_of
+from distflash.kernels.hopper.tiles import (
+    KEYS,
+    ORDERED,
+    QUERIES,
+    BackwardTile,
+    ForwardTile,
+    backward_tile,
+    forward_tile,
+)
 from distflash.kernels.launch import Launch
 from distflash.plan import Pass
+from distflash.turns import turns_of
 from tools.offline import Assembly, TargetOnly, Tensors, assemble, count_local, table
 from tools.ptx import unordered_arrivals
 from tools.sass import main_loops
@@ -217,7 +225,7 @@ def make_launch(shape: Configuration) -> Launch:
     dtype = torch.float32 if shape.wide else shape.dtype
     share = KeyGradient(torch.empty_like(t.k, dtype=dtype), torch.empty_like(t.v, dtype=dtype))
     saved = replace(t.saved, dq_accum=sums, counter=counter, semaphores=launches.semaphores(t.q))
-    earlier = turns_of(t.intervals).earlier if shape.ordered else None
+    earlier = turns_of(t.intervals, KEYS, QUERIES).earlier if shape.ordered else None
     return launches.backward(shape.tile, PROGRAMS, saved, keys, scores, share, range(t.k.shape[2]), earlier)
 
 

@@ -179,12 +179,15 @@ class Abilities:
         smallest_work: the least ``batch * keys * KV heads`` of a backward pass over a subset of the heads; below it,
             such a pass would leave multiprocessors idle.
         separate_gradients: dK and dV come from one launch, dQ from another.
+        ordered_blocks: backward passes add to dQ in an order, by blocks of so many keys to tiles of so many queries,
+            and take it from `Pass.turns`; None for no order.
     """
 
     two_sources: bool = False
     some_heads: bool = False
     smallest_work: int = 0
     separate_gradients: bool = False
+    ordered_blocks: tuple[int, int] | None = None
 
 
 class Kernel(ABC):

@@ -1,10 +1,17 @@
 """The Hopper kernel without a GPU: supported problems, and choice of tiles."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+import distflash as df
+from distflash.geometry import Geometry
 from distflash.kernels import Hopper, Problem
+from distflash.kernels.base import BackwardContext, KeyGradient, Keys, QueryGradient, Scores
 from distflash.kernels.hopper.tiles import backward_tile, forward_tile, padded
+from distflash.kernels.machine import MACHINES
+from distflash.overlap import overlap
 
 pytestmark = pytest.mark.pure
 
@@ -72,3 +79,39 @@ def test_warpgroups_share_the_columns_of_wide_queries(d_qk, d_v):
 def test_a_tile_by_columns_is_not_deterministic():
     with pytest.raises(ValueError, match=r"^Hopper\(backward_tile\): with deterministic=True"):
         Hopper(deterministic=True, backward_tile=backward_tile(256, 256))
+
+
+def one_backward(monkeypatch, of_plan: bool):
+    """What the deterministic kernel launches of a plan's only backward pass: its tables, and the pass."""
+    from distflash.kernels.hopper import kernel as module
+
+    made = Hopper(deterministic=True, machine=MACHINES["sm_90"])
+    plan = df.Ring().plan(Geometry.of_sequence(df.Causal(), df.Zigzag(), 300, 1), 0)
+    cpu = torch.device("cpu")
+    (each,) = (overlap(plan, 2, 1, made.abilities(cpu), True) if of_plan else plan).backward_passes
+    launched = []
+    for name in ("_backward", "_rounding"):
+        replays = SimpleNamespace(run=lambda key, tensors, build, name=name: launched.append((name, tensors)))
+        monkeypatch.setattr(module, name, replays)
+    q, k, v, dq, dk, dv = (torch.zeros(1, 300, heads, 128, dtype=torch.bfloat16) for heads in (4, 2, 2, 4, 2, 2))
+    semaphores = torch.full((4, 5), -1, dtype=torch.int32)
+    lse = torch.zeros(1, 4, 300)
+    saved = BackwardContext(q, q, lse, lse_delta=lse, dq_accum=torch.zeros(8), semaphores=semaphores)
+    made.backward(saved, Keys(k, v, each.visible[0]), each, Scores(1.0), QueryGradient(dq, None), KeyGradient(dk, dv))
+    (_, tensors), _ = launched
+    assert tensors[-2] is semaphores
+    return semaphores, tensors[-1], each
+
+
+def test_the_order_of_dq_is_a_table_of_the_plan(monkeypatch):
+    """So that a pass launches nothing to make it, and a CUDA graph reads what outlives it."""
+    monkeypatch.setattr("distflash.kernels.hopper.kernel.turns_of", None)
+    semaphores, earlier, each = one_backward(monkeypatch, of_plan=True)
+    assert earlier is each.turns.earlier
+    assert torch.equal(semaphores, each.turns.ended.expand(4, -1))
+
+
+def test_a_pass_without_the_table_has_it_made(monkeypatch):
+    semaphores, earlier, _ = one_backward(monkeypatch, of_plan=False)
+    expected, found, _ = one_backward(monkeypatch, of_plan=True)
+    assert torch.equal(semaphores, expected) and torch.equal(earlier, found)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,10 +12,12 @@ from distflash.geometry import Geometry
 from distflash.kernels.base import Abilities
 from distflash.overlap import overlap
 from distflash.plan import Gradients, What
+from distflash.turns import turns_of
 from tests.plans import check
 from tests.strategies import examples, geometries, schedules
 
-abilities = st.builds(Abilities, st.booleans(), st.booleans(), st.integers(0, 40), st.booleans())
+blocks = st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9))
+abilities = st.builds(Abilities, st.booleans(), st.booleans(), st.integers(0, 40), st.booleans(), blocks)
 
 
 @examples(200)
@@ -106,3 +109,18 @@ def test_the_last_gradients_travel_while_queries_get_theirs(world_size):
     assert before.passes[-1].gradients is Gradients.OF_KEYS
     assert [each.gradients for each in last.passes] == [Gradients.OF_QUERIES] and last.transfers
     assert replace(last.passes[0], gradients=Gradients.ALL, visible=()).last
+
+
+@pytest.mark.parametrize("schedule", [df.Ring(), df.AllGather(), df.PassQuery()], ids=repr)
+def test_a_kernel_that_adds_in_an_order_finds_it_in_the_passes_of_backward(schedule):
+    geometry = Geometry.of_sequence(df.Causal() & (df.Window(30) | df.FirstTokens(9)), df.Zigzag(), 120, 3)
+    plan = overlap(schedule.plan(geometry, 1), 2, 1, Abilities(two_sources=True, ordered_blocks=(16, 8)), True)
+    assert all(each.turns is None for each in plan.passes)
+    assert len(plan.backward_passes) > 1
+    for each in plan.backward_passes:
+        expected = turns_of(each.visible[0], 16, 8)
+        assert torch.equal(each.turns.earlier, expected.earlier) and torch.equal(each.turns.ended, expected.ended)
+    moved = plan.to(torch.device("meta"))  # as the plan's other tables are
+    assert all(each.turns.earlier.is_meta and each.turns.ended.is_meta for each in moved.backward_passes)
+    others = overlap(schedule.plan(geometry, 1), 2, 1, Abilities(two_sources=True), True)
+    assert all(each.turns is None for each in (*others.passes, *others.backward_passes))

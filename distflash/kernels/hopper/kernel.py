@@ -15,8 +15,16 @@ from torch import Tensor
 
 from distflash.kernels.base import Abilities, BackwardContext, Kernel, KeyGradient, Keys, Problem, QueryGradient, Scores
 from distflash.kernels.decoding import Decoding
-from distflash.kernels.hopper.tiles import KEYS, ORDERED, BackwardTile, ForwardTile, backward_tile, forward_tile, padded
-from distflash.kernels.hopper.turns import turns_of
+from distflash.kernels.hopper.tiles import (
+    KEYS,
+    ORDERED,
+    QUERIES,
+    BackwardTile,
+    ForwardTile,
+    backward_tile,
+    forward_tile,
+    padded,
+)
 from distflash.kernels.launch import Launch
 from distflash.kernels.machine import Machine, machine_of
 from distflash.kernels.replay import Replays, facts_of, of_dropout, of_keys, of_state
@@ -24,6 +32,7 @@ from distflash.kernels.triton import Triton
 from distflash.kernels.versions import gluon_reasons
 from distflash.partial import Partial
 from distflash.plan import Gradients, Pass
+from distflash.turns import Turns, turns_of
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257, 8)
@@ -99,7 +108,7 @@ class Hopper(Kernel):
 
     def abilities(self, device: torch.device) -> Abilities:
         if self.deterministic:
-            return Abilities(two_sources=True)
+            return Abilities(two_sources=True, ordered_blocks=(KEYS, QUERIES))
         return Abilities(two_sources=True, some_heads=True, smallest_work=ROUNDS * KEYS * self._programs(device))
 
     def rehearsing(self, machine: Machine) -> Hopper | None:
@@ -150,10 +159,16 @@ class Hopper(Kernel):
         sums = saved.dq_accum
         if each.first:
             sums.zero_()  # with the counter
+        turns = None
+        if saved.semaphores is not None:
+            # A pass of a plan that was not made for this kernel has none. These are of this call alone: tensors that
+            # outlive it may lie in the memory of a CUDA graph.
+            turns = each.turns or turns_of(keys.rows, KEYS, QUERIES)
+            saved.semaphores.copy_(turns.ended)  # of every head
         if each.heads is None and self._few(saved.q, keys.k):
-            self._backward_spread(saved, keys, scores, dkv)
+            self._backward_spread(saved, keys, scores, dkv, turns)
         else:
-            self._backward(saved, keys, scores, dkv, each.heads or range(keys.k.shape[2]))
+            self._backward(saved, keys, scores, dkv, each.heads or range(keys.k.shape[2]), turns)
         if each.last:
             tensors = [sums, dq.final]
             facts = scores.facts, facts_of(dq.final)
@@ -166,7 +181,9 @@ class Hopper(Kernel):
         # With few queries, copying and adding take the host longer than they save.
         return H > G and T >= 4 * K and self._programs(k.device) >= 4 * B * G * -(-K // KEYS)
 
-    def _backward_spread(self, saved: BackwardContext, keys: Keys, scores: Scores, dkv: KeyGradient) -> None:
+    def _backward_spread(
+        self, saved: BackwardContext, keys: Keys, scores: Scores, dkv: KeyGradient, turns: Turns | None
+    ) -> None:
         """`_backward` with a copy of the keys for each query head, which makes more work tiles.
 
         The copies' gradients are added in float32. For few keys that many queries see, such as attention sinks.
@@ -174,11 +191,19 @@ class Hopper(Kernel):
         heads = saved.q.shape[2]
         k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (keys.k, keys.v))
         each = KeyGradient(*(torch.empty_like(x, dtype=torch.float32) for x in (k, v)))
-        self._backward(saved, Keys(k, v, keys.rows), scores, each, range(heads))
+        self._backward(saved, Keys(k, v, keys.rows), scores, each, range(heads), turns)
         for total, parts in ((dkv.dk, each.dk), (dkv.dv, each.dv)):
             total.copy_(parts.unflatten(2, (total.shape[2], -1)).sum(3))
 
-    def _backward(self, saved: BackwardContext, keys: Keys, scores: Scores, dkv: KeyGradient, heads: range) -> None:
+    def _backward(
+        self,
+        saved: BackwardContext,
+        keys: Keys,
+        scores: Scores,
+        dkv: KeyGradient,
+        heads: range,
+        turns: Turns | None,
+    ) -> None:
         from distflash.kernels.hopper import launches
 
         # The kernel skips blocks of keys that no query sees.
@@ -186,12 +211,7 @@ class Hopper(Kernel):
             for gradient in (dkv.dk, dkv.dv):
                 gradient[:, unseen.start : unseen.stop, heads.start : heads.stop].zero_()
 
-        rows, earlier = keys.rows, None
-        if saved.semaphores is not None:
-            # Anew in each pass: tensors that outlive a call may lie in the memory of a CUDA graph.
-            turns = turns_of(rows)
-            saved.semaphores.copy_(turns.ended)  # of every head
-            earlier = turns.earlier
+        rows, earlier = keys.rows, None if turns is None else turns.earlier
 
         def build() -> Launch:
             tile = self._backward_tile(keys.k.shape[-1], keys.v.shape[-1])

@@ -16,8 +16,8 @@ from distflash.geometry import Geometry
 from distflash.intervals import Intervals, build
 from distflash.kernels.hopper import common
 from distflash.kernels.hopper.tiles import KEYS, QUERIES
-from distflash.kernels.hopper.turns import turns_of
 from distflash.layouts import Contiguous, Zigzag
+from distflash.turns import turns_of
 from tests.oracle import Blind
 from tests.pure.test_hopper_common import Pointer, blocks, in_python, span, visited
 from tests.strategies import examples
@@ -48,7 +48,7 @@ def tiles_of(rows: Intervals) -> list[list[int]]:
 @examples(200)
 @given(columns())
 def test_turns_count_the_earlier_blocks_of_a_tile(rows):
-    turns, adds = turns_of(rows), tiles_of(rows)
+    turns, adds = turns_of(rows, KEYS, QUERIES), tiles_of(rows)
     assert turns.earlier.dtype == turns.ended.dtype == torch.int32
     assert len(turns.earlier) == len(adds) and len(turns.ended) == -(-len(rows.row_lo) // QUERIES)
     for block, tiles in enumerate(adds):
@@ -85,7 +85,7 @@ def run(rows: Intervals, heads: int, heads_at_once: int, programs: int, seed: in
     Raises:
         AssertionError: no program can go on, and work is left.
     """
-    chance, turns, adds = random.Random(seed), turns_of(rows), tiles_of(rows)
+    chance, turns, adds = random.Random(seed), turns_of(rows, KEYS, QUERIES), tiles_of(rows)
     earlier = turns.earlier.tolist()
     semaphores = {(head, tile): n for head in range(heads) for tile, n in enumerate(turns.ended.tolist())}
     waiting = [(b, h) for b, h in issued(len(adds), heads, heads_at_once) if adds[b]][::-1]

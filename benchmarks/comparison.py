@@ -118,12 +118,17 @@ def kernel_of(cp: df.ContextParallel, inputs: tuple[Tensor, ...]) -> Kernel:
 
 
 def reference_for(
-    inputs: tuple[Tensor, ...], mask: df.Mask, cp: df.ContextParallel, seq_len: int
+    inputs: tuple[Tensor, ...],
+    mask: df.Mask,
+    cp: df.ContextParallel,
+    seq_len: int,
+    dropout: reference.Dropped = reference.NOTHING,
 ) -> reference.Reference:
     """The float64 reference at sampled tokens. It uses distflash's log-sum-exp, after checking it."""
+    numbers = dict(dropout_p=dropout.p, dropout_seed=dropout.seed)
     with torch.no_grad():
-        out, lse = df.attention(*inputs[:3], mask=mask, cp=cp, seq_len=seq_len, return_lse=True)
-    return reference.sample(*inputs, out, lse, mask=mask, cp=cp, seq_len=seq_len)
+        out, lse = df.attention(*inputs[:3], mask=mask, cp=cp, seq_len=seq_len, return_lse=True, **numbers)
+    return reference.sample(*inputs, out, lse, mask=mask, cp=cp, seq_len=seq_len, dropout=dropout)
 
 
 @dataclass

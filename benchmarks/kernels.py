@@ -21,7 +21,9 @@ from benchmarks import common, pictures
 from benchmarks.common import Shape
 from benchmarks.comparison import BACKWARD, FORWARD, Comparison, Passes, kernel_of, ours, reference_for
 from benchmarks.peers import local
+from distflash.dropout import Dropout
 from distflash.kernels.base import Kernel, KeyGradient, Keys, QueryGradient, Scores
+from distflash.overlap import overlap
 from distflash.partial import Partial
 
 OURS, PORTABLE, BARE = "distflash", "distflash, portable", "distflash, bare"
@@ -47,11 +49,19 @@ MORE = [
 ]
 
 
-def bare(inputs: tuple[Tensor, ...], mask: df.Mask, kernel: Kernel) -> Passes:
-    """Distflash's kernel without autograd, engine and allocation; backward without the preprocess kernel."""
+def bare(
+    inputs: tuple[Tensor, ...],
+    mask: df.Mask,
+    kernel: Kernel,
+    dropout: Dropout | None = None,
+    with_preprocess: bool = False,
+) -> Passes:
+    """Distflash's kernel without autograd, engine and allocation; backward with or without the preprocess kernel."""
     q, k, v, dout = (x.detach() for x in inputs)
-    (only,) = df.ContextParallel(df.transport.Alone()).plan(mask, q.shape[1], q.device).passes
-    keys, scores = Keys(k, v, only.visible[0]), Scores(q.shape[-1] ** -0.5)
+    plan = df.ContextParallel(df.transport.Alone()).plan(mask, q.shape[1], q.device)
+    plan = overlap(plan, k.shape[2], q.shape[0], kernel.abilities(q.device), intra_node=True)
+    (only,), (back,) = plan.passes, plan.backward_passes
+    keys, scores = Keys(k, v, only.visible[0]), Scores(q.shape[-1] ** -0.5, dropout=dropout)
     into = Partial.empty(q, v.shape[-1], between=False)
     dq = QueryGradient(torch.empty_like(q), None)
     dkv = KeyGradient(torch.empty_like(k), torch.empty_like(v))
@@ -63,7 +73,8 @@ def bare(inputs: tuple[Tensor, ...], mask: df.Mask, kernel: Kernel) -> Passes:
     saved = kernel.preprocess(q, into.final, into.lse, dout, None)
 
     def backward() -> None:
-        kernel.backward(saved, keys, only, scores, dq, dkv)
+        context = kernel.preprocess(q, into.final, into.lse, dout, None) if with_preprocess else saved
+        kernel.backward(context, keys, back, scores, dq, dkv)
 
     backward()
     results = {"out": into.final, "dq": dq.final, "dk": dkv.dk, "dv": dkv.dv}

@@ -19,14 +19,19 @@ CUDNN, FLASH, FLASH4, FLEX = "SDPA cuDNN", "SDPA flash", "flash-attn-4", "FlexAt
 
 
 @cache
-def sdpa(backend: SDPBackend) -> Candidate:
+def sdpa(backend: SDPBackend, dropout_p: float = 0.0) -> Candidate:
     """PyTorch's scaled_dot_product_attention with one of its kernels: full and causal."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: df.Mask) -> Tensor:
         require(mask, df.Full, df.Causal)
         with sdpa_kernel(backend):
             return scaled_dot_product_attention(
-                q, k, v, is_causal=isinstance(mask, df.Causal), enable_gqa=q.shape[1] != k.shape[1]
+                q,
+                k,
+                v,
+                dropout_p=dropout_p,
+                is_causal=isinstance(mask, df.Causal),
+                enable_gqa=q.shape[1] != k.shape[1],
             )
 
     return Candidate(attend, heads_first=True)

@@ -457,7 +457,7 @@ def differ(words, length, batches, W: tl.constexpr, WP: tl.constexpr):
 
 @triton.jit
 def grow_dealt(counts, lengths, batch, NEW: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
-    """A sequence's new keys, dealt by `distflash.kernels.decoding.keepers`."""
+    """A sequence's new keys, dealt as by `distflash.cache_balance.storing_ranks`."""
     ranks = tl.arange(0, WP)
     each = tl.load(counts + batch * W + ranks, mask=ranks < W, other=0)
     lacking = tl.where(ranks < W, each[:, None] - each[None, :] + (ranks[None, :] < ranks[:, None]).to(tl.int32), 0)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,7 +87,8 @@ def plot_curves(path: Path, curves: Mapping[str, Curve], before: float, whole: i
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("optimizer step of uptraining")
     axes.set_ylabel("held-out loss (nats per byte)")
-    share = axes.secondary_xaxis("top", functions=(lambda step: 100 * step / whole, lambda part: part * whole / 100))
+    percent: Any = (lambda step: 100 * step / whole, lambda part: part * whole / 100)  # to the other axis, and back
+    share = axes.secondary_xaxis("top", functions=percent)
     share.set_xlabel("% of the original's steps")
     axes.grid(alpha=0.3)
     axes.spines[["right"]].set_visible(False)

@@ -186,7 +186,7 @@ class _Account:
 
     def _adds_to_own_keys(self) -> bool:
         rank = self.plan.rank
-        return bool(self.plan.arrivals(What.KEY_GRADIENTS)) or any(
+        return bool(self.plan.arrivals[What.KEY_GRADIENTS]) or any(
             each.adds for each in self.plan.backward_passes if rank in each.sources
         )
 

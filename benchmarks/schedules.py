@@ -122,8 +122,8 @@ def count(case: Case, schedule: df.schedules.Schedule, rank: int) -> tuple[Count
         torch.empty(1, n, h, case.dim, dtype=torch.bfloat16, device=META)
         for n, h in ((T, case.heads), (K, case.kv_heads), (K, case.kv_heads), (T, case.heads))
     )
-    lengths = [S, S - q_len, -1 if case.q_len is None else q_len]
-    call, _ = cp.calls.recipe(case.mask, Numbers()).forward_call(q, k, v, Given(lengths), True)
+    given = Given([S, S - q_len, -1 if case.q_len is None else q_len])
+    call, _ = cp.calls.recipe(case.mask, Numbers()).prepared(q, k, v, given, True).forward_call(given)
     with Meter() as meter:
         meter.ignore(q, k, v, dout)
         out, lse, _ = attend.forward(q, k, v, call)

@@ -10,11 +10,11 @@ from typing import Literal, Never, TypedDict, Unpack, overload
 
 from torch import Tensor
 
-from distflash import keywords, lengths, ops, prefill, transforms, validation
+from distflash import keywords, lengths, ops, prefill, repeats, transforms, validation
 from distflash.cache import Cache
 from distflash.context import ALONE, ContextParallel, as_given
 from distflash.dropout import as_seed
-from distflash.given import Numbers
+from distflash.given import PLAIN, Given, Numbers
 from distflash.integers import as_int
 from distflash.layouts import Layout
 from distflash.masks import Full, Mask
@@ -149,6 +149,19 @@ def attention(
     cp = (cache.cp if isinstance(cache, Cache) else ALONE) if cp is None else cp
     if not isinstance(cp, ContextParallel):
         raise ValueError(f"cp: expected a ContextParallel or None, got {cp!r}; make one of the process group first")
+    key = None
+    if (
+        not unknown
+        and cache is None
+        and sinks is None
+        and alibi_slopes is None
+        and dropout_seed is None
+        and kv_layout is None
+    ):
+        sizes, numbers = (seq_len, q_start, q_len), (scale, softcap, dropout_p)
+        key = repeats.key_of((q, k, v), mask, sizes, numbers, return_max_logits)
+        if key is not None and (repeat := cp.repeats.get(key)) is not None:
+            return _asked(ops.eager(q, k, v, PLAIN, repeat[0]), return_lse, return_max_logits)
     self_attention = q_len is None and kv_layout is None and as_int(q_start) == 0
     # The error message of the first check that fails, or None. (Not a `kernels.Problem`.)
     problem = (
@@ -169,8 +182,9 @@ def attention(
     softcap, dropout_p = ((validation.as_number(x) or 0.0) + 0.0 for x in (softcap, dropout_p))  # -0.0 is 0.0
     if cache is not None:
         tokens_of_chunk = k.shape[1] * cp.world_size if seq_len is None else lengths.as_length(seq_len)
-        numbers = Numbers(scale, softcap, dropout_p)
-        forward = prefill.Forward(cp, cache, mask, tokens_of_chunk, numbers, sinks, alibi_slopes)
+        forward = prefill.Forward(
+            cp, cache, mask, tokens_of_chunk, Numbers(scale, softcap, dropout_p), sinks, alibi_slopes
+        )
         out, lse = prefill.prefill(q, k, v, forward)
         return (out, lse) if return_lse else out
     seed = None
@@ -179,7 +193,20 @@ def attention(
             cp.refuse(problem, in_attention=True)
         seed = as_seed(dropout_seed, q.device)
     recipe_id, data = cp.recipe(mask, Numbers(scale, softcap, dropout_p, kv_layout, max_logits=return_max_logits))
-    out, lse, max_logits = ops.call(q, k, v, sinks, alibi_slopes, seed, tokens, recipe_id, data)
+    if key is None:
+        found = ops.call(q, k, v, sinks, alibi_slopes, seed, tokens, recipe_id, data)
+    else:
+        prepared = ops.prepare(q, k, v, Given(tokens), recipe_id, data)
+        repeats.remember(cp.repeats, key, prepared, mask)
+        found = ops.eager(q, k, v, PLAIN, prepared)
+    return _asked(found, return_lse, return_max_logits)
+
+
+def _asked(
+    found: tuple[Tensor, Tensor, Tensor | None], return_lse: bool, return_max_logits: bool
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """Of ``(out, lse, max_logits)``, what the caller asked for."""
+    out, lse, max_logits = found
     if return_max_logits:
         assert max_logits is not None
         return (out, lse, max_logits) if return_lse else (out, max_logits)

@@ -40,8 +40,7 @@ class PlacedCall:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, placed: PlacedCall) -> tuple[Tensor, Tensor, Tensor | None]:
     """``(out, lse, max_logits)``, see `engine.forward`; max_logits ``[heads]`` of all ranks, None if not asked for."""
-    # As kernels and transports read them from memory: k and v contiguous, and no view that negates.
-    q, k, v = q.resolve_neg(), k.contiguous().resolve_neg(), v.contiguous().resolve_neg()
+    q, k, v = _as_in_memory(q, k, v)
     if placed.placements:
         with named("placement inward"):
             (q,), (k, v), _ = inward(placed.placements, Held((q,), (k, v)))
@@ -57,8 +56,8 @@ def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, placed: PlacedCall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``(dq, dk, dv, dsinks)``, see `engine.backward`."""
-    dtype, dout = k.dtype, dout.resolve_neg()
-    q, k, v = q.resolve_neg(), k.contiguous().resolve_neg(), v.contiguous().resolve_neg()
+    dtype, dout = k.dtype, dout.resolve_neg() if dout.is_neg() else dout
+    q, k, v = _as_in_memory(q, k, v)
     if not placed.placements:
         return _backward(dout, dlse, q, k, v, out, lse, placed.call)
     dlse = torch.zeros_like(lse) if dlse is None else dlse  # all ranks send the same tensors
@@ -70,6 +69,14 @@ def backward(
         seen = outward(placed.placements, Held((dq,), (dk, dv)))
     dk, dv = (x.to(dtype) for x in seen.keys)
     return seen.queries[0], dk, dv, _of_all_heads(dsinks, placed)
+
+
+def _as_in_memory(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As kernels and transports read them from memory: k and v contiguous, and no view that negates."""
+    k, v = k.contiguous(), v.contiguous()
+    if q.is_neg() or k.is_neg() or v.is_neg():
+        return q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
+    return q, k, v
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:

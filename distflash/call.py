@@ -1,9 +1,10 @@
 """From arguments to an `engine.Call`: the choice of the kernel, the agreement of the ranks, and the plan.
 
 The path of a call: `Recipe` (mask, numbers, group) and `Signature` (shapes, dtype, lengths) give a `Specification`,
-which is the key of a cache; `Prepared` is what the cache holds (kernel, plan, redistributions); `PlacedCall` adds the
-tensors of this call (sinks, ALiBi slopes) and has the `engine.Call`. A `Template` is a `Recipe` whose mask and
-numbers may be inputs of a compiled graph. Ops find both by an integer id, in `templates`.
+which is the key of a cache; `Prepared` is what the cache holds (kernel, plan, redistributions). After the agreement of
+the ranks it gives a `PlacedCall`, which has the tensors of this call (sinks, ALiBi slopes) and the `engine.Call`. A
+`Template` is a `Recipe` whose mask and numbers may be inputs of a compiled graph. Ops find both by an integer id, in
+`templates`.
 
 [Note: shapes] B batch, T local tokens, S global tokens, H query heads, G key/value heads.
 """
@@ -30,7 +31,7 @@ from distflash.engine import Call
 from distflash.exact import Exact, Same
 from distflash.folding import Folding
 from distflash.geometry import Geometry, Sharded
-from distflash.given import Given, Numbers, Signature
+from distflash.given import PLAIN, Given, Numbers, Signature
 from distflash.horizon import Horizon
 from distflash.kernels import Hopper, Kernel, Problem, Reference, Triton
 from distflash.kernels.base import Scores
@@ -106,6 +107,11 @@ class Calls:
     def recipe_of_new(self, mask: Mask, numbers: Numbers) -> Recipe:
         """`recipe` for a mask object that is used only once; cached by the mask's value."""
         return self._recipes(Exact(mask), numbers)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether backward checks that all ranks run the backward of the same forward call."""
+        return self.agreement.every_call and self.transport.world_size > 1
 
     def refuse(self, problem: str) -> NoReturn:
         """Raise ``problem`` on this rank, and make ranks that compare the same attention call raise as well."""
@@ -217,8 +223,48 @@ class Prepared:
 
     @cached_property
     def plain(self) -> PlacedCall:
-        """The call without sinks and slopes: one object for all calls."""
-        return self.attention(Given(()))
+        """The call without sinks, slopes and dropout: one object for all calls."""
+        return self.attention(PLAIN)
+
+    def forward_call(self, given: Given) -> tuple[PlacedCall, int]:
+        """The call, after the agreement of the ranks, and its number.
+
+        Raises:
+            ValueError: on every rank, if any rank's arguments are wrong or ranks disagree.
+        """
+        number = self.calls.agreement.require_next(lambda: self._fields(given), self.specification)
+        return self._call(given), number
+
+    def backward_call(self, given: Given, number: Tensor | None) -> PlacedCall:
+        """The call of the forward that returned ``number``, or None where the ranks do not compare it.
+
+        Raises:
+            ValueError: on every rank, if a rank makes another call at the same time.
+        """
+        if number is not None:
+            self.calls.agreement.require(BACKWARD, dict, number=int(number))
+        return self._call(given)
+
+    def _call(self, given: Given) -> PlacedCall:
+        if (plain := given.is_plain) and "plain" in self.__dict__:  # nothing is left to do that could fail
+            return self.plain
+        with preparing(self.calls.transport):
+            return self.plain if plain else self.attention(given)
+
+    def _fields(self, given: Given) -> Fields:
+        """What has to be equal on all ranks, by names for errors."""
+        calls, tokens = self.calls, self.specification.tokens
+        layout = tokens.layout or calls.layout
+        held = layout.fingerprint(tokens.q_len, calls.transport.world_size)
+        return self.specification.fields() | {
+            "layout": (layout, held) if held else layout,
+            "schedule": calls.schedule,
+            "check_every_call": calls.agreement.every_call,
+            "kernel": self.kernel,
+            "the values of sinks": _values(given.sinks),
+            "the values of alibi_slopes": _values(given.alibi_slopes),
+            "the value of dropout_seed": _values(given.dropout_seed),
+        }
 
     def attention(self, given: Given) -> PlacedCall:
         """The call."""
@@ -250,8 +296,8 @@ class _Numbered:
 
     @property
     def numbered(self) -> bool:
-        """Whether backward checks that all ranks run the backward of the same forward call."""
-        return self.calls.agreement.every_call and self.calls.transport.world_size > 1
+        """See `Calls.numbered`."""
+        return self.calls.numbered
 
     def filled(self, data: Data) -> Recipe:
         """The recipe with its data, which only calls in compiled graphs have."""
@@ -271,39 +317,20 @@ class Recipe(_Numbered):
     def filled(self, data: Data) -> Recipe:
         return self
 
-    def forward_call(self, q: Tensor, k: Tensor, v: Tensor, given: Given, needs_grad: bool) -> tuple[PlacedCall, int]:
-        """The call, after the agreement of the ranks, and its number.
+    def prepared(self, q: Tensor, k: Tensor, v: Tensor, given: Given, needs_grad: bool) -> Prepared:
+        """What is prepared for calls with such tensors. needs_grad: whether a backward may follow.
 
         Raises:
-            ValueError: on every rank, if any rank's arguments are wrong or ranks disagree.
+            ValueError: a length is wrong, or no kernel or schedule supports the call.
         """
-        prepared = self._prepared(q, k, v, given, needs_grad)
-        number = self.calls.agreement.require_next(lambda: self._fields(prepared, given), prepared.specification)
-        with preparing(self.calls.transport):
-            return self._call(prepared, given), number
-
-    def backward_call(self, q: Tensor, k: Tensor, v: Tensor, given: Given, number: Tensor | None) -> PlacedCall:
-        """The call of the forward that returned ``number``.
-
-        Raises:
-            ValueError: on every rank, if a rank makes another call at the same time.
-        """
-        if self.numbered:
-            assert number is not None
-            self.calls.agreement.require(BACKWARD, dict, number=int(number))
-        prepared = self._prepared(q, k, v, given, True)
-        with preparing(self.calls.transport):
-            return self._call(prepared, given)
-
-    def positions(self, x: Tensor, given: Sequence[int]) -> Tensor:
-        """int64 ``[T]``: the positions of this rank's tokens, from the lengths of a `Given`."""
-        return self.calls.positions(self._tokens("x", x.shape, x.shape, given)).to(x.device)
-
-    def _prepared(self, q: Tensor, k: Tensor, v: Tensor, given: Given, needs_grad: bool) -> Prepared:
         sinks, alibi = given.sinks is not None, given.alibi_slopes is not None
         shapes = q.shape, k.shape, v.shape
         signature = Signature(*shapes, q.dtype, q.device, tuple(given.lengths), sinks, alibi, needs_grad)
         return self.calls.prepared_for(self, signature)
+
+    def positions(self, x: Tensor, given: Sequence[int]) -> Tensor:
+        """int64 ``[T]``: the positions of this rank's tokens, from the lengths of a `Given`."""
+        return self.calls.positions(self._tokens("x", x.shape, x.shape, given)).to(x.device)
 
     def specify(self, asked: Signature) -> Specification:
         """The specification of a call, once this rank's lengths are known and checked."""
@@ -344,26 +371,6 @@ class Recipe(_Numbered):
         )
         problem = problem or lengths.rows_problem(mask, q[0], seq_len)
         return calls.refuse(problem) if problem is not None else tokens
-
-    def _call(self, prepared: Prepared, given: Given) -> PlacedCall:
-        if given.sinks is None and given.alibi_slopes is None and given.dropout_seed is None:
-            return prepared.plain
-        return prepared.attention(given)
-
-    def _fields(self, prepared: Prepared, given: Given) -> Fields:
-        """What has to be equal on all ranks, by names for errors."""
-        layout = self.numbers.layout or self.calls.layout
-        tokens = prepared.specification.tokens.q_len
-        held = layout.fingerprint(tokens, self.calls.transport.world_size)
-        return prepared.specification.fields() | {
-            "layout": (layout, held) if held else layout,
-            "schedule": self.calls.schedule,
-            "check_every_call": self.calls.agreement.every_call,
-            "kernel": prepared.kernel,
-            "the values of sinks": _values(given.sinks),
-            "the values of alibi_slopes": _values(given.alibi_slopes),
-            "the value of dropout_seed": _values(given.dropout_seed),
-        }
 
 
 @dataclass(eq=False)

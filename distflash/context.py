@@ -26,6 +26,7 @@ from distflash.kernels import Kernel
 from distflash.layouts import Layout, Zigzag
 from distflash.masks import Full, Mask
 from distflash.plan import Plan
+from distflash.repeats import Repeats
 from distflash.schedules import Ring, Schedule
 from distflash.sharding import Sharding
 from distflash.specification import CallTokens
@@ -98,6 +99,7 @@ class ContextParallel(Sharding):
         every_call = self.transport.verifies_every_call if check_every_call is None else check_every_call
         self.agreement = Agreement(self.transport, every_call)
         self.calls = Calls(self.transport, layout, self.schedule, kernel, self.agreement)
+        self.repeats: Repeats = {}
         # By it torch.compile knows which group a graph was made for, see `_template`. A string, since an int may become
         # a symbol.
         self._name = f"context_parallel_{new_number()}"
@@ -162,7 +164,7 @@ class ContextParallel(Sharding):
             return self
         validation.require_layout(layout)
         other = object.__new__(ContextParallel)
-        other.__dict__.update(self.__dict__, layout=layout)
+        other.__dict__.update(self.__dict__, layout=layout, repeats={})
         return other
 
     def warm_up(

@@ -67,7 +67,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     q = q.contiguous() if plan.moves_queries else q
     exchange = Exchange(plan, transport, {What.KEYS: (k, v), What.QUERIES: (q,)})
     exchange.tensors |= {(What.KEYS, plan.rank): (k, v), (What.QUERIES, plan.rank): (q,)}
-    exchange.derived[What.QUERIES, plan.rank] = own  # the softmax state of the queries, by their rank
     # Only the rank that holds the queries adds the sinks.
     remote_scores = replace(call.scores, sinks=None) if plan.moves_queries else call.scores
     if own.running is not None:
@@ -76,8 +75,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     for stage in exchange.walk(plan.forward, plan.done_with[0]):
         for each in stage.passes:
             (queries,) = exchange.tensors[What.QUERIES, each.queries]
-            scores = call.scores if each.queries == plan.rank else remote_scores
-            into = state_of(each, exchange, v.shape[-1])
+            local = each.queries == plan.rank
+            scores, into = (call.scores, own) if local else (remote_scores, state_of(each, exchange, v.shape[-1]))
             kernel.forward(queries, keys_of(each, exchange), each, scores, into)
     if plan.merges:
         own.finish(kernel.base, call.scores.sinks)
@@ -108,11 +107,11 @@ def backward(
     for stage in exchange.walk(plan.backward, plan.done_with[1]):
         for each in stage.passes:
             gradients.compute(each, *keys_of(each, exchange))  # no local variable, so that received keys can be freed
-    return *gradients.finish(), gradients.of_sinks()
+    return *gradients.finish(), None if call.scores.sinks is None else gradients.of_sinks(call.scores.sinks)
 
 
 def state_of(each: Pass, exchange: Exchange, d_v: int) -> Partial:
-    """The running softmax of the pass's queries. For queries of another rank it starts here and is sent back."""
+    """The running softmax of another rank's queries, which starts here and is sent back."""
     name = What.QUERIES, each.queries
     if name not in exchange.derived:
         (queries,) = exchange.tensors[name]
@@ -126,6 +125,9 @@ def state_of(each: Pass, exchange: Exchange, d_v: int) -> Partial:
 
 def keys_of(each: Pass, exchange: Exchange) -> tuple[Keys, ...]:
     """K and V of each source of the pass."""
+    if len(each.sources) == 1:
+        (source,), (rows,) = each.sources, each.visible
+        return (Keys(*exchange.keys(source, rows.keys), rows),)
     return tuple(
         [Keys(*exchange.keys(source, rows.keys), rows) for source, rows in zip(each.sources, each.visible, strict=True)]
     )

@@ -65,12 +65,15 @@ class Exchange:
 
     def _start(self, stage: Stage, number: int) -> None:
         for until, received, sent in stage.exchanges:
-            arriving = [(transfer, self._receive_buffers(transfer)) for transfer in received]
-            sends, receives = [], []
+            arriving: list[tuple[Transfer, Tensors]] = []
+            sends: list[Message] = []
+            receives: list[Message] = []
+            for transfer in received:
+                buffers = self._receive_buffers(transfer)
+                arriving.append((transfer, buffers))
+                _add_messages(receives, transfer, buffers, number)
             for transfer in sent:
-                sends += _messages(transfer, self._sent_tensors(transfer), number)
-            for transfer, tensors in arriving:
-                receives += _messages(transfer, tensors, number)
+                _add_messages(sends, transfer, self._sent_tensors(transfer), number)
             self._in_flight.append((until, self.transport.exchange(sends, receives), arriving))
 
     def _finish(self, number: int) -> None:
@@ -91,7 +94,12 @@ class Exchange:
 
     def _receive_buffers(self, transfer: Transfer) -> Tensors:
         """Contiguous buffers for a transfer that is received."""
-        return tuple([x.new_empty(_with_tokens(x, transfer.count)) for x in self.prototypes[transfer.what]])
+        buffers: Tensors = ()
+        for x in self.prototypes[transfer.what]:
+            shape = list(x.shape)
+            shape[1 if x.dim() == 4 else 2] = transfer.count  # `tokens_of`, inlined to save host time
+            buffers += (x.new_empty(shape),)
+        return buffers
 
     def _sent_tensors(self, transfer: Transfer) -> Sequence[Tensor]:
         """The tensors of a transfer that is sent, contiguous."""
@@ -101,11 +109,12 @@ class Exchange:
         return tensors if transfer.rows is None else [take(x, transfer.rows) for x in tensors]
 
 
-def _messages(transfer: Transfer, tensors: Sequence[Tensor], number: int) -> list[Message]:
+def _add_messages(messages: list[Message], transfer: Transfer, tensors: Sequence[Tensor], number: int) -> None:
     # Error messages name keys by the step that reads them, and gradients by the step that computed them.
     step = number - 1 if transfer.what in _SENT_ONCE else transfer.until
     words = _words(transfer.what, step)
-    return [Message(x, transfer.peer, words) for x in tensors]
+    for x in tensors:
+        messages.append(Message(x, transfer.peer, words))
 
 
 # What is computed for another rank.
@@ -124,12 +133,6 @@ def _words(what: What, step: int) -> str:
     return f"{_WORDS[what]} of step {step}"
 
 
-def _with_tokens(x: Tensor, count: int) -> list[int]:
-    shape = list(x.shape)
-    shape[1 if x.dim() == 4 else 2] = count  # `tokens_of`, inlined to save host time
-    return shape
-
-
 def tokens_of(x: Tensor) -> int:
     """The dimension of the tokens, see [Note: tokens]."""
     return 1 if x.dim() == 4 else 2
@@ -141,6 +144,8 @@ def take(x: Tensor, rows: tuple[range, ...] | None) -> Tensor:
         return x
     dim = 1 if x.dim() == 4 else 2
     if len(rows) == 1:
+        if len(rows[0]) == x.shape[dim]:
+            return x.contiguous()
         return x.narrow(dim, rows[0].start, len(rows[0])).contiguous()
     return torch.cat([x.narrow(dim, r.start, len(r)) for r in rows], dim)
 
@@ -149,5 +154,7 @@ def copy_of(x: Tensor, rows: tuple[range, ...]) -> Tensor:
     """A new contiguous copy of the tokens in ``rows``; never a view of ``x``, as `take` may return."""
     dim = tokens_of(x)
     pieces = [x.narrow(dim, r.start, len(r)) for r in rows]
-    into = x.new_empty(_with_tokens(x, sum(map(len, rows))))
+    shape = list(x.shape)
+    shape[dim] = sum(map(len, rows))
+    into = x.new_empty(shape)
     return torch.cat([x.narrow(dim, 0, 0), *pieces], dim, out=into)

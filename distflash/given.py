@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,15 @@ class Given:
     sinks: Tensor | None = None
     alibi_slopes: Tensor | None = None
     dropout_seed: Tensor | None = None
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether it has none of these tensors."""
+        return self.sinks is None and self.alibi_slopes is None and self.dropout_seed is None
+
+
+# The arguments of a call whose lengths are known already, and which has no other tensors.
+PLAIN = Given(())
 
 
 @dataclass(frozen=True)

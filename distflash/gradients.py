@@ -33,8 +33,8 @@ class GradientBuffers:
         self.kv, self.q = exchange.tensors[What.KEYS, rank], exchange.tensors[What.QUERIES, rank][0]
         self.accumulator = accumulator_dtype(self.q.dtype)
         self.keys_dtype = self.kv[0].dtype if rounds_keys else self.accumulator
-        self.of_keys = Sum(self._own_keys(), self.plan.arrivals(What.KEY_GRADIENTS))
-        self.of_queries = Sum((self._own_queries(),), self.plan.arrivals(What.QUERY_GRADIENTS))
+        self.of_keys = Sum(self._own_keys(), self.plan.arrivals[What.KEY_GRADIENTS])
+        self.of_queries = Sum((self._own_queries(),), self.plan.arrivals[What.QUERY_GRADIENTS])
         exchange.prototypes |= {What.KEY_GRADIENTS: self.of_keys.own, What.QUERY_GRADIENTS: self.of_queries.own}
         exchange.on_arrival |= {What.KEY_GRADIENTS: self.of_keys.add, What.QUERY_GRADIENTS: self.of_queries.add}
 
@@ -49,7 +49,7 @@ class GradientBuffers:
             dkv = KeyGradient(*self._buffers(*each.sources))
             self.kernel.backward(saved, keys, each, self.scores, dq, dkv)
             return
-        part = KeyGradient(*[x.new_empty(x.shape, dtype=self.accumulator) for x in (keys.k, keys.v)])
+        part = KeyGradient(*_like((keys.k, keys.v), self.accumulator))
         self.kernel.backward(saved, keys, each, self.scores, dq, part)
         rows, heads = keys.rows.keys, each.heads
         for total, x in zip(self._buffers(*each.sources), (part.dk, part.dv), strict=True):
@@ -64,11 +64,8 @@ class GradientBuffers:
         dk, dv = self.of_keys.finish(self.keys_dtype)
         return dq, dk, dv
 
-    def of_sinks(self) -> Tensor | None:
+    def of_sinks(self, sinks: Tensor) -> Tensor:
         """The gradient of the sinks from this rank's queries."""
-        sinks = self.scores.sinks
-        if sinks is None:
-            return None
         saved, _ = self._context(self.plan.rank)
         return of_sinks(saved, sinks).to(sinks.dtype)
 
@@ -88,14 +85,14 @@ class GradientBuffers:
         return context
 
     def _own_queries(self) -> Tensor:
-        dtype = self.accumulator if self.plan.arrivals(What.QUERY_GRADIENTS) else self.q.dtype
-        self._own = self.q.new_empty(self.q.shape, dtype=dtype)
+        dtype = self.accumulator if self.plan.arrivals[What.QUERY_GRADIENTS] else self.q.dtype
+        self._own = torch.empty_like(self.q, dtype=dtype, memory_format=torch.contiguous_format)
         return self._own if self.plan.own_passes else self._own.zero_()
 
     def _own_keys(self) -> Tensors:
         """Buffers for dK and dV of the local keys: in the accumulator's dtype if other parts are added to them."""
         dtype = self.accumulator if self.plan.adds_to_own_keys else self.keys_dtype
-        buffers = tuple([x.new_empty(x.shape, dtype=dtype) for x in self.kv])
+        buffers = _like(self.kv, dtype)
         self.exchange.tensors[What.KEY_GRADIENTS, self.plan.rank] = buffers
         return buffers if self.plan.works_on_own_keys else tuple(x.zero_() for x in buffers)
 
@@ -104,7 +101,7 @@ class GradientBuffers:
         name = What.KEY_GRADIENTS, source
         if name not in self.exchange.tensors:
             keys = self.exchange.tensors[What.KEYS, source]
-            self.exchange.tensors[name] = tuple([x.new_empty(x.shape, dtype=self.accumulator) for x in keys])
+            self.exchange.tensors[name] = _like(keys, self.accumulator)
         return self.exchange.tensors[name]
 
 
@@ -117,6 +114,16 @@ def of_sinks(saved: BackwardContext, sinks: Tensor) -> Tensor:
     lse = saved.lse.masked_fill(saved.lse == -torch.inf, 0.0)
     probability = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
     return -(probability * saved.delta).sum((0, 2))
+
+
+def _like(keys: Tensors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Buffers for what is of the same shapes as k and v. `empty_like` takes half the time of `new_empty` of a shape."""
+    k, v = keys
+    dense = torch.contiguous_format
+    return (
+        torch.empty_like(k, dtype=dtype, memory_format=dense),
+        torch.empty_like(v, dtype=dtype, memory_format=dense),
+    )
 
 
 class Sum:

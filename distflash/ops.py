@@ -13,21 +13,25 @@ the fields of `compiled.Data`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 
 from distflash import attend
-from distflash.call import Recipe, Template, templates
+from distflash.call import Prepared, Template, templates
 from distflash.compiled import NO_DATA, Data
-from distflash.given import Given
+from distflash.given import PLAIN, Given
 from distflash.partial import accumulator_dtype
-from distflash.profiling import NOTHING, named
-from distflash.transport import during
+from distflash.profiling import within
+from distflash.transport import Direction, Guarded, Transport, during
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_PLAIN = Tensor, torch.nn.Parameter
 
 
 @torch.library.custom_op("distflash::positions", mutates_args=())
@@ -55,27 +59,36 @@ def _(
     return x.new_empty(x.shape[1], dtype=torch.int64)
 
 
-def _no_autocast(q: Tensor) -> AbstractContextManager[object]:
-    """Disable autocast, which would cast the matrix products of the plain-torch kernel to bfloat16."""
-    kind = q.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else NOTHING
+def _run(
+    direction: Direction,
+    transport: Transport,
+    q: Tensor,
+    work: Callable[P, R],
+    *arguments: P.args,
+    **keywords: P.kwargs,
+) -> R:
+    """``work(*arguments)``, the part of a call in which ranks wait for one another: see `during`.
 
-
-def _no_grad() -> AbstractContextManager[object]:
-    """Grad mode off, which it is in a backward pass, unless this is to be differentiated."""
-    return torch.no_grad() if torch.is_grad_enabled() else NOTHING
+    Without autocast, which would cast the matrix products of the plain-torch kernel to bfloat16.
+    """
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(kind := q.device.type):
+        with torch.autocast(kind, enabled=False):
+            return _run(direction, transport, q, work, *arguments, **keywords)
+    if not isinstance(transport, Guarded):
+        return work(*arguments, **keywords)
+    with during(transport, direction, q):
+        return work(*arguments, **keywords)
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, given: Given, needs_grad: bool, recipe: Recipe
+    q: Tensor, k: Tensor, v: Tensor, given: Given, prepared: Prepared
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """``(out, lse, max_logits)`` of `attend.forward`, and before the last the call's number, int64 ``[1]``, if the
     backward compares it.
     """
-    call, number = recipe.forward_call(q, k, v, given, needs_grad)
-    with _no_autocast(q), during(recipe.calls.transport, "forward", q):
-        out, lse, max_logits = attend.forward(q, k, v, call)
-    return out, lse, q.new_full((1,), number, dtype=torch.int64) if recipe.numbered else None, max_logits
+    (call, number), calls = prepared.forward_call(given), prepared.calls
+    out, lse, max_logits = _run("forward", calls.transport, q, attend.forward, q, k, v, call)
+    return out, lse, q.new_full((1,), number, dtype=torch.int64) if calls.numbered else None, max_logits
 
 
 def _backward_of(
@@ -84,14 +97,14 @@ def _backward_of(
     saved: Sequence[Tensor],
     number: Tensor | None,
     given: Given,
-    recipe: Recipe,
+    prepared: Prepared,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``(dq, dk, dv, dsinks)`` of `attend.backward``; saved: ``q, k, v, out, lse``."""
+    """``(dq, dk, dv, dsinks)`` of `attend.backward`; saved: ``q, k, v, out, lse``."""
     q, k, v, out, lse = saved
     dout = torch.zeros_like(out) if dout is None else dout
-    call = recipe.backward_call(q, k, v, given, number)
-    with _no_autocast(q), during(recipe.calls.transport, "backward", q):
-        return attend.backward(dout, dlse, q, k, v, out, lse, call)
+    call = prepared.backward_call(given, number)
+    transport = prepared.calls.transport
+    return _run("backward", transport, q, attend.backward, dout, dlse, q, k, v, out, lse, call)
 
 
 @torch.library.custom_op("distflash::attention", mutates_args=())
@@ -116,7 +129,7 @@ def attention(
     """
     given = Given(lengths, sinks, alibi_slopes, dropout_seed)
     made = templates[recipe].filled(Data(ints, boundaries, numbers))
-    out, lse, number, max_logits = _forward(q, k, v, given, needs_grad, made)
+    out, lse, number, max_logits = _forward(q, k, v, given, made.prepared(q, k, v, given, needs_grad))
     number = q.new_empty(0, dtype=torch.int64) if number is None else number
     return out, lse, number, lse.new_empty(0) if max_logits is None else max_logits
 
@@ -172,8 +185,9 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv, dsinks)`` of `attend.backward`; dsinks is empty without sinks."""
     given = Given(lengths, sinks, alibi_slopes, dropout_seed)
-    made = templates[recipe].filled(Data(ints, boundaries, numbers))
-    dq, dk, dv, dsinks = _backward_of(dout, dlse, (q, k, v, out, lse), number, given, made)
+    made = templates[recipe].filled(Data(ints, boundaries, numbers)).prepared(q, k, v, given, True)
+    compared = number if number.numel() else None
+    dq, dk, dv, dsinks = _backward_of(dout, dlse, (q, k, v, out, lse), compared, given, made)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
@@ -232,23 +246,12 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        alibi_slopes: Tensor | None,
-        dropout_seed: Tensor | None,
-        lengths: Sequence[int],
-        recipe: Recipe,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, given: Given, prepared: Prepared
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        ctx.lengths, ctx.recipe = lengths, recipe
+        ctx.prepared = prepared
         ctx.set_materialize_grads(False)
-        with named("attention"):
-            out, lse, number, max_logits = _forward(
-                q, k, v, Given(lengths, sinks, alibi_slopes, dropout_seed), True, recipe
-            )
-        ctx.save_for_backward(q, k, v, out, lse, number, sinks, alibi_slopes, dropout_seed)
+        out, lse, number, max_logits = within("attention", _forward, q, k, v, given, prepared)
+        ctx.save_for_backward(q, k, v, out, lse, number, sinks, given.alibi_slopes, given.dropout_seed)
         if max_logits is not None:
             ctx.mark_non_differentiable(max_logits)
         return out, lse, max_logits
@@ -257,13 +260,19 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         *saved, number, sinks, alibi_slopes, dropout_seed = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * 8
-        given = Given(ctx.lengths, sinks, alibi_slopes, dropout_seed)
-        with named("attention_backward"), _no_grad():
-            found = _backward_of(dout, dlse, saved, number, given, ctx.recipe)
-        if torch.is_grad_enabled():
-            found = _First.apply(*found, dout, dlse, *saved, sinks)
-        return *found, None, None, None, None
+            return (None,) * 6
+        has_others = sinks is not None or alibi_slopes is not None or dropout_seed is not None
+        given = Given((), sinks, alibi_slopes, dropout_seed) if has_others else PLAIN
+        arguments = dout, dlse, saved, number, given, ctx.prepared
+        if not torch.is_grad_enabled():
+            return *within("attention_backward", _backward_of, *arguments), None, None
+        with torch.no_grad():
+            found = within("attention_backward", _backward_of, *arguments)
+        return *_First.apply(*found, dout, dlse, *saved, sinks), None, None
+
+
+# `Function.apply` without what it does for the transforms of torch.func, which `is_watched` has excluded.
+_apply_eager = super(torch.autograd.Function, _Eager).apply
 
 
 class _First(torch.autograd.Function):
@@ -302,24 +311,41 @@ def call(
     lengths: see `given.Given`; recipe, data: see [Note: arguments].
     """
     tensors = q, k, v, sinks, alibi_slopes
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if _is_watched(tensors):
+    if is_watched(*tensors):
+        needs_grad = _needs_grad(*tensors)
         out, lse, _, max_logits = attention(*tensors, dropout_seed, lengths, needs_grad, recipe, *data)
         return out, lse, max_logits
-    made = templates[recipe].filled(data)
-    if needs_grad:
-        out, lse, max_logits = _Eager.apply(*tensors, dropout_seed, lengths, made)
-    else:
-        with named("attention"):
-            out, lse, _, max_logits = _forward(q, k, v, Given(lengths, sinks, alibi_slopes, dropout_seed), False, made)
+    given = Given(lengths, sinks, alibi_slopes, dropout_seed)
+    return eager(q, k, v, given, prepare(q, k, v, given, recipe, data))
+
+
+def prepare(q: Tensor, k: Tensor, v: Tensor, given: Given, recipe: int, data: Data) -> Prepared:
+    """What `eager` takes. recipe, data: see [Note: arguments]."""
+    needs_grad = _needs_grad(q, k, v, given.sinks, given.alibi_slopes)
+    return templates[recipe].filled(data).prepared(q, k, v, given, needs_grad)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, given: Given, prepared: Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`call` with what was prepared for it, in code that nothing watches."""
+    if prepared.specification.needs_grad:
+        found: tuple[Tensor, Tensor, Tensor | None] = _apply_eager(q, k, v, given.sinks, given, prepared)
+        return found
+    out, lse, _, max_logits = within("attention", _forward, q, k, v, given, prepared)
     return out, lse, max_logits
 
 
-def _is_watched(tensors: Sequence[Tensor | None]) -> bool:
+def is_watched(*tensors: Tensor | None) -> bool:
     """Whether a compiler, a dispatch mode, a transform, a tensor subclass or a meta tensor needs the custom op."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return True
     if _functorch.peek_interpreter_stack() is not None:
         return True
-    plain = Tensor, torch.nn.Parameter
-    return any(x is not None and (type(x) not in plain or x.is_meta) for x in tensors)
+    for x in tensors:
+        # A tensor that has left its transform is a wrapper still.
+        if x is not None and (type(x) not in _PLAIN or x.is_meta or _functorch.is_functorch_wrapped_tensor(x)):
+            return True
+    return False

@@ -110,15 +110,16 @@ class Partial:
         """
         B, T, H, _ = q.shape
         dtype = accumulator_dtype(q.dtype)
-        rows = [q.new_empty(B, H, T, dtype=dtype) for _ in range(3 if between else 1 + maxima)]
-        weighted = q.new_empty(B, T, H, d_v, dtype=dtype) if between else None
-        return Partial(
-            final=q.new_empty(B, T, H, d_v),
-            lse=rows[0],
-            running=None if weighted is None else Softmax(rows[1], rows[2], weighted),
-            counter=q.new_zeros(2, dtype=torch.int32),
-            maxima=rows[1].fill_(-torch.inf) if maxima else None,
-        )
+        lse = q.new_empty(B, H, T, dtype=dtype)
+        running = None
+        if between:
+            weighted = q.new_empty(B, T, H, d_v, dtype=dtype)
+            running = Softmax(torch.empty_like(lse), torch.empty_like(lse), weighted)
+        largest = None
+        if maxima:
+            largest = (torch.empty_like(lse) if running is None else running.maximum).fill_(-torch.inf)
+        counter = q.new_zeros(2, dtype=torch.int32)
+        return Partial(q.new_empty(B, T, H, d_v), lse, running, counter, largest)
 
     @property
     def maximum(self) -> Tensor | None:

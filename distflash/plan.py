@@ -221,7 +221,7 @@ class Plan:
     def adds_to_own_keys(self) -> bool:
         """Whether dK and dV of this rank's keys are the sum of several parts."""
         own = (each for each in self.backward_passes if self.rank in each.sources)
-        return self.arrivals(What.KEY_GRADIENTS) > 0 or any(each.adds for each in own)
+        return self.arrivals[What.KEY_GRADIENTS] > 0 or any(each.adds for each in own)
 
     def passes_of(self, queries: int) -> tuple[Pass, ...]:
         """The forward passes of one rank's queries."""
@@ -250,13 +250,11 @@ class Plan:
         """Whether dQ of one rank's queries is kept between passes."""
         return not all(each.first and each.last for each in self.backward_passes if each.queries == queries)
 
-    def arrivals(self, what: What) -> int:
-        """How many transfers of a kind this rank receives in backward."""
-        return self._arrivals.get(what, 0)
-
     @cached_property
-    def _arrivals(self) -> dict[What, int]:
-        return dict(Counter(t.what for stage in self.backward for t in stage.transfers if not t.sends))
+    def arrivals(self) -> dict[What, int]:
+        """How many transfers of each kind this rank receives in backward."""
+        counts = Counter(t.what for stage in self.backward for t in stage.transfers if not t.sends)
+        return {what: counts[what] for what in What}
 
     @property
     def sources(self) -> tuple[int, ...]:

@@ -5,9 +5,10 @@ Their names begin with ``distflash::``. Where no profiler runs, `named` makes no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from distflash.plan import Gradients, Pass, Stage
 from distflash.transport import Message, Pending, PointToPoint
 from distflash.transport.failures import ranks
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 # A context that does nothing; it keeps no state, so one object is enough.
 NOTHING: AbstractContextManager[object] = nullcontext()
 
@@ -26,6 +30,14 @@ NOTHING: AbstractContextManager[object] = nullcontext()
 def named(name: str) -> AbstractContextManager[object]:
     """A range ``distflash::name`` if a profiler runs, else nothing."""
     return record_function(f"distflash::{name}") if torch.autograd._profiler_enabled() else NOTHING
+
+
+def within(name: str, work: Callable[P, R], *arguments: P.args, **keywords: P.kwargs) -> R:
+    """``work(*arguments)`` in the range `named`. Without a profiler it costs less than a context that does nothing."""
+    if torch.autograd._profiler_enabled():
+        with record_function(f"distflash::{name}"):
+            return work(*arguments, **keywords)
+    return work(*arguments, **keywords)
 
 
 def ranged(

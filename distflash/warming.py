@@ -84,7 +84,7 @@ class Rehearsal:
         layouts = tokens.kv_layout, tokens.layout
         numbers = Numbers(specification.scale, problem.softcap, problem.dropout_p, *layouts, problem.max_logits)
         recipe = calls.recipe_of_new(specification.mask.value, numbers)
-        attention, _ = recipe.forward_call(q, k, v, given, specification.needs_grad)
+        attention, _ = recipe.prepared(q, k, v, given, specification.needs_grad).forward_call(given)
         out, lse, _ = attend.forward(q, k, v, attention)
         if specification.needs_grad:
             for dlse in (None, torch.empty_like(lse)):  # without and with a gradient of lse

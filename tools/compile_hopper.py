@@ -30,6 +30,7 @@ from triton.runtime import driver
 from distflash.dropout import Dropout
 from distflash.kernels.base import KeyGradient, Keys, Scores
 from distflash.kernels.hopper import launches
+from distflash.kernels.hopper.sums import query_sums, semaphores
 from distflash.kernels.hopper.tiles import (
     KEYS,
     ORDERED,
@@ -219,12 +220,12 @@ def make_launch(shape: Configuration) -> Launch:
         each = Pass(0, (0,) * sources, (t.intervals,) * sources, begun=int(shape.two))
         into = replace(t.partial, maxima=t.partial.maximum if shape.maxima else None)
         return launches.forward(shape.tile, PROGRAMS, t.q, (keys,) * sources, each, scores, into)
-    sums, counter = launches.query_sums(t.q)
+    sums, counter = query_sums(t.q)
     if shape.kernel == "round":
         return launches.round_queries(sums, scores.scale, t.q)
     dtype = torch.float32 if shape.wide else shape.dtype
     share = KeyGradient(torch.empty_like(t.k, dtype=dtype), torch.empty_like(t.v, dtype=dtype))
-    saved = replace(t.saved, dq_accum=sums, counter=counter, semaphores=launches.semaphores(t.q))
+    saved = replace(t.saved, dq_accum=sums, counter=counter, semaphores=semaphores(t.q))
     earlier = turns_of(t.intervals, KEYS, QUERIES).earlier if shape.ordered else None
     return launches.backward(shape.tile, PROGRAMS, saved, keys, scores, share, range(t.k.shape[2]), earlier)
 

@@ -27,7 +27,7 @@ from distflash import masks
 from distflash.geometry import Geometry
 from distflash.intervals import build
 from distflash.kernels.base import KeyGradient, Keys, QueryGradient, Scores
-from distflash.kernels.triton.kernel import family
+from distflash.kernels.triton.kernel import family, saved_of
 from distflash.kernels.triton.tiles import Tile, Tiles, choose
 from distflash.layouts import Contiguous
 from distflash.partial import Partial
@@ -100,7 +100,7 @@ class Bench:
 
         self.launches = launches
         self.launch("forward", self.shipped).run()
-        self.saved = launches.saved_of(self.q, self.into.final, self.into.lse.clone(), self.dout)
+        self.saved = saved_of(self.q, self.into.final, self.into.lse.clone(), self.dout)
         launches.statistics(self.saved, self.into.final, None).run()
 
     def launch(self, kernel: str, tiles: Tiles) -> Any:

@@ -73,7 +73,8 @@ class Packed:
                     self._replace(place, addresses[n])
                 self._addresses = addresses
             code = self._launch(*self._sizes, stream, self._parameters, None)
-        driver.require(code)
+        if code:
+            driver.require(code)
 
 
 def _slots(

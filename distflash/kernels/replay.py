@@ -55,8 +55,12 @@ class Replays:
         if first.is_meta:  # no addresses: nothing is launched, see `warming`
             build().run()
             return
-        addresses = tuple([0 if x is None else x.data_ptr() for x in tensors])
-        key = key, tuple([address % _ALIGNMENT if address else None for address in addresses])
+        addresses, offsets = [], []  # one loop: each comprehension would be a call
+        for x in tensors:
+            address = 0 if x is None else x.data_ptr()
+            addresses.append(address)
+            offsets.append(address % _ALIGNMENT if address else None)
+        key = key, tuple(offsets)
         replay = self._known.get(key, _UNKNOWN)
         if replay is _UNKNOWN:
             launch = build()
@@ -139,12 +143,18 @@ class _At:
 
 def facts_of(*tensors: Tensor | None) -> tuple[Hashable, ...]:
     """The properties of tensors that launches may depend on, except their addresses."""
-    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors])
+    facts: list[Hashable] = []
+    for x in tensors:
+        facts.append(None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()))
+    return tuple(facts)
 
 
 def of_keys(keys: Sequence[Keys]) -> list[Tensor]:
     """The tensors of its sources that a forward pass reads."""
-    return [x for each in keys for x in (each.k, each.v, each.rows.row_lo, each.rows.row_hi)]
+    tensors = []
+    for each in keys:
+        tensors += [each.k, each.v, each.rows.row_lo, each.rows.row_hi]
+    return tensors
 
 
 def of_dropout(dropout: Dropout, keys: Sequence[Keys]) -> list[Tensor | None]:
@@ -154,8 +164,10 @@ def of_dropout(dropout: Dropout, keys: Sequence[Keys]) -> list[Tensor | None]:
 
 def of_state(into: Partial) -> list[Tensor | None]:
     """The tensors of its softmax state that a forward pass reads and writes."""
-    running = (into.maxima, None, None) if into.running is None else into.running.tensors
-    return [into.final, into.lse, into.counter, *running]
+    state = into.running
+    if state is None:
+        return [into.final, into.lse, into.counter, into.maxima, None, None]
+    return [into.final, into.lse, into.counter, state.maximum, state.total, state.weighted]
 
 
 def _base(argument: Any) -> Tensor | None:

@@ -61,7 +61,8 @@ class _Part(AbstractContextManager[None]):
     in_call: bool
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self.guarded.leave(error, self.allowed)
+        if error is not None:
+            self.guarded.leave(error, self.allowed)
         if self.in_call:
             self.guarded.leave_call()
 
@@ -102,9 +103,9 @@ class Guarded:
         """See the function `preparing`."""
         return self._in_preparation
 
-    def leave(self, error: BaseException | None, allowed: tuple[type[BaseException], ...]) -> None:
-        """Leave a part of a call: report an error to the other ranks, unless its type is allowed."""
-        if error is not None and not isinstance(error, allowed):
+    def leave(self, error: BaseException, allowed: tuple[type[BaseException], ...]) -> None:
+        """Leave a part of a call by an error: report it to the other ranks, unless its type is allowed."""
+        if not isinstance(error, allowed):
             self._tell(error)
 
     def leave_call(self) -> None:

@@ -1,5 +1,6 @@
 """The Hopper kernel without a GPU: supported problems, and choice of tiles."""
 
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -115,3 +116,11 @@ def test_a_pass_without_the_table_has_it_made(monkeypatch):
     semaphores, earlier, _ = one_backward(monkeypatch, of_plan=False)
     expected, found, _ = one_backward(monkeypatch, of_plan=True)
     assert torch.equal(semaphores, expected) and torch.equal(earlier, found)
+
+
+def test_equal_kernels_have_one_identity_and_copies_have_their_own():
+    """A pickled copy may meet other kernels in its process, whose launches it must not be given."""
+    kernel = Hopper(margin=3)
+    assert kernel.identity is Hopper(margin=3).identity
+    assert kernel.identity not in (Hopper().identity, Hopper(margin=3, deterministic=True).identity)
+    assert pickle.loads(pickle.dumps(kernel)).identity is not Hopper(margin=4).identity

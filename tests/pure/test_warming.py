@@ -215,7 +215,8 @@ def test_a_specification_is_warmed_before_ranks_compare_it():
     recipe = calls.recipe(df.Causal(), warming.Numbers())
     q, k, v = (torch.zeros(1, 32, heads, 16) for heads in (4, 2, 2))
     for _ in range(2):
-        recipe.forward_call(q, k, v, warming.Given((64, 0, -1)), True)
+        given = warming.Given((64, 0, -1))
+        recipe.prepared(q, k, v, given, True).forward_call(given)
     assert seen == ["warmed", "compared"]
 
 

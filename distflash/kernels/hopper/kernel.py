@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distflash.kernels.base import Abilities, BackwardContext, Kernel, KeyGradient, Keys, Problem, QueryGradient, Scores
 from distflash.kernels.decoding import Decoding
+from distflash.kernels.hopper.sums import query_sums, semaphores
 from distflash.kernels.hopper.tiles import (
     KEYS,
     ORDERED,
@@ -123,27 +124,29 @@ class Hopper(Kernel):
         return self._portable.decoding(device)
 
     def forward(self, q: Tensor, keys: tuple[Keys, ...], each: Pass, scores: Scores, into: Partial) -> None:
-        from distflash.kernels.hopper import launches
-
         seen = each.pairs / (q.shape[1] if each.live is None else max(1, each.live.count))
         dims = q.shape[-1], keys[0].v.shape[-1]
         tile = self.forward_tile or forward_tile(*dims, seen, scores.dropout is not None)
-        programs = self._programs(q.device)
-        tensors = [q, *of_keys(keys), scores.sinks, *of_state(into), None if each.live is None else each.live.groups]
-        inputs = facts_of(q, *[x for of_source in keys for x in (of_source.k, of_source.v)], scores.sinks)
-        key: tuple[Hashable, ...] = (tile, programs, each.facts, scores.facts, inputs, into.maxima is None)
+
+        def build() -> Launch:
+            from distflash.kernels.hopper import launches
+
+            return launches.forward(tile, self._programs(q.device), q, keys, each, scores, into)
+
+        of_sources = of_keys(keys)
+        tensors = [q, *of_sources, scores.sinks, *of_state(into), None if each.live is None else each.live.groups]
+        inputs = facts_of(q, *of_sources[::4], *of_sources[1::4], scores.sinks)
+        key: tuple[Hashable, ...] = (self.identity, tile, each.facts, scores.facts, inputs, into.maxima is None)
         if scores.dropout is not None:
             tensors += of_dropout(scores.dropout, keys)
             key += tuple([x.rows.in_tiles for x in keys])
-        _forward.run(key, tensors, lambda: launches.forward(tile, programs, q, keys, each, scores, into))
+        _forward.run(key, tensors, build)
 
     def preprocess(self, q: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> BackwardContext:
-        from distflash.kernels.hopper import launches
-
-        if not self._fused(q, out):
+        if not _is_fused(q.shape[-1], out.shape[-1], self.deterministic):
             return self._portable.preprocess(q, out, lse, dout, dlse)
-        saved = self._portable.preprocess(q, out, lse, dout, dlse, *launches.query_sums(q))
-        return replace(saved, semaphores=launches.semaphores(q)) if self.deterministic else saved
+        saved = self._portable.preprocess(q, out, lse, dout, dlse, *query_sums(q))
+        return replace(saved, semaphores=semaphores(q)) if self.deterministic else saved
 
     def backward(
         self, saved: BackwardContext, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
@@ -154,8 +157,6 @@ class Hopper(Kernel):
         if saved.dq_accum is None or (self.deterministic and separate):
             self._portable.backward(saved, keys, each, scores, dq, dkv)
             return
-        from distflash.kernels.hopper import launches
-
         sums = saved.dq_accum
         if each.first:
             sums.zero_()  # with the counter
@@ -172,8 +173,7 @@ class Hopper(Kernel):
         if each.last:
             tensors = [sums, dq.final]
             facts = scores.facts, facts_of(dq.final)
-            scale = scores.scale if scores.dropout is None else scores.scale * scores.dropout.keep_scale
-            _rounding.run(facts, tensors, lambda: launches.round_queries(sums, scale, dq.final))
+            _rounding.run(facts, tensors, lambda: _round_queries(sums, scores, dq.final))
 
     def _few(self, q: Tensor, k: Tensor) -> bool:
         """Whether work tiles (key blocks x key heads) are so few that three of four multiprocessors would idle."""
@@ -204,8 +204,6 @@ class Hopper(Kernel):
         heads: range,
         turns: Turns | None,
     ) -> None:
-        from distflash.kernels.hopper import launches
-
         # The kernel skips blocks of keys that no query sees.
         for unseen in keys.rows.unseen:
             for gradient in (dkv.dk, dkv.dv):
@@ -214,23 +212,19 @@ class Hopper(Kernel):
         rows, earlier = keys.rows, None if turns is None else turns.earlier
 
         def build() -> Launch:
+            from distflash.kernels.hopper import launches
+
             tile = self._backward_tile(keys.k.shape[-1], keys.v.shape[-1])
             return launches.backward(tile, self._programs(saved.q.device), saved, keys, scores, dkv, heads, earlier)
 
         of_queries = saved.q, saved.dout, saved.lse_delta, saved.dq_accum, saved.counter
         tensors = [*of_queries, keys.k, keys.v, rows.col_lo, rows.col_hi, dkv.dk, dkv.dv, saved.semaphores, earlier]
         inputs = facts_of(saved.q, saved.dout, keys.k, keys.v, dkv.dk)
-        key: tuple[Hashable, ...] = (self, heads, scores.facts, inputs)
+        key: tuple[Hashable, ...] = (self.identity, heads, scores.facts, inputs)
         if scores.dropout is not None:
             tensors += of_dropout(scores.dropout, (keys,))
             key += (rows.in_tiles,)
         _backward.run(key, tensors, build)
-
-    def _fused(self, q: Tensor, out: Tensor) -> bool:
-        d_qk, d_v = padded(q.shape[-1]), padded(out.shape[-1])
-        if self.deterministic:
-            return d_qk == d_v and d_qk in ORDERED
-        return d_qk == d_v or (d_qk, d_v) == (256, 128)
 
     def _backward_tile(self, d_qk: int, d_v: int) -> BackwardTile:
         tile = self.backward_tile or backward_tile(d_qk, d_v, self.deterministic)
@@ -245,3 +239,19 @@ class Hopper(Kernel):
     @cached_property
     def _portable(self) -> Triton:
         return Triton(machine=self.machine)
+
+
+@cache
+def _is_fused(d_qk: int, d_v: int, deterministic: bool) -> bool:
+    """Whether one kernel computes dQ, dK and dV for these head dims."""
+    d_qk, d_v = padded(d_qk), padded(d_v)
+    if deterministic:
+        return d_qk == d_v and d_qk in ORDERED
+    return d_qk == d_v or (d_qk, d_v) == (256, 128)
+
+
+def _round_queries(sums: Tensor, scores: Scores, out: Tensor) -> Launch:
+    from distflash.kernels.hopper import launches
+
+    scale = scores.scale if scores.dropout is None else scores.scale * scores.dropout.keep_scale
+    return launches.round_queries(sums, scale, out)

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -35,6 +33,7 @@ from distflash.kernels.hopper.backward import backward_kernel
 from distflash.kernels.hopper.backward_wide import backward_wide_kernel
 from distflash.kernels.hopper.forward import forward_kernel
 from distflash.kernels.hopper.fragments import round_kernel
+from distflash.kernels.hopper.sums import in_fragments
 from distflash.kernels.hopper.tiles import KEYS, QUERIES, BackwardTile, ForwardTile, padded
 from distflash.kernels.launch import Launch, aligned, heads_at_once
 from distflash.kernels.triton.keys import settle
@@ -135,7 +134,7 @@ def backward(
     q, stats = saved.q, saved.lse_delta
     k, v, rows = keys.k, keys.v, keys.rows
     assert stats is not None and saved.dq_accum is not None
-    sums = _in_fragments(saved.dq_accum, q)
+    sums = in_fragments(saved.dq_accum, q)
     B, T, H, D = q.shape
     _, K, G, V = v.shape
     blocks, wide = triton.cdiv(K, ROWS if tile.by_columns else KEYS), dkv.dk.dtype != q.dtype
@@ -188,36 +187,10 @@ def backward(
     )
 
 
-def query_sums(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for the float32 sums of dQ, see `_in_fragments`, and its end: the counter of the tile scheduler, int32
-    ``[2]``. Both start from zero, so one launch fills them.
-    """
-    sums = q.new_empty(math.prod(_fragments(q)) + 2, dtype=torch.float32)
-    return sums, sums[-2:].view(torch.int32)
-
-
-def _fragments(q: Tensor) -> tuple[int, int, int, int]:
-    B, T, H, D = q.shape
-    blocks = -(-D // 64)
-    parts = max(2, blocks)
-    return B * H * -(-T // QUERIES), parts, QUERIES, 64 * blocks // parts
-
-
-def _in_fragments(sums: Tensor, q: Tensor) -> Tensor:
-    """The sums of `query_sums` in fragment order, see `fragments`: ``[B * H * tiles, PARTS, ROWS, N]``."""
-    return sums[:-2].view(_fragments(q))
-
-
-def semaphores(q: Tensor) -> Tensor:
-    """Room for one for each tile of each head's queries: int32 ``[B * H, tiles]``."""
-    B, T, H, _ = q.shape
-    return q.new_empty(B * H, -(-T // QUERIES), dtype=torch.int32)
-
-
 def round_queries(sums: Tensor, scale: float, out: Tensor) -> Launch:
-    """``out [B, T, H, D] = sums * scale``, of the memory of `query_sums`."""
+    """``out [B, T, H, D] = sums * scale``, of the memory of `sums.query_sums`."""
     _, T, H, D = out.shape
-    sums = _in_fragments(sums, out)
+    sums = in_fragments(sums, out)
     tiles, parts, _, columns = sums.shape
     assert out.is_contiguous()
     return Launch(

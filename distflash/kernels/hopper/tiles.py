@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 # The backward kernel: keys of a work tile, and queries of a block, which is also the tile size of the dQ accumulator.
 KEYS = 128
@@ -83,6 +84,7 @@ _BACKWARD_ORDERED = replace(_BACKWARD[128], ordered=True)
 _BACKWARD_NARROW = replace(_BACKWARD[256], in_registers=True)
 
 
+@lru_cache(1024)
 def forward_tile(d_qk: int, d_v: int, keys: float, has_dropout: bool = False) -> ForwardTile:
     """The shipped tile for these head dims.
 

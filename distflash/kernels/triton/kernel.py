@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distflash.kernels.base import Abilities, BackwardContext, Kernel, KeyGradient, Keys, Problem, QueryGradient, Scores
-from distflash.kernels.launch import aligned
+from distflash.kernels.launch import Launch, aligned
 from distflash.kernels.machine import Machine, machine_of
 from distflash.kernels.replay import Replays, facts_of, of_keys, of_state
 from distflash.kernels.triton.tiles import Tiles
@@ -87,8 +87,6 @@ class Triton(Kernel):
         return TritonDecoding(interpret=self.interpret)
 
     def forward(self, q: Tensor, keys: tuple[Keys, ...], each: Pass, scores: Scores, into: Partial) -> None:
-        from distflash.kernels.triton import launches
-
         (of_source,) = keys
         rows = of_source.rows
         groups = None if each.live is None else each.live.groups
@@ -96,12 +94,14 @@ class Triton(Kernel):
         seed = None if scores.dropout is None else scores.dropout.seed
         tensors = [q, *of_keys(keys), *positions, scores.sinks, scores.alibi_slopes, seed, *of_state(into), groups]
         inputs = facts_of(q, of_source.k, of_source.v, scores.sinks)
-        facts = self, each.facts, scores.facts, rows.in_tiles, inputs, into.maxima is None
-        _forward.run(
-            facts,
-            tensors,
-            lambda: launches.forward(self._device(q, of_source.v, scores), q, of_source, each, scores, into),
-        )
+        facts = self.identity, each.facts, scores.facts, rows.in_tiles, inputs, into.maxima is None
+
+        def build() -> Launch:
+            from distflash.kernels.triton import launches
+
+            return launches.forward(self._device(q, of_source.v, scores), q, of_source, each, scores, into)
+
+        _forward.run(facts, tensors, build)
 
     def preprocess(
         self,
@@ -114,36 +114,46 @@ class Triton(Kernel):
         counter: Tensor | None = None,
     ) -> BackwardContext:
         """As `Kernel.preprocess`; ``dq_accum, counter``: of the context, where other kernels' passes follow."""
-        from distflash.kernels.triton import launches
-
-        saved = launches.saved_of(q, out, lse, dout, dq_accum, counter)
+        saved = saved_of(q, out, lse, dout, dq_accum, counter)
         out = aligned(out, True)
-        tensors = [out, saved.dout, saved.lse, dlse, saved.lse_delta]
-        _statistics.run(facts_of(out, saved.dout, dlse), tensors, lambda: launches.statistics(saved, out, dlse))
+
+        def build() -> Launch:
+            from distflash.kernels.triton import launches
+
+            return launches.statistics(saved, out, dlse)
+
+        _statistics.run(facts_of(out, saved.dout, dlse), [out, saved.dout, saved.lse, dlse, saved.lse_delta], build)
         return saved
 
     def backward(
         self, saved: BackwardContext, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient, dkv: KeyGradient
     ) -> None:
-        from distflash.kernels.triton import launches
-
-        device, rows = self._device(saved.q, keys.v, scores), keys.rows
+        rows = keys.rows
         ends = rows.row_lo, rows.row_hi, rows.col_lo, rows.col_hi, rows.q_positions, rows.k_positions
         seed = None if scores.dropout is None else scores.dropout.seed
         shared = [saved.q, saved.dout, saved.lse_delta, keys.k, keys.v, *ends, scores.alibi_slopes, seed]
-        facts = self, each.facts, scores.facts, rows.in_tiles, facts_of(saved.q, saved.dout, keys.k, keys.v)
+        inputs = facts_of(saved.q, saved.dout, keys.k, keys.v)
+        facts = self.identity, each.facts, scores.facts, rows.in_tiles, inputs
         if each.gradients is not Gradients.OF_QUERIES:
             tensors = [*shared, dkv.dk, dkv.dv]
-            _of_keys.run(
-                (facts, facts_of(dkv.dk)), tensors, lambda: launches.backward_keys(device, saved, keys, scores, dkv)
-            )
+            _of_keys.run((facts, facts_of(dkv.dk)), tensors, lambda: self._backward_keys(saved, keys, scores, dkv))
         if each.gradients is not Gradients.OF_KEYS:
             tensors = [*shared, dq.final, dq.sum]
             _of_queries.run(
-                (facts, facts_of(dq.final)),
-                tensors,
-                lambda: launches.backward_queries(device, saved, keys, each, scores, dq),
+                (facts, facts_of(dq.final)), tensors, lambda: self._backward_queries(saved, keys, each, scores, dq)
             )
+
+    def _backward_keys(self, saved: BackwardContext, keys: Keys, scores: Scores, dkv: KeyGradient) -> Launch:
+        from distflash.kernels.triton import launches
+
+        return launches.backward_keys(self._device(saved.q, keys.v, scores), saved, keys, scores, dkv)
+
+    def _backward_queries(
+        self, saved: BackwardContext, keys: Keys, each: Pass, scores: Scores, dq: QueryGradient
+    ) -> Launch:
+        from distflash.kernels.triton import launches
+
+        return launches.backward_queries(self._device(saved.q, keys.v, scores), saved, keys, each, scores, dq)
 
     def _device(self, q: Tensor, v: Tensor, scores: Scores) -> Device:
         from distflash.kernels.triton import launches
@@ -151,6 +161,26 @@ class Triton(Kernel):
         name = family(q.device) if self.machine is None else self.machine.family
         has_dropout = scores.dropout is not None
         return launches.device(name, q.element_size(), max(q.shape[-1], v.shape[-1]), self.tiles, has_dropout)
+
+
+def saved_of(
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dq_accum: Tensor | None = None,
+    counter: Tensor | None = None,
+) -> BackwardContext:
+    """What the passes of a backward share, with room for its statistics.
+
+    These are float32 ``[2, B * H, T']``, lse in base 2 and delta. T' is T rounded up to 16 bytes; what lies beyond T is
+    not read.
+    """
+    B, T, H, _ = out.shape
+    # Copied here, if at all, and not once more in every pass.
+    q, dout, lse = aligned(q, True), aligned(dout, True), lse.contiguous()
+    stats = lse.new_empty(2, B * H, -(-T // 4) * 4)
+    return BackwardContext(q, dout, lse, lse_delta=stats, counter=counter, dq_accum=dq_accum)
 
 
 @functools.cache

@@ -87,28 +87,8 @@ def forward(device: Device, q: Tensor, keys: Keys, each: Pass, scores: Scores, i
     )
 
 
-def saved_of(
-    q: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dq_accum: Tensor | None = None,
-    counter: Tensor | None = None,
-) -> BackwardContext:
-    """What the passes of a backward share, with room for its statistics.
-
-    These are float32 ``[2, B * H, T']``, lse in base 2 and delta. T' is T rounded up to 16 bytes; what lies beyond T is
-    not read.
-    """
-    B, T, H, _ = out.shape
-    # Copied here, if at all, and not once more in every pass.
-    q, dout, lse = aligned(q, True), aligned(dout, True), lse.contiguous()
-    stats = lse.new_empty(2, B * H, -(-T // 4) * 4)
-    return BackwardContext(q, dout, lse, lse_delta=stats, counter=counter, dq_accum=dq_accum)
-
-
 def statistics(saved: BackwardContext, out: Tensor, dlse: Tensor | None) -> Launch:
-    """Fills in the statistics of `saved_of`."""
+    """Fills in the statistics of `kernel.saved_of`."""
     B, T, H, V = out.shape
     dout, lse, stats = saved.dout, saved.lse, saved.lse_delta
     assert stats is not None

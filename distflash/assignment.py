@@ -17,16 +17,18 @@ enough sparse tokens to balance the dense ones, and every rank gets its share of
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from operator import itemgetter
 from typing import NamedTuple
 
-from distflash.workload import Workload
+from distflash.workload import Workload, first_reaching
 
 Piece = tuple[int, int]
 
+# The pairs of a unit.
+_PAIRS = itemgetter(4)
 # More tokens than any sequence has.
 _ALL = 2**62
 
@@ -45,27 +47,52 @@ class Aim:
     enough: float = 0.95
 
 
-def assign(work: Workload, shares: Sequence[int] | None, ranks: int, aim: Aim, chunk: int) -> list[list[Piece]]:
-    """The ascending, disjoint ``(start, stop)`` of each rank.
+class Assigned(NamedTuple):
+    """The tokens of all ranks.
+
+    Attributes:
+        held: the ascending, disjoint ``(start, stop)`` of each rank.
+        most: the pairs of the rank that has most.
+    """
+
+    held: list[list[Piece]]
+    most: int
+
+
+def assign(
+    work: Workload, shares: Sequence[int] | None, ranks: int, aims: Iterable[Aim], chunk: int
+) -> Iterator[Assigned]:
+    """An assignment for each aim, computed when it is asked for.
 
     Args:
         work: the pairs of the sequence's tokens.
         shares: the number of tokens of each rank; None for any number.
         ranks: the number of ranks.
-        aim: how balanced the ranks should be.
+        aims: how balanced the ranks should be.
         chunk: consecutive documents within this many tokens are one unit.
     """
-    return [_joined(pieces) for pieces in _Assignment(work, shares, ranks, aim, chunk).by_rank()]
+    units = _Units.of(work, shares, ranks, chunk)
+    for aim in aims:
+        of_ranks = list(_Assignment(units, aim).by_rank())
+        yield Assigned([_joined(pieces) for pieces, _ in of_ranks], max(pairs for _, pairs in of_ranks))
 
 
 class _Unit(NamedTuple):
-    """Tokens ``start`` to ``stop``, ordered by pairs per token, most first. Of equal units the last one is first."""
+    """Tokens ``start`` to ``stop``, ordered by pairs per token, most first. Of equal units the last one is first.
+
+    Attributes:
+        order: by which units are sorted.
+        tokens: ``stop - start``.
+        pairs: of these tokens.
+        before: the pairs of the tokens before ``start``.
+    """
 
     order: tuple[float, int]
     start: int
     stop: int
     tokens: int
     pairs: int
+    before: int
 
     @property
     def density(self) -> float:
@@ -73,8 +100,23 @@ class _Unit(NamedTuple):
 
     @staticmethod
     def of(work: Workload, start: int, stop: int) -> _Unit:
-        pairs = work.pairs(start, stop)
-        return _Unit((-pairs / (stop - start), -start), start, stop, stop - start, pairs)
+        return _Unit.between(start, stop, work.before(start), work.before(stop))
+
+    @staticmethod
+    def between(start: int, stop: int, before: int, after: int) -> _Unit:
+        """Of the pairs of the tokens before ``start`` and of those before ``stop``."""
+        tokens, pairs = stop - start, after - before
+        return _Unit((-pairs / tokens, -start), start, stop, tokens, pairs, before)
+
+    def cut(self, work: Workload, at: int) -> tuple[_Unit | None, _Unit | None]:
+        """The tokens before position ``at``, and the others; None if there are none."""
+        if at <= self.start:
+            return None, self
+        if at >= self.stop:
+            return self, None
+        before = work.before(at)
+        after = self.before + self.pairs
+        return _Unit.between(self.start, at, self.before, before), _Unit.between(at, self.stop, before, after)
 
 
 class _Sparse:
@@ -83,16 +125,18 @@ class _Sparse:
     So only the sums behind a unit that is taken have to be computed again.
     """
 
-    def __init__(self, work: Workload, units: list[_Unit]) -> None:
-        self.work, self.units = work, sorted(units)
+    def __init__(self, work: Workload, split_at: float, units: Iterable[_Unit]) -> None:
+        self.work, self.split_at, self.units = work, split_at, sorted(units)
+        self._ends_at = {unit.stop: unit for unit in self.units}  # also some that have been taken
         # Before each unit, and at the end.
         self.tokens, self.below = [0], [0]
         self._count_from(0)
 
     def _count_from(self, first: int) -> None:
         units = self.units[first:]
-        self.tokens[first:] = accumulate(map(itemgetter(3), units), initial=self.tokens[first])
-        self.below[first:] = accumulate(map(itemgetter(4), units), initial=self.below[first])
+        # By indices, which takes half the time of names.
+        self.tokens[first:] = accumulate([unit[3] for unit in units], initial=self.tokens[first])
+        self.below[first:] = accumulate([unit[4] for unit in units], initial=self.below[first])
 
     @property
     def left(self) -> int:
@@ -101,18 +145,20 @@ class _Sparse:
 
     def pairs(self, count: int, skipped: int = 0) -> int:
         """The pairs of the ``count`` sparsest tokens (or all that are left) after the ``skipped`` sparsest ones."""
-        return self._of_sparsest(skipped + count) - (self._of_sparsest(skipped) if skipped else 0)
+        return self.of_sparsest(skipped + count) - (self.of_sparsest(skipped) if skipped else 0)
 
-    def _of_sparsest(self, count: int) -> int:
-        kept = self.tokens[-1] - count
+    def of_sparsest(self, count: int) -> int:
+        """The pairs of the ``count`` sparsest tokens, or of all that are left."""
+        tokens, below = self.tokens, self.below
+        kept = tokens[-1] - count
         if kept <= 0:
-            return self.below[-1]
-        n = bisect_left(self.tokens, kept)
-        pairs, cut = self.below[-1] - self.below[n], self.tokens[n] - kept
-        if cut:
-            start = self.units[n - 1].start
-            pairs += self.work.pairs(start, start + cut)
-        return pairs
+            return below[-1]
+        n = bisect_left(tokens, kept)
+        cut = tokens[n] - kept
+        if not cut:
+            return below[-1] - below[n]
+        unit = self.units[n - 1]
+        return below[-1] - below[n] + self.work.before(unit.start + cut) - unit.before
 
     def window(self, count: int, pairs: float) -> int:
         """The number of tokens to skip, in whole units, so that the next ``count`` have at most ``pairs``."""
@@ -121,55 +167,98 @@ class _Sparse:
         skipped = bisect_right(skips, pairs, key=lambda n: self.pairs(count, tokens[-1] - tokens[units - n]))
         return tokens[-1] - tokens[units - skipped]
 
-    def take(self, count: int, skipped: int = 0) -> tuple[list[Piece], Piece]:
-        """Remove ``count`` tokens after the ``skipped`` sparsest: their pieces, and the rest of the last unit."""
+    def take(self, count: int, skipped: int = 0) -> tuple[list[_Unit], _Unit | None]:
+        """Remove ``count`` tokens after the ``skipped`` sparsest.
+
+        Returns:
+            The tokens as units. And what is left of the last one, if it is dense and so was removed, too.
+        """
         kept = self.tokens[-1] - skipped - count
         first, last = bisect_right(self.tokens, kept) - 1, bisect_left(self.tokens, kept + count)
-        pieces = [(unit.start, unit.stop) for unit in self.units[first:last]]
-        start, stop = pieces[0]
-        end = stop - (kept - self.tokens[first])
-        pieces[0] = start, end
+        taken = self.units[first:last]
+        start, rest = taken[0].cut(self.work, taken[0].stop - (kept - self.tokens[first]))
+        if start is not None:
+            taken[0] = start
         del self.units[first:last]
-        self._count_from(first)
-        return pieces, (end, stop)
+        if rest is None or rest.density > self.split_at:
+            self._count_from(first)
+            return taken, rest
+        self._count_from(min(first, self._insert(rest)))
+        return taken, None
 
-    def take_unit_before(self, stop: int, most: int) -> Piece | None:
+    def take_unit_before(self, stop: int, most: int) -> _Unit | None:
         """Remove and return the unit that ends at ``stop``, if it has at most ``most`` tokens."""
-        n = next((n for n, unit in enumerate(self.units) if unit.stop == stop and unit.tokens <= most), None)
-        return None if n is None else self.take(self.units[n].tokens, self.tokens[-1] - self.tokens[n + 1])[0][0]
+        unit = self._ends_at.get(stop)
+        if unit is None or unit.tokens > most:
+            return None
+        n = bisect_left(self.units, unit)
+        if self.units[n : n + 1] != [unit]:
+            return None
+        del self.units[n]
+        self._count_from(n)
+        return unit
 
     def put(self, unit: _Unit) -> None:
         """Add a unit."""
+        self._count_from(self._insert(unit))
+
+    def _insert(self, unit: _Unit) -> int:
         n = bisect_left(self.units, unit)
         self.units.insert(n, unit)
-        self._count_from(n)
+        self._ends_at[unit.stop] = unit
+        return n
+
+
+@dataclass(frozen=True)
+class _Units:
+    """The units before any is assigned.
+
+    Attributes:
+        work, shares, ranks: as in `assign`.
+        split_at: the most pairs per token of a sparse unit.
+        dense: in ascending order of pairs.
+        sparse: the others, sorted.
+    """
+
+    work: Workload
+    shares: Sequence[int] | None
+    ranks: int
+    split_at: float
+    dense: list[_Unit]
+    sparse: list[_Unit]
+
+    @staticmethod
+    def of(work: Workload, shares: Sequence[int] | None, ranks: int, chunk: int) -> _Units:
+        starts = [start for start, _ in work.units(chunk)]
+        edges = [*starts, work.seq_len]
+        before = work.before_edges(edges)
+        units = list(map(_Unit.between, starts, edges[1:], before, before[1:]))
+        # Without shares, sparse tokens are not needed to balance tokens: all units are dense, and none is too large.
+        split_at = -1.0
+        if shares is not None:
+            split_at = before[-1] / max(1, work.seq_len)
+            tokens, pairs = max(shares), before[-1] / ranks
+            parts = [
+                (unit,) if unit.pairs <= pairs and unit.tokens <= tokens else _split(work, unit, split_at)
+                for unit in units
+            ]
+            units = list(chain.from_iterable(parts))
+        dense = [unit for unit in units if unit.order[0] < -split_at]
+        sparse = [unit for unit in units if unit.order[0] >= -split_at]
+        return _Units(work, shares, ranks, split_at, sorted(dense, key=_PAIRS), sorted(sparse))
 
 
 class _Assignment:
     """The tokens that are not yet assigned."""
 
-    def __init__(self, work: Workload, shares: Sequence[int] | None, ranks: int, aim: Aim, chunk: int) -> None:
-        self.work, self.shares, self.ranks, self.aim = work, shares, ranks, aim
-        self.pairs = work.before(work.seq_len)  # of tokens that are left
-        self.mean = self.pairs / max(1, work.seq_len)
-        # Without shares, sparse tokens are not needed to balance tokens: all units are dense, and none is too large.
-        self.split_at = -1.0 if shares is None else self.mean
-        self.most_tokens = _ALL if shares is None else max(shares)
-        self.most_pairs = _ALL if shares is None else self.pairs / ranks
-        units = [piece for unit in work.units(chunk) for piece in self._split(_Unit.of(work, *unit))]
-        # By pairs.
-        self.dense = sorted((unit for unit in units if unit.density > self.split_at), key=itemgetter(4))
-        self.sparse = _Sparse(work, [unit for unit in units if unit.density <= self.split_at])
+    def __init__(self, units: _Units, aim: Aim) -> None:
+        self.work, self.shares, self.ranks, self.aim = units.work, units.shares, units.ranks, aim
+        self.split_at = units.split_at
+        self.pairs = self.work.before(self.work.seq_len)  # of tokens that are left
+        self.dense, self.sparse = list(units.dense), _Sparse(self.work, units.split_at, units.sparse)
 
-    def _split(self, unit: _Unit) -> list[_Unit]:
-        """A unit that fits no rank, split at the token from which on queries see more keys than the mean."""
-        if unit.pairs <= self.most_pairs and unit.tokens <= self.most_tokens:
-            return [unit]
-        at = min(unit.stop, self.work.first_above(self.mean, unit.start, unit.stop))
-        pieces = (unit.start, at), (at, unit.stop)
-        return [_Unit.of(self.work, *piece) for piece in pieces if piece[0] < piece[1]]
-
-    def by_rank(self) -> Iterator[list[Piece]]:
+    def by_rank(self) -> Iterator[tuple[list[Piece], int]]:
+        """The pieces of each rank, and their pairs."""
         mean = self.pairs / self.ranks
         for rank in range(self.ranks - 1):
             # If earlier ranks got less than their share, the others get more.
@@ -178,16 +267,15 @@ class _Assignment:
             share.take_dense()
             share.take_sparse()
             self.pairs -= share.pairs
-            yield share.pieces
-        yield [(unit.start, unit.stop) for unit in (*self.dense, *self.sparse.units)]
+            yield share.pieces, share.pairs
+        yield [(unit.start, unit.stop) for unit in (*self.dense, *self.sparse.units)], self.pairs
 
-    def put(self, start: int, stop: int) -> None:
+    def put(self, unit: _Unit | None) -> None:
         """Add tokens that are not assigned."""
-        if start == stop:
+        if unit is None:
             return
-        unit = _Unit.of(self.work, start, stop)
         if unit.density > self.split_at:
-            insort(self.dense, unit, key=itemgetter(4))
+            insort(self.dense, unit, key=_PAIRS)
         else:
             self.sparse.put(unit)
 
@@ -206,10 +294,11 @@ class _Share:
         self.pieces: list[Piece] = []
         self.pairs = 0
 
-    def hold(self, start: int, stop: int) -> None:
-        self.pieces.append((start, stop))
-        self.room -= stop - start
-        self.pairs += self.work.pairs(start, stop)
+    def hold(self, unit: _Unit | None) -> None:
+        if unit is not None:
+            self.pieces.append((unit.start, unit.stop))
+            self.room -= unit.tokens
+            self.pairs += unit.pairs
 
     def least_with(self, tokens: int, pairs: int) -> int:
         """The pairs of this rank if it takes ``tokens`` with ``pairs``, and fills up with the sparsest tokens."""
@@ -218,9 +307,8 @@ class _Share:
     def take_dense(self) -> None:
         dense = self.rest.dense
         while dense and self.room > 0 and self.least_with(0, 0) < self.enough:
-            fitting = (n for n in reversed(range(len(dense))) if self.fits(dense[n]))
             too_large = not self.pieces and not self.fits(dense[-1])
-            at = None if too_large else next(fitting, None)
+            at = None if too_large else self.largest_fitting()
             if at is not None:
                 self.take_whole(dense.pop(at))
                 continue
@@ -229,6 +317,13 @@ class _Share:
             larger = (n for n in range(len(dense)) if self.least_with(dense[n].tokens, dense[n].pairs) > self.most)
             self.take_end(dense.pop(-1 if too_large else next(larger, -1)))
             return
+
+    def largest_fitting(self) -> int | None:
+        """The index of the dense unit with most pairs that fits."""
+        dense = self.rest.dense
+        # Units with more pairs do not fit, whatever they are filled up with. 1: the difference is rounded.
+        few = bisect_right(dense, self.most - self.pairs + 1, key=_PAIRS)
+        return next((n for n in reversed(range(few)) if self.fits(dense[n])), None)
 
     def fits(self, unit: _Unit) -> bool:
         return unit.tokens <= self.room and self.least_with(unit.tokens, unit.pairs) <= self.most
@@ -241,22 +336,21 @@ class _Share:
 
     def take_whole(self, unit: _Unit) -> None:
         """Take a dense unit, and the start of its document, if that was split off and fits: its keys are local then."""
-        self.hold(unit.start, unit.stop)
-        beginning = self.rest.sparse.take_unit_before(unit.start, self.room)
-        if beginning is not None:
-            self.hold(*beginning)
+        self.hold(unit)
+        self.hold(self.rest.sparse.take_unit_before(unit.start, self.room))
 
     def take_end(self, unit: _Unit) -> None:
         """Take the end of a dense unit: as much as the rank may have if it fills up with the sparsest tokens."""
-        before, sparse, room = self.work.before, self.rest.sparse, self.room
+        before, of_sparsest, room = self.work.before, self.rest.sparse.of_sparsest, self.room
         first, stop = max(unit.start, unit.stop - room), unit.stop
-        most = before(stop) + self.pairs - self.most  # pairs before the end, less those of the sparsest tokens
-        at = _first_reaching(most, first, stop, lambda p: before(p) - sparse.pairs(room - stop + p))
+        # Pairs before the end, less those of the sparsest tokens.
+        most = unit.before + unit.pairs + self.pairs - self.most
+        at = first_reaching(most, first, stop, lambda p: before(p) - of_sparsest(room - stop + p))
         if self.rest.shares is not None:
-            at = max(first, min(at, stop - room + sparse.left))
-        if at < stop:
-            self.hold(at, stop)
-        self.rest.put(unit.start, at)
+            at = max(first, min(at, stop - room + self.rest.sparse.left))
+        start, end = unit.cut(self.work, at)
+        self.hold(end)
+        self.rest.put(start)
 
     def take_sparse(self) -> None:
         """Take the remaining tokens: sparse ones, and dense ones if there are too few."""
@@ -265,35 +359,20 @@ class _Share:
         sparse = self.rest.sparse
         while self.room > sparse.left:
             unit = self.rest.dense.pop(0)
-            taken = min(self.room - sparse.left, unit.tokens)
-            self.hold(unit.start, unit.start + taken)
-            self.rest.put(unit.start + taken, unit.stop)
+            start, end = unit.cut(self.work, unit.start + self.room - sparse.left)
+            self.hold(start)
+            self.rest.put(end)
         if self.room:
-            pieces, rest = sparse.take(self.room, self.window())
-            for piece in pieces:
-                self.hold(*piece)
-            self.rest.put(*rest)
+            taken, rest = sparse.take(self.room, self.window())
+            self.pieces += [(unit.start, unit.stop) for unit in taken]
+            self.pairs += sum([unit.pairs for unit in taken])
+            self.rest.put(rest)
 
 
-def _first_reaching(goal: float, start: int, stop: int, count: Callable[[int], int]) -> int:
-    """The first position at which ``count``, which does not decrease, is at least ``goal``; ``stop`` if there is none.
-
-    Interpolation and bisection alternate: if ``count`` rises linearly, interpolation needs a third of the calls.
-    """
-    if start == stop or (at_low := count(start)) >= goal:
-        return start
-    if (at_high := count(stop - 1)) < goal:
-        return stop
-    low, high, interpolate = start, stop - 1, True
-    while high - low > 1:
-        step = (high - low) * (goal - at_low) / (at_high - at_low) if interpolate else (high - low) / 2
-        at = min(max(low + int(step), low + 1), high - 1)
-        if (found := count(at)) < goal:
-            low, at_low = at, found
-        else:
-            high, at_high = at, found
-        interpolate = not interpolate
-    return high
+def _split(work: Workload, unit: _Unit, keys: float) -> list[_Unit]:
+    """A unit at the token from which on queries see more than ``keys`` keys."""
+    parts = unit.cut(work, work.first_above(keys, unit.start, unit.stop))
+    return [part for part in parts if part is not None]
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:

@@ -118,9 +118,7 @@ class Balanced(Layout):
 def best(work: Workload, shares: Sequence[int] | None, ranks: int, chunk: int) -> list[list[Piece]]:
     """Of the assignments by `AIMS`, the balanced one that sends the fewest keys, or else the most balanced one."""
     found = []
-    for aim in AIMS:
-        held = assign(work, shares, ranks, aim, chunk)
-        most = max(sum(work.pairs(*piece) for piece in pieces) for pieces in held)
+    for held, most in assign(work, shares, ranks, AIMS, chunk):
         excess = max(0.0, most * ranks - _BALANCED * work.before(work.seq_len))
         if ranks > _FEW_RANKS and not excess:
             return held

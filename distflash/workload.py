@@ -8,7 +8,7 @@ the counts are estimates, which only affect how well ranks are balanced.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -71,21 +71,20 @@ class Workload:
         return self.edges[-1]
 
     @cached_property
-    def _at_edges(self) -> dict[int, int]:
-        return dict(zip(self.edges, self.below, strict=True))
-
-    @cached_property
     def _reach(self) -> list[tuple[int, int]]:
         return list(zip(self.first.tolist(), self.last.tolist(), strict=True))
 
     def before(self, position: int) -> int:
         """The pairs of the queries before a position; see [Note: pairs]."""
-        at_edge = self._at_edges.get(position)
-        if at_edge is not None:
-            return at_edge
         segment = bisect_right(self.edges, position) - 1
         passed = position - self.edges[segment]
+        if not passed:
+            return self.below[segment]
         return self.below[segment] + int(passed * (self.keys[segment] + self.slopes[segment] * (passed - 1) / 2))
+
+    def before_edges(self, edges: Sequence[int]) -> list[int]:
+        """The pairs of the queries before each of some of the `edges`."""
+        return [self.below[bisect_left(self.edges, edge)] for edge in edges]
 
     def pairs(self, start: int, stop: int) -> int:
         """The pairs of the queries from ``start`` to ``stop``."""
@@ -148,3 +147,24 @@ def _cuts(edges: Tensor, first: Tensor, last: Tensor) -> list[int]:
     apart = torch.ones(len(edges), dtype=torch.bool)
     apart[1:-1] = (behind[1:] >= edges[1:-1]) & (last.cummax(0).values[:-1] <= edges[1:-1])
     return edges[apart].tolist()
+
+
+def first_reaching(goal: float, start: int, stop: int, count: Callable[[int], int]) -> int:
+    """The first position at which ``count``, which does not decrease, is at least ``goal``; ``stop`` if there is none.
+
+    Interpolation and bisection alternate: if ``count`` rises linearly, interpolation needs a third of the calls.
+    """
+    if start == stop or (at_low := count(start)) >= goal:
+        return start
+    if (at_high := count(stop - 1)) < goal:
+        return stop
+    low, high, interpolate = start, stop - 1, True
+    while high - low > 1:
+        step = (high - low) * (goal - at_low) / (at_high - at_low) if interpolate else (high - low) / 2
+        at = min(max(low + int(step), low + 1), high - 1)
+        if (found := count(at)) < goal:
+            low, at_low = at, found
+        else:
+            high, at_high = at, found
+        interpolate = not interpolate
+    return high

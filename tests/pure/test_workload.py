@@ -1,9 +1,12 @@
+from bisect import bisect_left
+from itertools import accumulate
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import distflash as df
-from distflash.workload import Workload
+from distflash.workload import Workload, first_reaching
 from tests.strategies import documents, masks, patterns
 
 
@@ -69,3 +72,9 @@ def test_moved_counts_the_keys_of_others(data, seq_len):
         own[start:stop] = True
     expected = int((dense(mask, seq_len)[own].any(0) & ~own).sum())
     assert Workload.of([mask], seq_len, 1).moved(held) == expected
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 60))
+def test_interpolation_finds_what_bisection_does(steps, goal):
+    counts = list(accumulate(steps))
+    assert first_reaching(goal, 0, len(counts), counts.__getitem__) == bisect_left(counts, goal)

@@ -9,7 +9,6 @@ sequences of a batch, and for groups of ranks that gather their tokens. Modules 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from distflash.layouts import Layout
 from distflash.masks import Ends, Mask, wrapped
+from distflash.visible import Runs, joined, seen, without_gaps
 
 # The largest number of intervals of a union: each costs a pass over all queries.
 MOST_PARTS = 16
@@ -245,14 +245,14 @@ class Needs:
         for tokens in {id(t): t for t in (geometry.queries, geometry.keys)}.values():
             tokens.require_cover()
         ranks = range(geometry.world_size)
-        # All ranks' queries in one tensor, rank after rank: W small passes instead of W x W tiny ones.
         parts = [geometry.parts(rank) for rank in ranks]
-        most = max(map(len, parts))
-        together = [_joined([_part_or_empty(of_rank, n) for of_rank in parts]) for n in range(most)]
-        stops = torch.tensor([0, *(geometry.queries.length(rank) for rank in ranks)]).cumsum(0)
-        table = [_seen([geometry.local(ends, source) for ends in together], stops) for source in ranks]
-        pairs = torch.stack([counts for counts, _ in table], 1)
-        return Needs(pairs, tuple(tuple(table[source][1][rank] for source in ranks) for rank in ranks))
+        ranges = [seen(of_rank) for of_rank in parts]
+        every = [(run.start, run.stop, rank) for rank in ranks for run in ranges[rank]]
+        runs = torch.tensor(every, dtype=torch.int64).view(-1, 3).unbind(1)
+        table = [_of_source(geometry.keys, source, *runs) for source in ranks]
+        rows = tuple(tuple(table[source][rank] for source in ranks) for rank in ranks)
+        held = Runs.of([geometry.keys.positions(source) for source in ranks])
+        return Needs(torch.stack([held.pairs(of_rank) for of_rank in parts]), rows)
 
     @property
     def remote(self) -> tuple[int, ...]:
@@ -266,71 +266,18 @@ class Needs:
         return bool(self.rows[rank][source])
 
 
-def _seen(parts: Sequence[Ends], stops: Tensor) -> tuple[Tensor, list[tuple[range, ...]]]:
-    """Of one source: the pairs of each rank, ``[W]``, and the key ranges that each rank's queries see.
+def _of_source(keys: Tokens, source: int, starts: Tensor, stops: Tensor, readers: Tensor) -> list[tuple[range, ...]]:
+    """For each rank, the local indices of one source's keys that it sees.
 
     Args:
-        parts: local bounds of all ranks' queries, concatenated.
-        stops: ``[W + 1]``, where each rank's queries start and end.
+        starts, stops: the ranges of positions that ranks see, ascending for each rank.
+        readers: the rank of each of them.
     """
-    counts = torch.zeros(len(stops) - 1, dtype=torch.int64)
-    runs: list[list[range]] = [[] for _ in counts]
-    for lo, hi in parts:
-        sums = torch.cat([stops[:1], (hi - lo).cumsum(0)])[stops]
-        counts += sums.diff()
-        some = (hi > lo).nonzero().flatten()
-        if not len(some):
-            continue
-        lo, hi, rank = lo[some], hi[some], torch.searchsorted(stops, some, right=True) - 1
-        # Bounds do not decrease: a new range starts at each query whose interval does not touch the previous one's.
-        starts = torch.ones(len(some), dtype=torch.bool)
-        starts[1:] = (lo[1:] > hi[:-1]) | (rank[1:] != rank[:-1])
-        first = starts.nonzero().flatten()
-        last = torch.cat([first[1:], first.new_tensor([len(some)])]) - 1
-        for r, start, stop in zip(rank[first].tolist(), lo[first].tolist(), hi[last].tolist(), strict=True):
-            runs[r].append(range(start, stop))
-    return counts, [_merged(of_rank) for of_rank in runs]
-
-
-def _merged(runs: list[range]) -> tuple[range, ...]:
-    """The union as ascending ranges that do not touch, with small gaps filled in."""
-    runs = sorted(runs, key=lambda r: r.start)
-    merged = runs[:1]
-    for run in runs[1:]:
-        if run.start <= merged[-1].stop:
-            merged[-1] = range(merged[-1].start, max(merged[-1].stop, run.stop))
-        else:
-            merged.append(run)
-    return _without_gaps(merged)
-
-
-def _without_gaps(runs: list[range]) -> tuple[range, ...]:
-    """Fill in the smallest gaps, together at most 2% of the keys: fewer ranges mean fewer copies."""
-    spare = sum(map(len, runs)) // 50
-    gaps = sorted((b.start - a.stop, n) for n, (a, b) in enumerate(pairwise(runs)))
-    filled = set()
-    for gap, n in gaps:
-        spare -= gap
-        if spare < 0:
-            break
-        filled.add(n)
-    kept: list[range] = []
-    for n, run in enumerate(runs):
-        if n - 1 in filled:
-            kept[-1] = range(kept[-1].start, run.stop)
-        else:
-            kept.append(run)
-    return tuple(kept)
-
-
-def _part_or_empty(parts: tuple[Ends, ...], n: int) -> Ends:
-    """Part n; empty intervals if there are fewer parts."""
-    nothing = torch.zeros_like(parts[0][0])
-    return parts[n] if n < len(parts) else (nothing, nothing)
-
-
-def _joined(ends: list[Ends]) -> Ends:
-    return torch.cat([lo for lo, _ in ends]), torch.cat([hi for _, hi in ends])
+    found: list[list[range]] = [[] for _ in range(keys.world_size)]
+    local = joined(keys.count_below(starts, source), keys.count_below(stops, source), readers)
+    for start, stop, reader in zip(*local, strict=True):
+        found[reader].append(range(start, stop))
+    return [without_gaps(runs) if runs else () for runs in found]
 
 
 def _sum(r: range) -> int:

@@ -19,11 +19,12 @@ from distflash.masks import Mask
 from distflash.rows import Rows
 from distflash.workload import Workload
 
-# The first aim is used if its assignment is balanced. For few ranks, where an assignment takes little time, all are
-# tried, since another one may send fewer keys.
+# By which assignments are made, one after the other: see `Aim`. With more than _FEW_RANKS ranks the first balanced
+# assignment is taken. With fewer, where one takes little time, all are made, and the balanced one that sends the fewest
+# keys is taken.
 AIMS = tuple(Aim(limit, enough) for limit in (1.049, 1.03, 1.015) for enough in (0.95, 0.9))
 _FEW_RANKS = 16
-# The most pairs of a rank, as a multiple of the mean, with which an assignment counts as balanced.
+# An assignment is balanced if no rank has more than this multiple of the mean number of pairs.
 _BALANCED = 1.05
 
 
@@ -38,10 +39,12 @@ class Balanced(Layout):
     Args:
         mask: the mask whose work is balanced, usually ``Causal() & Documents(cu_seqlens)``. Attention with any other
             mask is correct, but less well balanced.
-        chunk: consecutive short documents within this many tokens are assigned together.
-        tokens: "equal": the numbers of tokens of ranks differ by at most one. Or the cost of a token besides attention,
-            in allowed pairs: then the sum of both costs is balanced, and ranks have different numbers of tokens. It is
-            ``P / (2 * H * D)`` for a layer with P parameters besides attention, H heads and head dim D.
+        chunk: documents that start in the same window of so many tokens are assigned together. Windows start at
+            multiples of ``chunk``.
+        tokens: "equal": the numbers of tokens of ranks differ by at most one. A number: what a token costs outside of
+            attention (projections, MLP), in pairs. Then each rank's pairs plus this number times its tokens is
+            balanced, and ranks have different numbers of tokens. For a layer with P parameters, H heads and head dim D
+            it is ``P / (2 * H * D)``: 2 P FLOPs a token over 4 H D FLOPs a pair.
 
     Raises:
         ValueError: an argument has the wrong type.
@@ -88,8 +91,8 @@ class Balanced(Layout):
     def refusal(self, seq_len: int) -> str | None:
         if self.mask is None:
             return (
-                "layout: Balanced() has no mask yet, by which tokens are dealt; take cp.with_mask(mask) for the cp of "
-                "this batch, and shard and attend with it, or give df.Balanced(mask)"
+                "layout: Balanced() needs a mask, by which it assigns tokens to ranks; for each batch make batch_cp = "
+                "cp.with_mask(mask), and use it to shard the batch and in attention; or give df.Balanced(mask)"
             )
         if self.mask.seq_len not in (None, seq_len):
             return (
@@ -116,14 +119,14 @@ class Balanced(Layout):
 
 
 def best(work: Workload, shares: Sequence[int] | None, ranks: int, chunk: int) -> list[list[Piece]]:
-    """Of the assignments by `AIMS`, the balanced one that sends the fewest keys, or else the most balanced one."""
+    """The assignment that is taken, see `AIMS`; the most balanced one if none is balanced."""
     found = []
     for held, most in assign(work, shares, ranks, AIMS, chunk):
         excess = max(0.0, most * ranks - _BALANCED * work.before(work.seq_len))
         if ranks > _FEW_RANKS and not excess:
             return held
         found.append((excess, sum(map(work.moved, held)), held))
-    return min(found, key=lambda deal: deal[:2])[2]
+    return min(found, key=lambda each: each[:2])[2]
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class Deal:
 
     @cached_property
     def _edges(self) -> list[tuple[Tensor, Tensor]]:
-        """By rank, int64: the starts of its ranges; the number of its tokens before each range, and in all of them.
+        """For each rank, int64: where its ranges start; and how many of its tokens precede each range, and its total.
 
         Views of two tensors, since making two tensors for each of many ranks takes longer than everything else.
         """

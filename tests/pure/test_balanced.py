@@ -99,9 +99,9 @@ def test_ranks_with_other_batches_are_told():
 @pytest.mark.parametrize(
     ("use", "words"),
     [
-        (lambda cp: cp.shard(torch.zeros(1, 8)), r"layout: Balanced\(\) has no mask yet.*cp.with_mask\(mask\)"),
-        (lambda cp: cp.plan(df.Causal(), 8), r"layout: Balanced\(\) has no mask yet"),
-        (lambda cp: df.attention(*[torch.zeros(1, 4, 1, 8)] * 3, mask=df.Causal(), cp=cp), "has no mask yet"),
+        (lambda cp: cp.shard(torch.zeros(1, 8)), r"layout: Balanced\(\) needs a mask.*cp.with_mask\(mask\)"),
+        (lambda cp: cp.plan(df.Causal(), 8), r"layout: Balanced\(\) needs a mask"),
+        (lambda cp: df.attention(*[torch.zeros(1, 4, 1, 8)] * 3, mask=df.Causal(), cp=cp), "needs a mask"),
         (lambda cp: cp.with_mask(df.Documents([0, 5])).positions(8), "is for a mask of 5 tokens, not for 8"),
         (lambda cp: cp.with_mask("causal"), "mask: expected a Mask"),
         (lambda cp: df.Balanced("causal"), "mask: expected a Mask"),

@@ -34,7 +34,7 @@ class Run:
     documents: bool = False
     clip: float = 0.0
     tied: bool = False
-    steps: int = 10
+    steps: int = 6
     seq_len: int = 45
     micro_batches: int = 2
     data: int = 1

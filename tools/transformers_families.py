@@ -123,7 +123,9 @@ def main() -> None:
     every = [f for f in families() if options.head in (None, f.head)]
     chosen = [f for f in every if f.model_type in options.families or not options.families]
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run_rank, (options.ranks, folder, chosen, options.write), nprocs=options.ranks)
+        # Forked, since on CPUs they can be, and each would load the libraries for as long as its work takes.
+        arguments = (options.ranks, folder, chosen, options.write)
+        torch.multiprocessing.start_processes(run_rank, arguments, nprocs=options.ranks, start_method="fork")
 
 
 if __name__ == "__main__":

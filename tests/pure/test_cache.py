@@ -168,14 +168,14 @@ def scripts(draw):
     )
 
 
-@examples(50)
+@examples(30)
 @given(scripts(), LAYOUTS, st.integers(1, 8), WAYS)
 def test_exact_in_float64(script, layout, world_size, schedule):
     x = told(script)
     assert_exact(script, x, on_ranks(script, x, world_size, layout, schedule=schedule, kernel=SMALL_TILES))
 
 
-@examples(25)
+@examples(15)
 @given(scripts(), LAYOUTS, st.integers(1, 4), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_no_less_exact_than_dense(script, layout, world_size, dtype):
     script = with_dtype(script, dtype)

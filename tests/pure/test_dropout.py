@@ -140,21 +140,21 @@ def test_out_and_gradients_of_values_are_unbiased(p):
         assert z.square().mean() > 0.2  # it does vary
 
 
-@examples(50)
+@examples(25)
 @given(dropped(problems(24)), layouts, st.integers(1, 8), schedules)
 def test_exact_in_float64(p, layout, world_size, schedule):
     x = make_inputs(p)
     assert_exact(p, x, on_ranks(p, x, world_size, layout, schedule=schedule))
 
 
-@examples(25)
+@examples(15)
 @given(dropped(chunks()), layouts, st.integers(1, 6), schedules)
 def test_exact_for_some_queries(p, layout, world_size, schedule):
     x = make_inputs(p)
     assert_exact(p, x, on_ranks(p, x, world_size, layout, schedule=schedule))
 
 
-@examples(25)
+@examples(15)
 @given(dropped(problems_of_rows()), layouts, st.integers(1, 6), schedules)
 def test_exact_for_a_mask_of_each_sequence(p, layout, world_size, schedule):
     x = make_inputs(p)

@@ -30,7 +30,7 @@ def test_memory_is_poisoned():
     assert torch.ones(3).new_empty(2).isnan().all()
 
 
-@examples(160)
+@examples(80)
 @given(problems(), layouts, st.integers(1, 8), schedules)
 def test_exact_in_float64(p, layout, world_size, schedule):
     x = make_inputs(p)
@@ -85,7 +85,7 @@ def test_exact_where_one_part_comes_home_before_the_last_step(mask, layout, worl
     assert_exact(p, x, on_ranks(p, x, world_size, layout))
 
 
-@examples(50)
+@examples(30)
 @given(problems(), layouts, st.integers(2, 8), schedules, st.sampled_from([torch.float32, torch.bfloat16]))
 def test_no_less_exact_than_one_rank(p, layout, world_size, schedule, dtype):
     p = in_dtype(p, dtype)

@@ -83,7 +83,7 @@ def blocks(length: int, block: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(("block_m", "block_n"), [(64, 128), (64, 64), (16, 8)])
-@examples(150)
+@examples(80)
 @given(intervals(), st.integers(0, 5))
 def test_backward_adds_to_tiles_of_its_own_head(block_m, block_n, rows, plane):
     """A block of keys visits tiles of queries that exist, all that it needs; and none if no query sees it."""
@@ -112,7 +112,7 @@ def test_backward_adds_to_tiles_of_its_own_head(block_m, block_n, rows, plane):
 
 
 @pytest.mark.parametrize(("block_m", "block_n"), [(128, 128), (192, 64), (8, 16)])
-@examples(150)
+@examples(80)
 @given(intervals())
 def test_forward_reads_tiles_that_exist_or_zeros(block_m, block_n, rows):
     """A block of queries visits tiles of keys that exist; or one before the first key, where zeros are read."""

@@ -29,7 +29,7 @@ def small_groups():
         yield
 
 
-@examples(200)
+@examples(100)
 @given(geometries(), schedules, st.integers(1, 8), st.sampled_from([ABLE, PLAIN]), st.booleans())
 def test_rows_are_live_where_they_see_a_key(geometry, schedule, kv_heads, able, intra_node):
     plans = [schedule.plan(geometry, rank) for rank in range(geometry.world_size)]

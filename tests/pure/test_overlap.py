@@ -20,7 +20,7 @@ blocks = st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9))
 abilities = st.builds(Abilities, st.booleans(), st.booleans(), st.integers(0, 40), st.booleans(), blocks)
 
 
-@examples(200)
+@examples(100)
 @given(geometries(), schedules, st.integers(1, 8), abilities, st.booleans())
 def test_what_is_computed_stays_the_same(geometry, schedule, kv_heads, able, intra_node):
     plans = [schedule.plan(geometry, rank) for rank in range(geometry.world_size)]

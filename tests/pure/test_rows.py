@@ -22,7 +22,7 @@ SMALL_TILES = df.kernels.Reference(block_q=5, block_k=7)
 DOCUMENTS = df.Documents([0, 3, 8])
 
 
-@examples(60)
+@examples(30)
 @given(problems_of_rows(), layouts, st.integers(1, 8), schedules)
 def test_exact_in_float64(p, layout, world_size, schedule):
     x = make_inputs(p)
@@ -35,7 +35,7 @@ def test_exact_on_one_device(p):
     assert_exact(p, x, on_rank(p, x, None))
 
 
-@examples(40)
+@examples(20)
 @given(st.data(), st.integers(0, 20), st.integers(1, 6), layouts, layouts, schedules)
 def test_plans(data, seq_len, world_size, of_queries, of_keys, schedule):
     start = data.draw(st.integers(0, seq_len))

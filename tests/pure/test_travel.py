@@ -17,7 +17,7 @@ def plans_of(schedule, geometry):
     return [schedule.plan(geometry, rank) for rank in range(geometry.world_size)]
 
 
-@examples(150)
+@examples(80)
 @given(geometries(), schedules)
 def test_plans_compute_every_pair_once_and_nothing_is_lost_on_the_way(geometry, schedule):
     check(plans_of(schedule, geometry), geometry, kv_heads=2)

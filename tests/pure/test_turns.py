@@ -45,7 +45,7 @@ def tiles_of(rows: Intervals) -> list[list[int]]:
     return found
 
 
-@examples(200)
+@examples(100)
 @given(columns())
 def test_turns_count_the_earlier_blocks_of_a_tile(rows):
     turns, adds = turns_of(rows, KEYS, QUERIES), tiles_of(rows)

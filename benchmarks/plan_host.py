@@ -17,7 +17,7 @@ import torch
 import distflash as df
 from benchmarks import common
 from distflash.chunks import Chunk
-from distflash.exact import Exact
+from distflash.exact import ByValue
 from distflash.horizon import Horizon
 from distflash.kernels import Problem, Reference
 from distflash.ledger import Ledger
@@ -53,7 +53,7 @@ def plan_time(
 ) -> list[float]:
     """A chunk of ``tokens`` after so many keys."""
     problem = Problem(torch.device("cpu"), torch.bfloat16, 32, 8, 128, 128, 0.0, False, False, 0.0)
-    whole, of_mask, kernel = ledger_of(layout, world_size, keys, 32768), Exact(mask), Reference()
+    whole, of_mask, kernel = ledger_of(layout, world_size, keys, 32768), ByValue(mask), Reference()
 
     def work() -> None:
         before = Ledger(whole.held, whole.total)

@@ -20,7 +20,7 @@ from torch import Tensor
 import distflash as df
 from benchmarks.meter import Meter
 from distflash import attend
-from distflash.given import Given, Numbers
+from distflash.given import Given, Options
 from distflash.kernels.base import BackwardContext, Kernel, KeyGradient, Keys, Problem, QueryGradient, Scores
 from distflash.partial import Partial
 from distflash.plan import Pass
@@ -123,7 +123,7 @@ def count(case: Case, schedule: df.schedules.Schedule, rank: int) -> tuple[Count
         for n, h in ((T, case.heads), (K, case.kv_heads), (K, case.kv_heads), (T, case.heads))
     )
     given = Given([S, S - q_len, -1 if case.q_len is None else q_len])
-    call, _ = cp.calls.recipe(case.mask, Numbers()).prepared(q, k, v, given, True).forward_call(given)
+    call, _ = cp.calls.recipe(case.mask, Options()).prepared(q, k, v, given, True).forward_call(given)
     with Meter() as meter:
         meter.ignore(q, k, v, dout)
         out, lse, _ = attend.forward(q, k, v, call)

@@ -14,7 +14,7 @@ from distflash import keywords, lengths, ops, prefill, repeats, transforms, vali
 from distflash.cache import Cache
 from distflash.context import ALONE, ContextParallel, as_given
 from distflash.dropout import as_seed
-from distflash.given import PLAIN, Given, Numbers
+from distflash.given import PLAIN, Given, Options
 from distflash.integers import as_int
 from distflash.layouts import Layout
 from distflash.masks import Full, Mask
@@ -183,7 +183,7 @@ def attention(
     if cache is not None:
         tokens_of_chunk = k.shape[1] * cp.world_size if seq_len is None else lengths.as_length(seq_len)
         forward = prefill.Forward(
-            cp, cache, mask, tokens_of_chunk, Numbers(scale, softcap, dropout_p), sinks, alibi_slopes
+            cp, cache, mask, tokens_of_chunk, Options(scale, softcap, dropout_p), sinks, alibi_slopes
         )
         out, lse = prefill.prefill(q, k, v, forward)
         return (out, lse) if return_lse else out
@@ -192,7 +192,7 @@ def attention(
         if (problem := validation.captured_seed_problem(q, dropout_seed)) is not None:
             cp.refuse(problem, in_attention=True)
         seed = as_seed(dropout_seed, q.device)
-    recipe_id, data = cp.recipe(mask, Numbers(scale, softcap, dropout_p, kv_layout, max_logits=return_max_logits))
+    recipe_id, data = cp.recipe(mask, Options(scale, softcap, dropout_p, kv_layout, max_logits=return_max_logits))
     if key is None:
         found = ops.call(q, k, v, sinks, alibi_slopes, seed, tokens, recipe_id, data)
     else:

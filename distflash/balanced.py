@@ -101,7 +101,7 @@ class Balanced(Layout):
             )
         return None
 
-    def fingerprint(self, seq_len: int, world_size: int) -> int:
+    def digest(self, seq_len: int, world_size: int) -> int:
         return self._deal(seq_len, world_size).digest
 
     def _new_deal(self, seq_len: int, world_size: int) -> Deal:

@@ -1,9 +1,9 @@
 """From arguments to an `engine.Call`: the choice of the kernel, the agreement of the ranks, and the plan.
 
-The path of a call: `Recipe` (mask, numbers, group) and `Signature` (shapes, dtype, lengths) give a `Specification`,
+The path of a call: `Recipe` (mask, options, group) and `Signature` (shapes, dtype, lengths) give a `Specification`,
 which is the key of a cache; `Prepared` is what the cache holds (kernel, plan, redistributions). After the agreement of
 the ranks it gives a `PlacedCall`, which has the tensors of this call (sinks, ALiBi slopes) and the `engine.Call`. A
-`Template` is a `Recipe` whose mask and numbers may be inputs of a compiled graph. Ops find both by an integer id, in
+`Template` is a `Recipe` whose mask and options may be inputs of a compiled graph. Ops find both by an integer id, in
 `templates`.
 
 [Note: shapes] B batch, T local tokens, S global tokens, H query heads, G key/value heads.
@@ -28,10 +28,10 @@ from distflash.chunks import Chunk
 from distflash.compiled import Data, Form, join
 from distflash.dropout import dropout_of, in_steps
 from distflash.engine import Call
-from distflash.exact import Exact, Same
+from distflash.exact import ByIdentity, ByValue
 from distflash.folding import Folding
 from distflash.geometry import Geometry, Sharded
-from distflash.given import PLAIN, Given, Numbers, Signature
+from distflash.given import PLAIN, Given, Options, Signature
 from distflash.horizon import Horizon
 from distflash.kernels import Hopper, Kernel, Problem, Reference, Triton
 from distflash.kernels.base import Scores
@@ -89,24 +89,24 @@ class Calls:
         self.chunk_plan = lru_cache(_CHUNKS)(self._chunk_plan)
         self.horizon = lru_cache(_PLANS)(self._horizon)
         self.decoding = lru_cache(_PLANS)(self._decoding)
-        self.exact = lru_cache(_PLANS)(self._exact)
+        self.by_value = lru_cache(_PLANS)(self._by_value)
         self.plan_on_host = lru_cache(_PLANS)(self._plan_on_host)
         self.plan = lru_cache(_PLANS)(self._plan)
         self.prepare = lru_cache(_PLANS)(self._prepare)
         self.prepared_for = lru_cache(_PLANS)(self._prepared_for)
         self.kernel_for = lru_cache(_PLANS)(self._kernel_for)
         self._recipes = lru_cache(_PLANS)(self._recipe_of)
-        self._recipes_of_same = lru_cache(_PLANS)(self._recipe_of_same)
+        self._recipes_by_identity = lru_cache(_PLANS)(self._recipe_by_identity)
         # Compiled graphs refer to templates by number, so templates live as long as this object.
         self.template = lru_cache(None)(self._template)
 
-    def recipe(self, mask: Mask, numbers: Numbers) -> Recipe:
+    def recipe(self, mask: Mask, options: Options) -> Recipe:
         """The recipe of a call. Cached by the mask object, which all layers of a step share."""
-        return self._recipes_of_same(Same(mask), numbers)
+        return self._recipes_by_identity(ByIdentity(mask), options)
 
-    def recipe_of_new(self, mask: Mask, numbers: Numbers) -> Recipe:
+    def recipe_of_new(self, mask: Mask, options: Options) -> Recipe:
         """`recipe` for a mask object that is used only once; cached by the mask's value."""
-        return self._recipes(Exact(mask), numbers)
+        return self._recipes(ByValue(mask), options)
 
     @property
     def numbered(self) -> bool:
@@ -132,16 +132,16 @@ class Calls:
         keys = Sharded(tokens.kv_layout or layout, tokens.seq_len, W)
         return geometry_of(mask, queries, queries if keys == queries else keys, tokens.seq_len)
 
-    def _plan_on_host(self, mask: Exact, tokens: CallTokens) -> Plan:
+    def _plan_on_host(self, mask: ByValue, tokens: CallTokens) -> Plan:
         """The plan of this rank, as the schedule makes it."""
         plan = self.schedule.plan(self._geometry(mask.value, tokens), self.transport.rank)
         require_whole(plan, self.schedule)
         return plan
 
-    def _plan(self, mask: Exact, tokens: CallTokens, device: torch.device) -> Plan:
+    def _plan(self, mask: ByValue, tokens: CallTokens, device: torch.device) -> Plan:
         return self.plan_on_host(mask, tokens).to(device)
 
-    def _horizon(self, mask: Exact, start: int, count: int, device: torch.device) -> Horizon:
+    def _horizon(self, mask: ByValue, start: int, count: int, device: torch.device) -> Horizon:
         """The mask bounds of ``count`` positions from ``start`` on."""
         return Horizon.of(mask.value, start, count, device)
 
@@ -149,8 +149,8 @@ class Calls:
         """One object for all steps, since it may own memory that they share."""
         return kernel.decoding(device)
 
-    def _exact(self, mask: Same) -> Exact:
-        return Exact(mask.value)
+    def _by_value(self, mask: ByIdentity) -> ByValue:
+        return ByValue(mask.value)
 
     def _chunk_plan(self, chunk: Chunk, kernel: Kernel) -> Plan:
         """The plan of a chunk's queries; a ValueError if the cache has dropped keys that they see."""
@@ -183,11 +183,11 @@ class Calls:
         known = Hopper(deterministic=repeats), Triton(), Reference()
         return validation.kernel_for(problem, self.kernel, known, repeats)
 
-    def _recipe_of_same(self, mask: Same, numbers: Numbers) -> Recipe:
-        return self.recipe_of_new(mask.value, numbers)
+    def _recipe_by_identity(self, mask: ByIdentity, options: Options) -> Recipe:
+        return self.recipe_of_new(mask.value, options)
 
-    def _recipe_of(self, mask: Exact, numbers: Numbers) -> Recipe:
-        return Recipe(self, mask, replace(numbers, dropout_p=in_steps(numbers.dropout_p)))
+    def _recipe_of(self, mask: ByValue, options: Options) -> Recipe:
+        return Recipe(self, mask, replace(options, dropout_p=in_steps(options.dropout_p)))
 
     def _template(self, form: Form) -> Template:
         return Template(self, form)
@@ -255,7 +255,7 @@ class Prepared:
         """What has to be equal on all ranks, by names for errors."""
         calls, tokens = self.calls, self.specification.tokens
         layout = tokens.layout or calls.layout
-        held = layout.fingerprint(tokens.q_len, calls.transport.world_size)
+        held = layout.digest(tokens.q_len, calls.transport.world_size)
         return self.specification.fields() | {
             "layout": (layout, held) if held else layout,
             "schedule": calls.schedule,
@@ -309,10 +309,10 @@ templates: WeakValueDictionary[int, _Numbered] = WeakValueDictionary()
 
 @dataclass(eq=False)
 class Recipe(_Numbered):
-    """An attention call without its tensors: mask, numbers and group."""
+    """An attention call without its tensors: mask, options and group."""
 
-    mask: Exact
-    numbers: Numbers
+    mask: ByValue
+    options: Options
 
     def filled(self, data: Data) -> Recipe:
         return self
@@ -341,28 +341,28 @@ class Recipe(_Numbered):
             kv_heads=asked.k[2],
             d_qk=asked.q[3],
             d_v=asked.v[3],
-            softcap=self.numbers.softcap,
+            softcap=self.options.softcap,
             alibi=asked.alibi,
             sinks=asked.sinks,
-            dropout_p=self.numbers.dropout_p,
-            max_logits=self.numbers.max_logits,
+            dropout_p=self.options.dropout_p,
+            max_logits=self.options.max_logits,
         )
         tokens = self._tokens("q", asked.q, asked.k, asked.lengths)
-        return Specification(problem, asked.q[0], tokens, self.mask, self.numbers.scale, asked.needs_grad)
+        return Specification(problem, asked.q[0], tokens, self.mask, self.options.scale, asked.needs_grad)
 
     def _tokens(self, name: str, q: torch.Size, k: torch.Size, given: Sequence[int]) -> CallTokens:
         """The tokens of queries and keys of these shapes; checked here at run time, since lengths are SymInts during
         tracing.
         """
-        mask, calls, kv_layout = self.mask.value, self.calls, self.numbers.kv_layout
-        layout = self.numbers.layout or calls.layout
+        mask, calls, kv_layout = self.mask.value, self.calls, self.options.kv_layout
+        layout = self.options.layout or calls.layout
         W, rank = calls.transport.world_size, calls.transport.rank
         seq_len, q_start, q_len = given
         self_attention = q_start == 0 and q_len == -1 and kv_layout is None
         seq_len = lengths.seq_len_of(k, mask, W) if seq_len == -1 else seq_len
         if q_len == -1:
             q_len = q[1] * W if q_start else seq_len
-        tokens = CallTokens(seq_len, q_start, q_len, kv_layout, self.numbers.layout)
+        tokens = CallTokens(seq_len, q_start, q_len, kv_layout, self.options.layout)
         problem = (
             lengths.length_problem(name, q, mask, seq_len, layout, W, rank)
             if self_attention
@@ -389,7 +389,7 @@ class Template(_Numbered):
         if problem is not None:
             self.calls.refuse(problem)
         return self.calls.recipe_of_new(
-            mask, Numbers(scale, softcap, dropout_p, kv_layout, layout, self.form.max_logits)
+            mask, Options(scale, softcap, dropout_p, kv_layout, layout, self.form.max_logits)
         )
 
 

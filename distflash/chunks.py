@@ -11,7 +11,7 @@ from functools import cached_property
 
 import torch
 
-from distflash.exact import Exact
+from distflash.exact import ByValue
 from distflash.geometry import Geometry, Sharded
 from distflash.kernels import Kernel, Problem
 from distflash.layouts import Layout
@@ -35,7 +35,7 @@ class Chunk:
         problem: the kernel's part of the specification.
     """
 
-    mask: Exact
+    mask: ByValue
     before: Ledger
     after: Ledger
     layout: Layout = field(compare=False)  # which ``after`` follows from

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distflash.chunkwise_plan import ChunkwisePlan, GatheredChunks, Piece
-from distflash.exchange import Exchange, Tensors, copy_of, tokens_of
+from distflash.exchange import Exchange, Tensors, copy_of, token_dim
 from distflash.gradients import of_sinks
 from distflash.kernels import Kernel
 from distflash.kernels.base import BackwardContext, KeyGradient, Keys, QueryGradient, Scores
@@ -182,5 +182,5 @@ def _between(saved: BackwardContext, passes: tuple[Pass, ...]) -> Tensor | None:
 
 
 def _ordered(tensors: tuple[Tensor, ...], order: Tensor) -> Tensor:
-    dim = tokens_of(tensors[0])
+    dim = token_dim(tensors[0])
     return torch.cat(tensors, dim).index_select(dim, order)

@@ -31,7 +31,7 @@ class Form(NamedTuple):
         numbers: ``(scale, softcap, dropout_p)``, or None if they are data.
         scaled: whether a scale was passed.
         kv_layout, layout: see `ClassForm`; a layout without fields is itself the form.
-        max_logits: see `Numbers`.
+        max_logits: see `Options`.
     """
 
     mask: ClassForm

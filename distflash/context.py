@@ -20,8 +20,8 @@ from distflash import collectives, groups, lengths, ops, validation, warming
 from distflash.agreement import Agreement
 from distflash.call import Calls, new_number
 from distflash.compiled import NO_DATA, Data, Form, split
-from distflash.exact import Exact
-from distflash.given import Numbers
+from distflash.exact import ByValue
+from distflash.given import Options
 from distflash.kernels import Kernel
 from distflash.layouts import Layout, Zigzag
 from distflash.masks import Full, Mask
@@ -299,7 +299,7 @@ class ContextParallel(Sharding):
         problem = problem or (None if seq_len is None else lengths.seq_len_problem(seq_len))
         if problem is not None:
             self.refuse(problem, in_attention=True)
-        recipe, data = self.recipe(mask, Numbers())
+        recipe, data = self.recipe(mask, Options())
         return ops.positions(x, as_given(seq_len, 0, None), recipe, *data)
 
     def mean(
@@ -404,25 +404,25 @@ class ContextParallel(Sharding):
         problem = self.layout.refusal(count) or (kv_layout or self.layout).refusal(length)
         if problem is not None:
             raise ValueError(problem)
-        return self.calls.plan(Exact(mask), CallTokens(length, start, count, kv_layout, self._of_batch), where)
+        return self.calls.plan(ByValue(mask), CallTokens(length, start, count, kv_layout, self._of_batch), where)
 
     @property
     def _of_batch(self) -> Layout | None:
         """The layout set by `with_layout` or `with_mask`; None if it is the group's own."""
         return None if self.layout is self.calls.layout else self.layout
 
-    def recipe(self, mask: Mask, numbers: Numbers) -> tuple[int, Data]:
+    def recipe(self, mask: Mask, options: Options) -> tuple[int, Data]:
         """The id of the call's `Recipe` (everything but its tensors), an int that the custom op takes.
 
         Under torch.compile: the id of a `Template`, and the graph inputs that complete it to a recipe (`Data`).
         """
         if not torch.compiler.is_compiling():
             if self.layout is not self.calls.layout:
-                numbers = replace(numbers, layout=self.layout)
-            return self.calls.recipe(mask, numbers).number, NO_DATA
-        layouts = numbers.kv_layout, self._of_batch
+                options = replace(options, layout=self.layout)
+            return self.calls.recipe(mask, options).number, NO_DATA
+        layouts = options.kv_layout, self._of_batch
         form, data = split(
-            mask, numbers.scale, numbers.softcap, numbers.dropout_p, *layouts, max_logits=numbers.max_logits
+            mask, options.scale, options.softcap, options.dropout_p, *layouts, max_logits=options.max_logits
         )
         return self._template(self._name, *form), data
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from distflash import lengths, validation
 from distflash.cache import Cache, mask_of
 from distflash.chunks import dropped_problem
-from distflash.exact import Same
+from distflash.exact import ByIdentity
 from distflash.horizon import Horizon
 from distflash.kernels import Kernel, Problem
 from distflash.kernels.base import Scores
@@ -188,7 +188,7 @@ def _require_kept(step: DecodeStep, horizon: Horizon, tokens: int) -> None:
 def _horizon(step: DecodeStep, tokens: int) -> Horizon:
     """The cached horizon of the mask. If all positions fit into the cache it starts at 0, and serves for all steps."""
     cache, calls = step.cache, step.cache.cp.calls
-    mask = calls.exact(Same(step.mask))
+    mask = calls.by_value(ByIdentity(step.mask))
     of_sequences = cache.lengths
     first, stop = min(of_sequences), max(of_sequences) + tokens
     horizon = cache.records.horizons.get(mask)
@@ -201,7 +201,7 @@ def _horizon(step: DecodeStep, tokens: int) -> Horizon:
 
 def _known(step: DecodeStep) -> Horizon:
     """The horizon for a captured step, which an earlier step has made."""
-    horizon = step.cache.records.horizons.get(step.cache.cp.calls.exact(Same(step.mask)))
+    horizon = step.cache.records.horizons.get(step.cache.cp.calls.by_value(ByIdentity(step.mask)))
     if horizon is None:
         raise ValueError(
             "cache: a step is captured in a CUDA graph before any with its mask has run; run one outside of the graph "
@@ -214,7 +214,7 @@ def _known(step: DecodeStep) -> Horizon:
 def _agree(q: Tensor, asked: Problem, kernel: Kernel, step: DecodeStep) -> None:
     """Compare the step over the ranks. Lengths are not in the signature; they are sent with the results."""
     cp = step.cache.cp
-    key = (asked, q.shape[:2], cp.calls.exact(Same(step.mask)), step.scale, step.cache.capacity)
+    key = (asked, q.shape[:2], cp.calls.by_value(ByIdentity(step.mask)), step.scale, step.cache.capacity)
     cp.agreement.require(
         STEP,
         lambda: {

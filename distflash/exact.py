@@ -27,7 +27,7 @@ def exact(value: object) -> object:
     return (kind, None if kind.__repr__ is object.__repr__ else repr(value))
 
 
-class Exact:
+class ByValue:
     """A value as a key, equal only to the same value. Its hash is computed once; identity is tried first."""
 
     def __init__(self, value: Any) -> None:
@@ -38,10 +38,10 @@ class Exact:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Exact) and self.key == other.key)
+        return self is other or (isinstance(other, ByValue) and self.key == other.key)
 
 
-class Same:
+class ByIdentity:
     """A value as a key, equal only to the very same object, which it keeps alive."""
 
     def __init__(self, value: Any) -> None:
@@ -51,7 +51,7 @@ class Same:
         return id(self.value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.value is other.value
+        return isinstance(other, ByIdentity) and self.value is other.value
 
 
 def code(value: object) -> int:

@@ -97,7 +97,7 @@ class Exchange:
         buffers: Tensors = ()
         for x in self.prototypes[transfer.what]:
             shape = list(x.shape)
-            shape[1 if x.dim() == 4 else 2] = transfer.count  # `tokens_of`, inlined to save host time
+            shape[1 if x.dim() == 4 else 2] = transfer.count  # `token_dim`, inlined to save host time
             buffers += (x.new_empty(shape),)
         return buffers
 
@@ -133,7 +133,7 @@ def _words(what: What, step: int) -> str:
     return f"{_WORDS[what]} of step {step}"
 
 
-def tokens_of(x: Tensor) -> int:
+def token_dim(x: Tensor) -> int:
     """The dimension of the tokens, see [Note: tokens]."""
     return 1 if x.dim() == 4 else 2
 
@@ -152,7 +152,7 @@ def take(x: Tensor, rows: tuple[range, ...] | None) -> Tensor:
 
 def copy_of(x: Tensor, rows: tuple[range, ...]) -> Tensor:
     """A new contiguous copy of the tokens in ``rows``; never a view of ``x``, as `take` may return."""
-    dim = tokens_of(x)
+    dim = token_dim(x)
     pieces = [x.narrow(dim, r.start, len(r)) for r in rows]
     shape = list(x.shape)
     shape[dim] = sum(map(len, rows))

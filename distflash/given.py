@@ -43,8 +43,8 @@ PLAIN = Given(())
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """The numbers and layouts of a call; see `attention`.
+class Options:
+    """The arguments of a call that are no tensors, besides mask and lengths; see `attention`.
 
     ``layout`` is that of this batch, if it is not the group's; see `ContextParallel.with_mask`.
     """

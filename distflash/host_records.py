@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from distflash.exact import Exact
+from distflash.exact import ByValue
 from distflash.horizon import Horizon
 from distflash.ledger import Ledger
 
@@ -27,10 +27,10 @@ class HostRecords:
     ledgers: list[Ledger]
     lengths: list[int]
     stale: bool = False
-    horizons: dict[Exact, Horizon] = field(default_factory=dict)
+    horizons: dict[ByValue, Horizon] = field(default_factory=dict)
     keep: list[object] = field(default_factory=list)
 
-    def remember(self, mask: Exact, horizon: Horizon) -> None:
+    def remember(self, mask: ByValue, horizon: Horizon) -> None:
         """Cache a horizon. Only the last few masks are kept, since each step may have a new one."""
         self.horizons.pop(mask, None)
         while len(self.horizons) >= _MASKS:

@@ -45,7 +45,7 @@ class Layout(ABC):
         """Why the layout cannot shard ``seq_len`` tokens; None if it can."""
         return None
 
-    def fingerprint(self, seq_len: int, world_size: int) -> int:
+    def digest(self, seq_len: int, world_size: int) -> int:
         """An int by which ranks check that they computed the same ranges, such as a digest of them.
 
         0 if it is enough to compare the layouts' fields, as for all layouts but `Balanced`.

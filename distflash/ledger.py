@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distflash.cache_balance import rebalance, storing_ranks
-from distflash.exact import Same
+from distflash.exact import ByIdentity
 from distflash.geometry import Tokens
 from distflash.layouts import Layout
 
@@ -77,7 +77,7 @@ class Ledger(Tokens):
     def with_chunk(self, layout: Layout, tokens: int) -> Ledger:
         """With ``tokens`` more, sharded by ``layout``. Some move to other ranks: see `rebalance`."""
         # Keyed by the object, since a layout of the user's own may not be hashable.
-        return self._then((Same(layout), tokens), lambda: self._with_chunk(layout, tokens))
+        return self._then((ByIdentity(layout), tokens), lambda: self._with_chunk(layout, tokens))
 
     def with_step(self, tokens: int) -> Ledger:
         """With ``tokens`` more that all ranks have; each is stored on one rank: see `storing_ranks`."""

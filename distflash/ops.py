@@ -157,7 +157,7 @@ def _(
 
 def _wants_max_logits(recipe: int) -> bool:
     made = templates[recipe]
-    return made.form.max_logits if isinstance(made, Template) else made.filled(NO_DATA).numbers.max_logits
+    return made.form.max_logits if isinstance(made, Template) else made.filled(NO_DATA).options.max_logits
 
 
 # As dispatch modes and checkpoint policies see it.

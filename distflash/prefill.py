@@ -16,8 +16,8 @@ from distflash.cache import Cache, mask_of
 from distflash.chunks import Chunk
 from distflash.context import ContextParallel
 from distflash.engine import Call
-from distflash.exact import Same
-from distflash.given import Numbers
+from distflash.exact import ByIdentity
+from distflash.given import Options
 from distflash.host_to_device import to_device
 from distflash.kernels import Kernel, Problem
 from distflash.kernels.base import Scores
@@ -39,7 +39,7 @@ class Forward:
         cache: the keys before the chunk.
         mask: of the whole sequence.
         tokens: the number of tokens of the chunk, over all ranks.
-        numbers: see `attention`.
+        options: see `attention`.
         sinks, alibi_slopes: ``[H]`` or None.
     """
 
@@ -47,7 +47,7 @@ class Forward:
     cache: Cache
     mask: Mask
     tokens: int
-    numbers: Numbers
+    options: Options
     sinks: Tensor | None
     alibi_slopes: Tensor | None
 
@@ -72,7 +72,7 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, forward: Forward) -> tuple[Tensor, 
         before, after = _ledgers(forward)
         plans = [
             calls.chunk_plan(
-                Chunk(calls.exact(Same(mask_of(forward.mask, n))), *pair, forward.cp.layout, asked), kernel
+                Chunk(calls.by_value(ByIdentity(mask_of(forward.mask, n))), *pair, forward.cp.layout, asked), kernel
             )
             for n, pair in enumerate(zip(before, after, strict=True))
         ]
@@ -90,9 +90,9 @@ def _one(
     n: int, q: Tensor, kv: tuple[Tensor, Tensor], ledger: Ledger, plan: Plan, kernel: Kernel, forward: Forward
 ) -> tuple[Tensor, Tensor]:
     """Attention of sequence ``n``. Sequences are computed one by one, so that their keys are contiguous for sends."""
-    store, numbers, count = forward.cache.store, forward.numbers, ledger.counts[forward.cp.rank]
+    store, options, count = forward.cache.store, forward.options, ledger.counts[forward.cp.rank]
     _keep(n, kv, ledger, forward)
-    scores = Scores.of(q.shape[3], numbers.scale, numbers.softcap, forward.alibi_slopes, forward.sinks)
+    scores = Scores.of(q.shape[3], options.scale, options.softcap, forward.alibi_slopes, forward.sinks)
     call = Call(plan, forward.cp.transport, kernel, scores)
     out, lse, _ = engine.forward(q, store.k[n : n + 1, :count], store.v[n : n + 1, :count], call)
     return out, lse
@@ -188,13 +188,13 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, forward: Forward) -> str | None:
 def _asked(q: Tensor, k: Tensor, v: Tensor, forward: Forward) -> Problem:
     alibi, sinks = forward.alibi_slopes is not None, forward.sinks is not None
     sizes = (q.shape[2], k.shape[2], q.shape[3], v.shape[3])
-    return Problem(q.device, q.dtype, *sizes, forward.numbers.softcap, alibi, sinks, forward.numbers.dropout_p)
+    return Problem(q.device, q.dtype, *sizes, forward.options.softcap, alibi, sinks, forward.options.dropout_p)
 
 
 def _agree(q: Tensor, kernel: Kernel, asked: Problem, forward: Forward) -> None:
     """Compare the call over the ranks. Lengths grow from call to call, so they are not in the signature."""
-    numbers, cp = forward.numbers, forward.cp
-    key = (asked, q.shape[0], cp.calls.exact(Same(forward.mask)), numbers)
+    options, cp = forward.options, forward.cp
+    key = (asked, q.shape[0], cp.calls.by_value(ByIdentity(forward.mask)), options)
     cp.agreement.require(
         CHUNK,
         lambda: {
@@ -208,8 +208,8 @@ def _agree(q: Tensor, kernel: Kernel, asked: Problem, forward: Forward) -> None:
             "value head_dim": asked.d_v,
             "dtype": asked.dtype,
             "mask": forward.mask,
-            "scale": numbers.scale,
-            "softcap": numbers.softcap,
+            "scale": options.scale,
+            "softcap": options.softcap,
             "sinks": asked.sinks,
             "alibi_slopes": asked.alibi,
             "layout": cp.layout,

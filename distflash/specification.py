@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from distflash.exact import Exact
+from distflash.exact import ByValue
 from distflash.kernels import Problem
 from distflash.layouts import Layout
 
@@ -47,7 +47,7 @@ class Specification:
     problem: Problem
     batch: int
     tokens: CallTokens
-    mask: Exact
+    mask: ByValue
     scale: float | None
     needs_grad: bool
 

@@ -25,9 +25,9 @@ from distflash import attend, lengths, validation
 from distflash.agreement import Agreement
 from distflash.call import Calls
 from distflash.dropout import in_steps, threshold_of
-from distflash.exact import Exact
+from distflash.exact import ByValue
 from distflash.geometry import Sharded
-from distflash.given import Given, Numbers
+from distflash.given import Given, Options
 from distflash.kernels import Kernel, Problem
 from distflash.kernels.machine import Machine, machine_of
 from distflash.layouts import Layout
@@ -82,8 +82,8 @@ class Rehearsal:
             torch.empty((), dtype=torch.int64, device=_META) if problem.dropout_p else None,
         )
         layouts = tokens.kv_layout, tokens.layout
-        numbers = Numbers(specification.scale, problem.softcap, problem.dropout_p, *layouts, problem.max_logits)
-        recipe = calls.recipe_of_new(specification.mask.value, numbers)
+        options = Options(specification.scale, problem.softcap, problem.dropout_p, *layouts, problem.max_logits)
+        recipe = calls.recipe_of_new(specification.mask.value, options)
         attention, _ = recipe.prepared(q, k, v, given, specification.needs_grad).forward_call(given)
         out, lse, _ = attend.forward(q, k, v, attention)
         if specification.needs_grad:
@@ -142,7 +142,9 @@ def specification_of(
     dims = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
     rate = in_steps(validation.as_number(dropout_p) or 0.0)
     asked = Problem(transport.device, dtype, *dims, dropout_p=rate, max_logits=max_logits)
-    return Specification(asked, q.shape[0], CallTokens(length, 0, length, layout=layout), Exact(mask), None, needs_grad)
+    return Specification(
+        asked, q.shape[0], CallTokens(length, 0, length, layout=layout), ByValue(mask), None, needs_grad
+    )
 
 
 def prepare_for(device: torch.device) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import distflash as df
 from distflash.chunks import Chunk, length_for, seen_later
-from distflash.exact import Exact
+from distflash.exact import ByValue
 from distflash.kernels import Problem, Reference
 from distflash.ledger import Ledger
 from distflash.schedules.travel import KeysTravel
@@ -20,7 +20,7 @@ ZIGZAG = df.Zigzag()
 def chunk(mask, tokens, before=0, world_size=4, heads=(4, 2), dims=(64, 64)):
     ledger = Ledger.empty(world_size).with_chunk(ZIGZAG, before)
     problem = Problem(torch.device("cpu"), torch.bfloat16, *heads, *dims, 0.0, False, False, 0.0)
-    return Chunk(Exact(mask), ledger, ledger.with_chunk(ZIGZAG, tokens), ZIGZAG, problem)
+    return Chunk(ByValue(mask), ledger, ledger.with_chunk(ZIGZAG, tokens), ZIGZAG, problem)
 
 
 def prefilled(schedule, tokens=4096, size=256):

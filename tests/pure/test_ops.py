@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distflash as df
 from distflash import ops
-from distflash.given import Numbers
+from distflash.given import Options
 from distflash.transport import Alone
 from tests.counting import Counting
 
@@ -17,8 +17,8 @@ S, DIM = 12, 16
 LENGTHS = [S, 0, -1]
 
 
-def recipe_of(cp, **numbers):
-    return cp.recipe(df.Causal(), Numbers(**numbers))[0]
+def recipe_of(cp, **options):
+    return cp.recipe(df.Causal(), Options(**options))[0]
 
 
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "sinks, slopes and dropout"])
@@ -28,7 +28,7 @@ def test_opcheck(extras):
     slopes = torch.rand(4) if extras else None
     seed = torch.tensor(3) if extras else None
     cp = df.ContextParallel(Alone())
-    recipe, _ = cp.recipe(df.Causal(), Numbers(dropout_p=0.3 if extras else 0.0))
+    recipe, _ = cp.recipe(df.Causal(), Options(dropout_p=0.3 if extras else 0.0))
     options = (sinks, slopes, seed, LENGTHS, True, recipe, [], None, None)
     arguments = (q, k, v, *options)
     torch.library.opcheck(torch.ops.distflash.attention.default, arguments)

@@ -15,7 +15,7 @@ import distflash as df
 from distflash import warming
 from distflash.agreement import Agreement
 from distflash.call import Calls
-from distflash.exact import Exact
+from distflash.exact import ByValue
 from distflash.kernels import Kernel, Problem, Reference
 from distflash.kernels.base import KeyGradient
 from distflash.kernels.machine import MACHINES
@@ -66,7 +66,7 @@ def calls_of(world_size=2, rank=0, layout=ZIGZAG, schedule=RING, kernel=None):
 
 def asked(S=64, mask=CAUSAL, batch=1, dtype=torch.float32, needs_grad=True, **special):
     problem = Problem(META, dtype, 4, 2, 16, 16, **special)
-    return Specification(problem, batch, CallTokens(S, 0, S), Exact(mask), None, needs_grad)
+    return Specification(problem, batch, CallTokens(S, 0, S), ByValue(mask), None, needs_grad)
 
 
 MASKS = [
@@ -84,7 +84,7 @@ def test_a_rehearsal_makes_the_passes_of_the_call(world_size, schedule, mask):
     for rank in range(world_size):
         calls, kernel = calls_of(world_size, rank, schedule=schedule), Passing()
         warming.Rehearsal(calls, kernel, asked(mask=mask, sinks=True))()
-        plan = calls.plan_on_host(Exact(mask), CallTokens(64, 0, 64))
+        plan = calls.plan_on_host(ByValue(mask), CallTokens(64, 0, 64))
         expected = {
             direction: [each.sources for stage in stages for each in stage.passes]
             for direction, stages in (("forward", plan.forward), ("backward", plan.backward))
@@ -212,7 +212,7 @@ def test_a_specification_is_warmed_before_ranks_compare_it():
     transport = Transport(0, 2, torch.device("cpu"))
     agreement = Agreement(transport, every_call=False)
     calls = Calls(transport, df.Zigzag(), df.Ring(), Reference(), agreement, lambda *_: seen.append("warmed"))
-    recipe = calls.recipe(df.Causal(), warming.Numbers())
+    recipe = calls.recipe(df.Causal(), warming.Options())
     q, k, v = (torch.zeros(1, 32, heads, 16) for heads in (4, 2, 2))
     for _ in range(2):
         given = warming.Given((64, 0, -1))

@@ -159,7 +159,7 @@ def attention(
         and kv_layout is None
     ):
         sizes, numbers = (seq_len, q_start, q_len), (scale, softcap, dropout_p)
-        key = repeats.key_of((q, k, v), mask, sizes, numbers, return_max_logits)
+        key = repeats.key_of((q, k, v), mask, cp.layout, sizes, numbers, return_max_logits)
         if key is not None and (repeat := cp.repeats.get(key)) is not None:
             return _asked(ops.eager(q, k, v, PLAIN, repeat[0]), return_lse, return_max_logits)
     self_attention = q_len is None and kv_layout is None and as_int(q_start) == 0
@@ -197,7 +197,7 @@ def attention(
         found = ops.call(q, k, v, sinks, alibi_slopes, seed, tokens, recipe_id, data)
     else:
         prepared = ops.prepare(q, k, v, Given(tokens), recipe_id, data)
-        repeats.remember(cp.repeats, key, prepared, mask)
+        repeats.remember(cp.repeats, key, prepared, mask, cp.layout)
         found = ops.eager(q, k, v, PLAIN, prepared)
     return _asked(found, return_lse, return_max_logits)
 

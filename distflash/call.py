@@ -49,8 +49,8 @@ from distflash.schedules.base import Asked, require_whole
 from distflash.specification import CallTokens, Specification
 from distflash.transport import Transport, preparing
 
-# Plans kept: training uses one or two masks and lengths at a time, evaluation some more. Bounds the device memory of
-# their intervals.
+# Plans kept: training uses one or two masks and lengths at a time, evaluation some more. With the
+# calls that `repeats` keeps, this bounds the device memory of their intervals.
 _PLANS = 16
 # Plans of chunks kept: those of one prompt, which the layers of a model share. Apart from the plans of training, which
 # they must not evict.

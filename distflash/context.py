@@ -43,8 +43,8 @@ class ContextParallel(Sharding):
     Args:
         group: a ``torch.distributed.ProcessGroup`` that this rank belongs to, a ``DeviceMesh`` of one
             dimension, or of two for `Ulysses` and `DoubleRing`, or a transport (one rank of a
-            `distflash.transport.Simulator`). None raises; it is in the type only because torch types
-            ``dist.group.WORLD`` as Optional.
+            `distflash.transport.Simulator`). ``None`` is refused: the type allows it only
+            because torch types ``dist.group.WORLD`` as Optional.
         layout: which tokens each rank holds.
         schedule: the context-parallel algorithm: what ranks send to each other, and when.
         kernel: None for the fastest kernel that supports the call. If one is given, it is used, or the call raises with
@@ -99,6 +99,7 @@ class ContextParallel(Sharding):
         every_call = self.transport.verifies_every_call if check_every_call is None else check_every_call
         self.agreement = Agreement(self.transport, every_call)
         self.calls = Calls(self.transport, layout, self.schedule, kernel, self.agreement)
+        # What was prepared for earlier calls, so that a call like one of them is not checked again.
         self.repeats: Repeats = {}
         # By it torch.compile knows which group a graph was made for, see `_template`. A string, since an int may become
         # a symbol.
@@ -160,11 +161,12 @@ class ContextParallel(Sharding):
             >>> cp.with_layout(df.Contiguous()).positions(8)
             tensor([0, 1, 2, 3])
         """
-        if layout is self.layout or layout == self.layout:  # a data loader's worker returns an equal copy
+        if layout is self.layout or layout == self.layout:
+            # A layout that came with a batch from a data loader's worker is an equal copy, not the same object.
             return self
         validation.require_layout(layout)
         other = object.__new__(ContextParallel)
-        other.__dict__.update(self.__dict__, layout=layout, repeats={})
+        other.__dict__.update(self.__dict__, layout=layout)
         return other
 
     def warm_up(
@@ -236,8 +238,8 @@ class ContextParallel(Sharding):
             problem: what is wrong, in words.
             kind: as in `agree`.
             in_attention: whether the other ranks call `attention` instead of `agree`. On GPUs, unless
-                `check_every_call` is set, they are told only before the first attention call that all agreed on;
-                later only this rank raises.
+                `check_every_call` is set, they are told only as long as the ranks have not agreed on any attention
+                call. Afterwards they may not compare the next one, and only this rank raises.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)

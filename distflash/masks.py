@@ -282,7 +282,7 @@ class Documents(Mask):
         return self.cu_seqlens[-1]
 
     def ends(self, positions: Tensor, seq_len: int) -> Ends:
-        boundaries = self.jumps(seq_len).to(positions.device)
+        boundaries = torch.tensor(self.cu_seqlens, dtype=torch.int64, device=positions.device)
         document = torch.searchsorted(boundaries, positions.contiguous(), right=True) - 1
         document = document.clamp(0, len(self.cu_seqlens) - 2)
         return boundaries[document], boundaries[document + 1]

@@ -13,21 +13,23 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from distflash.call import Prepared
+from distflash.layouts import Layout
 from distflash.masks import Mask
 from distflash.ops import is_watched
 
 Key = tuple[object, ...]
-# By keys. The mask of the first call is kept, because its key has the mask's `id`.
-Repeats = dict[Key, tuple[Prepared, Mask]]
+# By keys. The mask and the layout of the first call are kept, because its key has their `id`.
+Repeats = dict[Key, tuple[Prepared, Mask, Layout]]
 
 _INTS = {int, NoneType}
 _FLOATS = {float, int, NoneType}
-_KEPT = 16  # calls, each with a plan, whose intervals are in device memory
+_KEPT = 16  # calls of a group, each with a plan, whose intervals are in device memory
 
 
 def key_of(
     tensors: tuple[Tensor, Tensor, Tensor],
     mask: Mask,
+    layout: Layout,
     lengths: tuple[int | None, int, int | None],
     numbers: tuple[float | Tensor | None, float | Tensor | None, float],
     max_logits: bool,
@@ -36,6 +38,7 @@ def key_of(
 
     Args:
         tensors: q, k and v.
+        layout: of the `ContextParallel`.
         lengths: ``seq_len, q_start, q_len``.
         numbers: ``scale, softcap, dropout_p``.
         max_logits: whether the largest scores are returned.
@@ -52,11 +55,11 @@ def key_of(
     of_q = q.shape, q.dtype, q.device, q.layout
     of_k = k.shape, k.dtype, k.device, k.layout
     of_v = v.shape, v.dtype, v.device, v.layout
-    return of_q, of_k, of_v, id(mask), lengths, numbers, bool(max_logits), needs_grad
+    return of_q, of_k, of_v, id(mask), id(layout), lengths, numbers, bool(max_logits), needs_grad
 
 
-def remember(repeats: Repeats, key: Key, prepared: Prepared, mask: Mask) -> None:
+def remember(repeats: Repeats, key: Key, prepared: Prepared, mask: Mask, layout: Layout) -> None:
     """Keep what was prepared for a call that has passed the checks."""
     if len(repeats) >= _KEPT:
         repeats.clear()
-    repeats[key] = prepared, mask
+    repeats[key] = prepared, mask, layout

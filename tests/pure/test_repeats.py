@@ -12,7 +12,7 @@ from distflash.transport import Alone
 
 pytestmark = pytest.mark.pure
 
-CAUSAL = df.Causal()
+CAUSAL, LAYOUT = df.Causal(), df.Zigzag()
 SHAPE = (1, 6, 2, 8)
 
 
@@ -22,7 +22,7 @@ def tensors(**options):
 
 
 def key(q, k, v, mask=CAUSAL, lengths=(None, 0, None), numbers=(None, None, 0.0), max_logits=False):
-    return repeats.key_of((q, k, v), mask, lengths, numbers, max_logits)
+    return repeats.key_of((q, k, v), mask, LAYOUT, lengths, numbers, max_logits)
 
 
 def test_a_call_like_one_before_is_not_checked_again(monkeypatch):
@@ -115,12 +115,15 @@ def test_a_tensor_that_has_left_its_transform_is_attended_to():
 
 def test_each_layout_has_calls_of_its_own_and_few_are_kept():
     cp = df.ContextParallel(Alone())
-    other = cp.with_layout(df.Contiguous())
-    df.attention(*tensors(), mask=CAUSAL, cp=cp)
-    assert len(cp.repeats) == 1 and not other.repeats
-    for _ in range(40):
-        df.attention(*tensors(), mask=df.Causal(), cp=cp)
-    assert len(cp.repeats) <= 16
+    for group in (cp, cp.with_layout(df.Contiguous()), cp):
+        df.attention(*tensors(), mask=CAUSAL, cp=group)
+    assert len(cp.repeats) == 2
+    batches = []  # of one group, each with a layout that is kept
+    for n in range(1, 41):
+        mask = CAUSAL & df.Documents([0, n % 5 + 1, 6])
+        batches.append(cp.with_layout(df.Balanced(mask, chunk=n)))
+        df.attention(*tensors(), mask=mask, cp=batches[-1])
+        assert len(cp.repeats) <= 16 and batches[-1].repeats is cp.repeats
 
 
 def test_gradients_and_results_of_repeated_calls():

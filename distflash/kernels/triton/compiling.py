@@ -66,7 +66,8 @@ class Workers:
     def __init__(self, work: Work, machine: Machine, processes: int) -> None:
         # Forked: a new Python would need longer to import torch and triton than most kernels need to compile. The
         # children use no GPU and no thread of this process.
-        read_compiler()
+        read_compiler_early().join()  # a fork while it imports modules would copy their locks
+        read_compiler()  # in a process that was itself forked the thread is gone
         context = get_context("fork")
         self._readers, self._processes = [], []
         for n in range(processes):

@@ -19,9 +19,9 @@ from distflash.masks import Mask
 from distflash.rows import Rows
 from distflash.workload import Workload
 
-# By which assignments are made, one after the other: see `Aim`. With more than _FEW_RANKS ranks the first balanced
-# assignment is taken. With fewer, where one takes little time, all are made, and the balanced one that sends the fewest
-# keys is taken.
+# The aims that are tried in this order. Each gives one assignment, see `Aim`. With more than _FEW_RANKS ranks the first
+# balanced assignment is taken. Otherwise one takes little time, so all are made, and the balanced one that sends the
+# fewest keys is taken.
 AIMS = tuple(Aim(limit, enough) for limit in (1.049, 1.03, 1.015) for enough in (0.95, 0.9))
 _FEW_RANKS = 16
 # An assignment is balanced if no rank has more than this multiple of the mean number of pairs.

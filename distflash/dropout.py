@@ -82,8 +82,9 @@ def dropout_mask(
         k_positions: ``[K]``, global positions of keys, on the same device.
 
     Returns:
-        bool ``[batch, heads, T, K]``, True where the probability is kept. Under `Rows` the sequence ``n`` of ``S`` keys
-        has ``dropout_mask(seed, p, 1, heads, q_positions + n * S, k_positions + n * S)``.
+        bool ``[batch, heads, T, K]``, True where the probability is kept. Under `Rows` the batch
+        is computed as one sequence: the mask of its sequence ``n``, if each has ``S`` keys, is
+        ``dropout_mask(seed, p, 1, heads, q_positions + n * S, k_positions + n * S)``.
 
     Raises:
         ValueError: ``p`` is no probability below 1, ``seed`` is no seed, or positions are no tensors of integers

@@ -31,7 +31,7 @@ class Call:
     Attributes:
         plan: of this rank.
         transport: reaches the ranks of the plan.
-        kernel: computes the passes.
+        kernel: computes the passes. Its ``base``, e or 2, is that of the exponentials in the running softmax.
         scores: how scores are formed.
         rounds_keys: whether dK and dV are rounded to the keys' dtype; otherwise they stay in the accumulator's dtype.
         max_logits: whether forward also finds the largest score of each head.
@@ -97,7 +97,7 @@ def backward(
     if torch.autograd._profiler_enabled():
         kernel, transport = ranged(kernel, transport, plan.backward, "backward")
     if plan.moves_queries and dlse is None:
-        # Ranks send it with their queries, so every rank needs one if any does.
+        # Ranks send dlse with their queries. Another rank may have one, and all send the same tensors.
         dlse = torch.zeros_like(lse)
     queries: Tensors = (q, out, lse, dout) if dlse is None else (q, out, lse, dout, dlse)
     queries = tuple(x.contiguous() for x in queries) if plan.moves_queries else queries

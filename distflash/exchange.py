@@ -30,7 +30,7 @@ class Exchange:
         on_arrival: what to do with a received kind; by default it is stored in ``tensors``.
         tensors: local and received tensors, by kind and source rank.
         derived: what is computed from ``tensors``, under the same keys (`TensorKey`), and freed with them: the softmax
-            state of queries, or their backward context.
+            state of queries, or in backward what `Kernel.preprocess` prepares for them (lse, delta) and their dQ.
     """
 
     plan: Plan

@@ -1,7 +1,7 @@
 """Layouts: which global positions each rank holds.
 
 A layout gives them as ascending Python ranges; positions, lengths and `count_below` follow from these. Lengths need not
-be divisible by anything: shards differ by at most one token per range.
+be divisible by anything: shards of contiguous, zigzag and striped layouts differ by at most one token per range.
 """
 
 from __future__ import annotations

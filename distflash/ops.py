@@ -31,7 +31,7 @@ from distflash.transport import Direction, Guarded, Transport, during
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_PLAIN = Tensor, torch.nn.Parameter
+_PLAIN_TYPES = Tensor, torch.nn.Parameter
 
 
 @torch.library.custom_op("distflash::positions", mutates_args=())
@@ -346,6 +346,6 @@ def is_watched(*tensors: Tensor | None) -> bool:
         return True
     for x in tensors:
         # A tensor that has left its transform is a wrapper still.
-        if x is not None and (type(x) not in _PLAIN or x.is_meta or _functorch.is_functorch_wrapped_tensor(x)):
+        if x is not None and (type(x) not in _PLAIN_TYPES or x.is_meta or _functorch.is_functorch_wrapped_tensor(x)):
             return True
     return False

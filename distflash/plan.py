@@ -88,10 +88,11 @@ class Pass:
         sources: the ranks of the keys.
         visible: for each source, the interval of its keys that each query sees.
         heads: the key heads; None for all.
-        begun: with two sources: key heads below this number attended to the first source in an earlier pass, and here
-            only to the second; all others attend to both.
-        first: whether this is the first pass of these queries and heads (other than begun heads). If so, the
-            online-softmax state is initialised (from the sinks, if any) instead of loaded.
+        begun: a number of key heads, above 0 only with two sources. The first ``begun`` heads attended to the first
+            source in an earlier pass, while the keys of the second were arriving (see `overlap.defer_heads`). Here they
+            attend to the second only, all other heads to both.
+        first: whether this is the first pass of these queries and heads. If so, the online-softmax state is initialised
+            (from the sinks, if any) instead of loaded. Begun heads load theirs in any case.
         last: whether this is their last pass, which divides and rounds the result.
         adds: backward: whether `GradientBuffers` adds dK and dV to the source's buffer; otherwise the kernel writes
             that buffer directly.
@@ -99,8 +100,8 @@ class Pass:
         live: forward: the row groups (blocks of queries) that this pass processes, each with its own ``first`` and
             ``last`` flag, see `LiveRows`. None: all rows, with the pass's flags. An optimisation only: a kernel may
             ignore it, if it does so in every pass.
-        turns: backward: the order in which blocks of keys add to dQ, for kernels that keep one, see `Turns`. None: the
-            kernel has none, or makes it.
+        turns: backward: the order in which blocks of keys add to dQ, for kernels that add in a fixed order, see
+            `Turns`. None: the kernel adds in any order, or computes the turns itself.
     """
 
     queries: int

@@ -29,7 +29,7 @@ class Runs:
 
     @staticmethod
     def of(positions: Sequence[Tensor]) -> Runs:
-        """``positions``: by source, int64, ascending."""
+        """``positions``: by source, integers, ascending."""
         firsts, ends = [], []
         for of_source in positions:
             gaps = (of_source.diff() != 1).nonzero().flatten()

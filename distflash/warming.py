@@ -3,7 +3,8 @@
 A rehearsal runs a call, forward and backward, on meta tensors and over a transport that sends nothing. So it makes the
 launches of the real call, for any plan, placements and kernel.
 
-Calls of one kind, which differ only in lengths (such as the documents of a batch), are compiled once. A specialisation
+Calls of one kind, which differ only in lengths (such as the documents of a batch; without dropout), are compiled once.
+A specialisation
 that only a later call of the kind needs is compiled when it is first launched.
 """
 
@@ -148,7 +149,7 @@ def specification_of(
 
 
 def prepare_for(device: torch.device) -> None:
-    """Begin what the first call on a GPU needs, whatever its arguments are. Takes no time of this thread."""
+    """Begin what the first call on a GPU needs, whatever its arguments are. Imports triton; the rest is in a thread."""
     if device.type == "cuda":
         with suppress(ImportError):  # without triton
             from distflash.kernels.triton import compiling

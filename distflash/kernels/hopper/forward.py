@@ -9,8 +9,12 @@ The grid is persistent, with one program per multiprocessor. The producer warp t
 queries of a head) from an atomic counter as soon as a slot for Q is free, publishes it to the consumers, and prefetches
 its tiles of keys and values while they finish the previous work tile.
 
-The keys of a block come from one source, or from two in order. A pass processes only blocks of rows that see one of its
-keys (`distflash.liveness`); for begun heads, some of these blocks may have no work.
+The keys of a block come from one source, or from two in order. With `LiveRows` a pass processes only groups of rows
+that see one of its keys (`distflash.liveness`). Begun heads may have no work in some of these, which the producer
+skips. A work tile without tiles of keys tells the consumers that the queue is empty.
+
+IN_TURN: a warpgroup does not overlap its own softmax with its own products (`attend_in_turn`). Otherwise P V runs
+during the softmax of the next tile (`attend`). DROPOUT: 0 for none, else how positions are known, see `dropout`.
 
 [Note: shapes] as in `common`.
 """
@@ -58,8 +62,9 @@ from distflash.kernels.hopper.forward_state import LOWEST, end_state, start_stat
 TURN = gl.constexpr(5)
 MAX_STAGES = gl.constexpr(4)
 # How many scalars describe a work tile. PLACE, what its epilogue needs: its first query, its plane (batch * H + head),
-# and whether this pass is its last. JOB: those; whether this pass is its first; the first key, how many tiles come
-# before those that need no mask, how many need none, and how many there are. JOB_2: the last four of a second source.
+# and whether this pass is its last. JOB: those; whether this pass is its first; and of the source's keys ``begin``, the
+# first key, ``before``, the number of masked tiles before those that need no mask, ``full``, the number of these, and
+# ``tiles``, the number of all tiles. JOB_2: JOB, and the same four numbers of a second source.
 PLACE = gl.constexpr(3)
 JOB = gl.constexpr(8)
 JOB_2 = gl.constexpr(12)
@@ -83,7 +88,9 @@ def read_place(jobs, slot, TWO: gl.constexpr):
 
 @gluon.jit
 def tile_at(i, job, BLOCK_N: gl.constexpr, TWO: gl.constexpr):
-    """Of a block's tile of keys ``i``: its first key, whether it needs the mask, whether it is the second source's."""
+    """Of the tile of keys that a block visits as number ``i``: its first key, whether it needs the mask, and whether it
+    is the second source's. Of each source the masked tiles are visited first, see `nth`.
+    """
     begin, before, full, tiles, begin_2, before_2, full_2, tiles_2 = job
     theirs = i >= tiles
     if TWO:
@@ -145,7 +152,7 @@ def positions_at(tile, drop, COUNT: gl.constexpr, layout: gl.constexpr, TWO: gl.
 
 @gluon.jit
 def thinned(p, at, drop, DROPOUT: gl.constexpr):
-    """P with 0 where it is dropped. The row sums have been taken of all of it."""
+    """P with 0 where it is dropped. The row sums were computed before, and include what is dropped."""
     if DROPOUT != 0:
         q_found, q_strip, key, threshold, _, _, _, _ = drop
         k_strip = strips_of_positions(at, 0, p.shape[1], p.shape[1], DROPOUT)
@@ -192,9 +199,11 @@ def attend(
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
     HALVES: gl.constexpr, TWO: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
-    """P V of the last tile, during the softmax of ``tile`` up to its maximum, or if HALVES up to half its exponentials.
+    """Issue Q K^T of ``tile`` and P V of the previous tile, and compute the softmax of ``tile``. P V runs during the
+    first part of the softmax: until the row maxima are known, or if HALVES until half of the exponentials are computed.
 
-    zero: 0, which the assembler cannot know, see `arrive_after`.
+    zero: always 0, but computed, so that the assembler cannot know it. With it an arrival depends on the softmax and is
+    not moved before it, see `arrive_after`.
     """
     m, l, acc, p, stage, phase = state
     at = positions_at(tile, drop, smem[1].shape[3], mma_s, TWO, DROPOUT)
@@ -316,7 +325,7 @@ def block(
 def dropping_of(
     first, plane, sizes, dropping, layout: gl.constexpr, BLOCK_N: gl.constexpr, DROPOUT: gl.constexpr
 ):  # fmt: skip
-    """What `thinned` needs for the rows of a block from ``first`` on."""
+    """What `thinned` needs for the rows of a block from ``first`` on. found: what `positions` returns for them."""
     seed, heads_before, threshold, _, q_positions, k_positions, other_k_positions, keys, other_keys = dropping
     if DROPOUT == 0:
         return (0, 0, 0, 0, 0, 0, 0, 0)
@@ -413,10 +422,10 @@ def forward_kernel(
     counter,  # int32 [2], zeros, and zeros again afterwards
     scale, softcap, queries, heads, batches,
     head_count, begun_heads,  # the heads of this launch, and, if TWO, how many of them have begun
-    # With LiveRows: their groups, int32 [N, 2], how many blocks of queries those have, and -1. Without: groups is not
-    # read, all blocks of queries, and the flags of all of them. See `locate`.
+    # With LiveRows: groups is `LiveRows.groups`, int32 [N, 2]; blocks is the number of blocks of queries in them; flags
+    # is -1. Without: groups is not read; blocks is the number of all blocks of queries; flags are those of all rows.
     groups, blocks, flags,
-    heads_at_once, programs,
+    heads_at_once, programs,  # query heads whose K and V share the L2 cache, see `pick`; the size of the grid
     seed, heads_before, threshold, keep_scale,  # of `dropout.Dropout`, read if DROPOUT, as the positions are
     # Positions, int32: of queries [T], of each source's keys [K]; and the number of each source's keys.
     q_positions, k_positions, other_k_positions, keys, other_keys,

@@ -19,9 +19,9 @@ from distflash.masks import Mask
 from distflash.rows import Rows
 from distflash.workload import Workload
 
-# The aims that are tried in this order. Each gives one assignment, see `Aim`. With more than _FEW_RANKS ranks the first
-# balanced assignment is taken. Otherwise one takes little time, so all are made, and the balanced one that sends the
-# fewest keys is taken.
+# The aims that are tried, in this order: an upper and a lower bound of a rank's pairs, see `Aim`. Each gives one
+# assignment. With more than _FEW_RANKS ranks the first balanced one is taken. With at most so many an assignment takes
+# little time, so all are made, and of the balanced ones the one that sends the fewest keys is taken.
 AIMS = tuple(Aim(limit, enough) for limit in (1.049, 1.03, 1.015) for enough in (0.95, 0.9))
 _FEW_RANKS = 16
 # An assignment is balanced if no rank has more than this multiple of the mean number of pairs.
@@ -39,8 +39,8 @@ class Balanced(Layout):
     Args:
         mask: the mask whose work is balanced, usually ``Causal() & Documents(cu_seqlens)``. Attention with any other
             mask is correct, but less well balanced.
-        chunk: documents that start in the same window of so many tokens are assigned together. Windows start at
-            multiples of ``chunk``.
+        chunk: the sequence is divided into stretches of ``chunk`` tokens, from position 0. Documents that start in the
+            same stretch are assigned together.
         tokens: "equal": the numbers of tokens of ranks differ by at most one. A number: what a token costs outside of
             attention (projections, MLP), in pairs. Then each rank's pairs plus this number times its tokens is
             balanced, and ranks have different numbers of tokens. For a layer with P parameters, H heads and head dim D
@@ -153,7 +153,7 @@ class Deal:
 
     @cached_property
     def _edges(self) -> list[tuple[Tensor, Tensor]]:
-        """For each rank, int64: where its ranges start; and how many of its tokens precede each range, and its total.
+        """By rank, two int64 tensors: where its ranges start; how many of its tokens precede each, then its total.
 
         Views of two tensors, since making two tensors for each of many ranks takes longer than everything else.
         """

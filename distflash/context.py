@@ -134,7 +134,7 @@ class ContextParallel(Sharding):
         )
 
     def with_mask(self, mask: Mask) -> ContextParallel:
-        """This group with the layout computed for ``mask``, which only `Balanced` computes.
+        """This group with its layout for ``mask``. Only `Balanced` depends on masks; other layouts stay as they are.
 
         It takes no time and communicates nothing. Use what it returns to shard the batch, for positions and for
         attention. Layers with other masks use the same object: all attention calls on a batch must use the layout by
@@ -239,7 +239,7 @@ class ContextParallel(Sharding):
             kind: as in `agree`.
             in_attention: whether the other ranks call `attention` instead of `agree`. On GPUs, unless
                 `check_every_call` is set, they are told only as long as the ranks have not agreed on any attention
-                call. Afterwards they may not compare the next one, and only this rank raises.
+                call. Afterwards this rank tells them nothing, since they may skip the comparison, and only it raises.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)

@@ -165,7 +165,7 @@ def numbers(seed: Tensor, batch: int, heads: range, q_positions: Tensor, k_posit
 
 
 def strip(position: Tensor) -> Tensor:
-    """The first position of a strip: a position with its bit 3 cleared."""
+    """The lower position of a strip, two positions 8 apart that share Philox counters: ``position`` without bit 3."""
     return position & ~8
 
 

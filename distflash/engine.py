@@ -97,7 +97,7 @@ def backward(
     if torch.autograd._profiler_enabled():
         kernel, transport = ranged(kernel, transport, plan.backward, "backward")
     if plan.moves_queries and dlse is None:
-        # Ranks send dlse with their queries. Another rank may have one, and all send the same tensors.
+        # All ranks send the same tensors with their queries. Another rank's dlse may not be None: send zeros for None.
         dlse = torch.zeros_like(lse)
     queries: Tensors = (q, out, lse, dout) if dlse is None else (q, out, lse, dout, dlse)
     queries = tuple(x.contiguous() for x in queries) if plan.moves_queries else queries

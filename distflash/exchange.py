@@ -117,7 +117,7 @@ def _add_messages(messages: list[Message], transfer: Transfer, tensors: Sequence
         messages.append(Message(x, transfer.peer, words))
 
 
-# What is computed for another rank.
+# The kinds that a rank computes for another one: they are sent once, and not kept afterwards.
 _SENT_ONCE = frozenset({What.KEY_GRADIENTS, What.QUERY_GRADIENTS, What.PARTIALS})
 _WORDS = {
     What.KEYS: "the keys",

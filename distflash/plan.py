@@ -76,7 +76,7 @@ class Gradients(Enum):
     OF_KEYS = "dK, dV"
     OF_QUERIES = "dQ"
 
-    __hash__ = object.__hash__  # as `What`: part of the key of every launch
+    __hash__ = object.__hash__  # faster, as in `What`: part of the cache key of every kernel launch (`Pass.facts`)
 
 
 @dataclass(frozen=True, eq=False)

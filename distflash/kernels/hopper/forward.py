@@ -1,7 +1,7 @@
 """The forward kernel for Hopper: consumer warpgroups in ping-pong, fed by one producer warp.
 
-After FlashAttention-3 (https://arxiv.org/abs/2407.08608): each consumer warpgroup has 64 queries. Q K^T of the next
-tile is issued before P V of the last one, and while one warpgroup computes its softmax, the other's products run. The
+After FlashAttention-3 (https://arxiv.org/abs/2407.08608): each consumer warpgroup has 64 queries. Q K^T of a tile is
+issued before P V of the tile before it, and while one warpgroup computes its softmax, the other's products run. The
 state between passes is that of the portable kernel. The accumulator is rescaled only where a maximum has changed
 (after FlashAttention-4, https://arxiv.org/abs/2603.05451): see `common.rescale`.
 
@@ -10,11 +10,13 @@ queries of a head) from an atomic counter as soon as a slot for Q is free, publi
 its tiles of keys and values while they finish the previous work tile.
 
 The keys of a block come from one source, or from two in order. With `LiveRows` a pass processes only groups of rows
-that see one of its keys (`distflash.liveness`). Begun heads may have no work in some of these, which the producer
-skips. A work tile without tiles of keys tells the consumers that the queue is empty.
+that see one of its keys (`distflash.liveness`). In some of these groups begun heads have no work, and the producer
+publishes none for them. Every work tile has a tile of keys, except the one that tells the consumers that the queue is
+empty.
 
 IN_TURN: a warpgroup does not overlap its own softmax with its own products (`attend_in_turn`). Otherwise P V runs
-during the softmax of the next tile (`attend`). DROPOUT: 0 for none, else how positions are known, see `dropout`.
+during the softmax of the next tile (`attend`). DROPOUT: 0 for none, else `kernels.hopper.dropout.IN_TILES` (positions
+of a tile are consecutive from a multiple of 16 on; only the first is loaded) or ANYWHERE (each is loaded).
 
 [Note: shapes] as in `common`.
 """
@@ -61,10 +63,14 @@ from distflash.kernels.hopper.forward_state import LOWEST, end_state, start_stat
 # numbers are the compiler's and those of `forward_loads`.
 TURN = gl.constexpr(5)
 MAX_STAGES = gl.constexpr(4)
-# How many scalars describe a work tile. PLACE, what its epilogue needs: its first query, its plane (batch * H + head),
-# and whether this pass is its last. JOB: those; whether this pass is its first; and of the source's keys ``begin``, the
-# first key, ``before``, the number of masked tiles before those that need no mask, ``full``, the number of these, and
-# ``tiles``, the number of all tiles. JOB_2: JOB, and the same four numbers of a second source.
+# How many scalars describe a work tile.
+# PLACE, what its epilogue needs: its first query; its plane (batch * H + head); whether this pass is its last.
+# JOB: those of PLACE; whether this pass is its first; and for the source's keys these four:
+#   begin: the first key of the first tile;
+#   before: how many masked tiles precede the full tiles, which are those that need no mask;
+#   full: how many tiles are full;
+#   tiles: how many tiles there are in all.
+# JOB_2: those of JOB, and the same four for the second source.
 PLACE = gl.constexpr(3)
 JOB = gl.constexpr(8)
 JOB_2 = gl.constexpr(12)
@@ -88,8 +94,8 @@ def read_place(jobs, slot, TWO: gl.constexpr):
 
 @gluon.jit
 def tile_at(i, job, BLOCK_N: gl.constexpr, TWO: gl.constexpr):
-    """Of the tile of keys that a block visits as number ``i``: its first key, whether it needs the mask, and whether it
-    is the second source's. Of each source the masked tiles are visited first, see `nth`.
+    """What is known of the ``i``-th tile of keys that a block visits: its first key; whether it needs the mask;
+    whether it is the second source's. The masked tiles of each source are visited first, see `nth`.
     """
     begin, before, full, tiles, begin_2, before_2, full_2, tiles_2 = job
     theirs = i >= tiles
@@ -214,8 +220,8 @@ def attend(
     s = warpgroup_mma_wait(1, [s])
     s, factor = scores(s, tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
     m, change = follow(s, factor, m)
-    # The arrival depends on results of this softmax. Otherwise the assembler would move the wait for P V up to the wait
-    # for Q K^T, and nothing would overlap.
+    # The arrival at K_FREE needs results of this softmax, and the wait for P V follows the arrival. Otherwise the
+    # assembler would move the wait for P V up to the wait for Q K^T, and nothing would overlap.
     if HALVES:
         # Split before the subtraction, so that the assembler interleaves subtractions and exponentials: 1% faster.
         left, right = halves(s)
@@ -378,7 +384,7 @@ def consume(
             sinks, sums, first, plane, starts, sizes, keep_scale, V, VP, mma_s, mma_o, SINKS and not MAXIMA, DROPOUT
         )
         place = q_smem.index(slot * CONSUMERS + w)
-        query = strips(place.reshape([ROWS, q_smem.shape[4]]), columns_of(D))
+        query = strips(place.reshape([ROWS, q_smem.shape[4]]), columns_of(D))  # column chunks for `row_products`
         job = (begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2)
         # ``queries >> 31`` is 0, but the assembler cannot know that lengths are not negative: see `arrive_after`.
         state, stage, phase = block(
@@ -421,11 +427,12 @@ def forward_kernel(
     maximum, total, weighted,
     counter,  # int32 [2], zeros, and zeros again afterwards
     scale, softcap, queries, heads, batches,
-    head_count, begun_heads,  # the heads of this launch, and, if TWO, how many of them have begun
+    head_count, begun_heads,  # numbers of query heads: of this launch, and, if TWO, of those of them that have begun
     # With LiveRows: groups is `LiveRows.groups`, int32 [N, 2]; blocks is the number of blocks of queries in them; flags
-    # is -1. Without: groups is not read; blocks is the number of all blocks of queries; flags are those of all rows.
+    # is -1. Without: groups is not read; blocks is the number of all blocks of queries; flags are those of all rows
+    # (`liveness.all_rows`: bits for live, first pass, last pass; the same again, shifted, for begun heads).
     groups, blocks, flags,
-    heads_at_once, programs,  # query heads whose K and V share the L2 cache, see `pick`; the size of the grid
+    heads_at_once, programs,  # query heads whose K and V share the L2 cache, see `common.pick`; the size of the grid
     seed, heads_before, threshold, keep_scale,  # of `dropout.Dropout`, read if DROPOUT, as the positions are
     # Positions, int32: of queries [T], of each source's keys [K]; and the number of each source's keys.
     q_positions, k_positions, other_k_positions, keys, other_keys,
@@ -440,7 +447,7 @@ def forward_kernel(
     jobs = gl.allocate_shared_memory(
         gl.int32, [SLOTS * (JOB_2 if TWO else JOB), 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    gates = make_gates(CONSUMERS, SLOTS, STAGES)
+    gates = make_gates(CONSUMERS, SLOTS, STAGES)  # the mbarriers (q_ready, q_free, k_ready, v_ready)
 
     smem = (q_smem, k_smem, v_smem)
     owner, other = (k, v, (row_lo, row_hi)), (other_k, other_v, (other_lo, other_hi))

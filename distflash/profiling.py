@@ -35,7 +35,7 @@ def named(name: str) -> AbstractContextManager[object]:
 def within(name: str, work: Callable[P, R], *arguments: P.args, **keywords: P.kwargs) -> R:
     """``work(*arguments)`` in the range `named`. Without a profiler it costs less than a context that does nothing."""
     if torch.autograd._profiler_enabled():
-        with record_function(f"distflash::{name}"):
+        with named(name):
             return work(*arguments, **keywords)
     return work(*arguments, **keywords)
 

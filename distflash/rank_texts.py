@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from distflash.transport import Distributed, Guarded, Transport
 
 _POLL = 0.02  # seconds between polls of the store
-_GRACE = 2.0  # seconds in which ranks that do not wait for the failed one notice its error
+_GRACE = 2.0  # seconds in which the other ranks read what they were sent before this rank goes on, and may end
 _RELEASE = 3.0  # seconds to wait for `release`, which then continues in its thread
 
 
@@ -40,6 +40,7 @@ class RankTexts:
     _store: dist.Store | None = field(init=False)
     _prefix: str = field(init=False)
     _count: int = field(default=0, init=False)
+    _told: bool = field(default=False, init=False)  # this rank knows another's error
 
     def __post_init__(self) -> None:
         self._store = _store_of(self.transport)
@@ -49,21 +50,25 @@ class RankTexts:
     def exchange(self, text: str) -> list[str]:
         """Every rank's text, by rank.
 
+        Rank 0 returns last, since the store may be in its process: if it ended, the others could read nothing more.
+
         Raises:
             ValueError, RuntimeError: another rank raised a ValueError, or another error, within `sharing_errors`.
         """
         if self._store is None:
             return gather_texts(text, self.transport)
         self._count += 1
-        keys = [f"{self._prefix}/{self._count}/{rank}" for rank in range(self.transport.world_size)]
+        keys = self._keys(str(self._count))
         self._store.set(keys[self.transport.rank], text)
         give_up = time.monotonic() + self.patience
         while True:
             failed = self._failed()  # asked before the keys: whoever fails after an exchange has set its key in it
             if self._store.check(keys):
-                return [self._store.get(key).decode() for key in keys]
+                texts = [self._store.get(key).decode() for key in keys]
+                self._have_read(f"{self._count}/read")
+                return texts
             if failed:
-                self._require_no_failure()
+                self._raise_failure()
             if time.monotonic() > give_up:
                 raise RuntimeError(f"{self.name}: some rank did not come within {self.patience:g} s")
             time.sleep(_POLL)
@@ -78,22 +83,42 @@ class RankTexts:
         try:
             yield
         except Exception as error:
-            self._require_no_failure(error)
-            self._fail(f"{type(error).__name__}: {error}")
+            with suppress(dist.DistError):  # the store has ended with its rank: nobody is left to tell
+                self._share(error)
             raise
 
-    def _fail(self, words: str) -> None:
-        if self._store is None or self.transport.world_size == 1:
+    def _share(self, error: Exception) -> None:
+        """Tell the other ranks, or raise what another rank told before, unless this error is the same."""
+        if self._store is None or self.transport.world_size == 1 or self._told:
             return
-        self._store.set(f"{self._prefix}/noticed/{self.transport.rank}", "")  # it may fail at the same time as others
+        words = f"{type(error).__name__}: {error}"
+        if self._failed():
+            self._raise_failure(error, words)
+            return
         self._store.set(f"{self._prefix}/failed", json.dumps([self.transport.rank, words]))
-        others = [rank for rank in range(self.transport.world_size) if rank != self.transport.rank]
-        noticed, give_up = [f"{self._prefix}/noticed/{rank}" for rank in others], time.monotonic() + _GRACE
-        while not self._store.check(noticed):
+        self._store.set(self._keys("noticed")[self.transport.rank], "")  # it may fail at the same time as others
+        if not self._come("noticed"):
+            self._release(words)
+
+    def _have_read(self, what: str) -> None:
+        """Set this rank's key, its last request to the store here; rank 0 waits for the others' keys."""
+        assert self._store is not None
+        self._store.set(self._keys(what)[self.transport.rank], "")
+        if self.transport.rank == 0:
+            self._come(what)
+
+    def _come(self, what: str) -> bool:
+        """Wait until every rank has set its key. Returns False if some rank did not in time."""
+        assert self._store is not None
+        give_up = time.monotonic() + _GRACE
+        while not self._store.check(self._keys(what)):
             if time.monotonic() > give_up:
-                self._release(words)
-                return
+                return False
             time.sleep(_POLL)
+        return True
+
+    def _keys(self, what: str) -> list[str]:
+        return [f"{self._prefix}/{what}/{rank}" for rank in range(self.transport.world_size)]
 
     def _release(self, words: str) -> None:
         """Call `release` in a thread, since it may block."""
@@ -105,13 +130,14 @@ class RankTexts:
     def _failed(self) -> bool:
         return self._store is not None and self._store.check([f"{self._prefix}/failed"])
 
-    def _require_no_failure(self, mine: Exception | None = None) -> None:
-        if self._store is None or not self._failed():
-            return
+    def _raise_failure(self, mine: Exception | None = None, mine_in_words: str = "") -> None:
+        """Raise the error of the rank that failed, unless this rank's own is the same."""
+        assert self._store is not None
         rank, words = json.loads(self._store.get(f"{self._prefix}/failed"))
-        self._store.set(f"{self._prefix}/noticed/{self.transport.rank}", "")
-        if mine is not None and words == f"{type(mine).__name__}: {mine}":
-            return  # all ranks raise the same error
+        self._told = True
+        self._store.set(self._keys("noticed")[self.transport.rank], "")  # the last request to the store
+        if words == mine_in_words:
+            return
         kind = ValueError if words.startswith("ValueError: ") else RuntimeError
         raise kind(
             f"{self.name}: rank {rank} raised {words}. This is rank {self.transport.rank}, which stops"

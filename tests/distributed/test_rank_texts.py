@@ -1,6 +1,9 @@
 """Exchange of texts between ranks, and propagation of errors."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -54,6 +57,61 @@ def absent():
 
 def test_a_rank_that_never_comes_is_given_up(ranks_of):
     assert ranks_of(2).run(absent) == [True, True]
+
+
+class EndsWithRank0:
+    """A store in the process of rank 0: whoever asks it after rank 0 has ended gets an error. Rank 1 asks slowly."""
+
+    def __init__(self):
+        self.inner, self.ended = dist.HashStore(), False
+
+    def request(self, slow, name, *arguments):
+        if slow:
+            time.sleep(0.1)
+        if self.ended:
+            raise dist.DistNetworkError("Connection reset by peer")
+        return getattr(self.inner, name)(*arguments)
+
+    def of(self, rank):
+        requests = {name: partial(self.request, rank == 1, name) for name in ("set", "get", "check")}
+        return SimpleNamespace(**requests)
+
+
+def two_ranks(work):
+    """Both ranks' ``work``, in threads, with a store that ends with rank 0: results, or errors."""
+    store, simulator = EndsWithRank0(), Simulator(2)
+
+    def one(rank):
+        texts = RankTexts(SimulatedTransport(simulator, rank), "test")
+        texts._store = store.of(rank)
+        try:
+            return work(texts, rank)
+        except Exception as error:
+            return error
+        finally:
+            store.ended = store.ended or rank == 0
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, range(2)))
+
+
+def test_the_rank_with_the_store_may_end_after_an_exchange():
+    assert two_ranks(lambda texts, rank: texts.exchange(f"of {rank}")) == [["of 0", "of 1"]] * 2
+
+
+@pytest.mark.parametrize("failing", [{0}, {1}, {0, 1}])
+def test_the_rank_with_the_store_may_end_after_a_failure(failing):
+    def work(texts, rank):
+        with texts.sharing_errors():
+            if rank in failing:
+                raise ValueError(f"of {rank}")
+            texts.exchange("")
+
+    errors = two_ranks(work)
+    assert {type(error) for error in errors} == {ValueError}
+    for rank in failing:
+        assert f"of {rank}" in str(errors[rank]) or f"of {1 - rank}" in str(errors[rank])
+    assert not any("reset" in str(error) for error in errors)
 
 
 class FailsAfterwards(dist.HashStore):

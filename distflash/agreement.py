@@ -72,15 +72,15 @@ class Agreement:
         self.calls = number
         return number
 
-    def refuse(self, kind: str, *, sure: bool) -> None:
+    def refuse(self, kind: str, *, others_compare: bool) -> None:
         """Tell the other ranks, which are comparing their calls, that this rank raises.
 
         Args:
             kind: the call that this rank refuses.
-            sure: whether the others compare their call in any case. If not, nothing is sent if they may know its
-                signature (on GPUs, after the first agreement), since they then do not compare.
+            others_compare: whether the others compare their call in any case. If not, nothing is sent if they may know
+                its signature (on GPUs, after the first agreement), since they then do not compare.
         """
-        if self.transport.world_size > 1 and (sure or self.every_call or not self._known):
+        if self.transport.world_size > 1 and (others_compare or self.every_call or not self._known):
             number = self.calls + 1 if kind == FORWARD else 0
             self.transport.gather_ints(Message.refusing(kind, number).packed())
 

@@ -20,8 +20,8 @@ from distflash.rows import Rows
 from distflash.workload import Workload
 
 # The aims that are tried, in this order: an upper and a lower bound of a rank's pairs, see `Aim`. Each gives one
-# assignment. With more than _FEW_RANKS ranks the first balanced one is taken. With at most so many an assignment takes
-# little time, so all are made, and of the balanced ones the one that sends the fewest keys is taken.
+# assignment. With more than _FEW_RANKS ranks the first balanced one is taken. With fewer ranks an assignment takes
+# little time: all of them are made, and of those that are balanced the one that sends the fewest keys is taken.
 AIMS = tuple(Aim(limit, enough) for limit in (1.049, 1.03, 1.015) for enough in (0.95, 0.9))
 _FEW_RANKS = 16
 # An assignment is balanced if no rank has more than this multiple of the mean number of pairs.
@@ -39,8 +39,8 @@ class Balanced(Layout):
     Args:
         mask: the mask whose work is balanced, usually ``Causal() & Documents(cu_seqlens)``. Attention with any other
             mask is correct, but less well balanced.
-        chunk: the sequence is divided into stretches of ``chunk`` tokens, from position 0. Documents that start in the
-            same stretch are assigned together.
+        chunk: documents that start within the same ``chunk`` tokens, counted from position 0, are assigned as if they
+            were one document. Larger chunks take less time to assign.
         tokens: "equal": the numbers of tokens of ranks differ by at most one. A number: what a token costs outside of
             attention (projections, MLP), in pairs. Then each rank's pairs plus this number times its tokens is
             balanced, and ranks have different numbers of tokens. For a layer with P parameters, H heads and head dim D

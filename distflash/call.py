@@ -115,7 +115,7 @@ class Calls:
 
     def refuse(self, problem: str) -> NoReturn:
         """Raise ``problem`` on this rank, and make ranks that compare the same attention call raise as well."""
-        self.agreement.refuse(FORWARD, sure=False)
+        self.agreement.refuse(FORWARD, others_compare=False)
         raise ValueError(problem)
 
     def positions(self, tokens: CallTokens) -> Tensor:

@@ -41,7 +41,7 @@ def unshard(x: Tensor, dim: int, layout: Layout, agreement: Agreement) -> Tensor
     try:
         dim = dimension(x, dim)
     except ValueError:
-        agreement.refuse("unshard", sure=True)
+        agreement.refuse("unshard", others_compare=True)
         raise
     agreement.require("unshard", lambda: {**equal_fields(x, dim), "layout": layout})
     return _Unshard.apply(x, dim, layout, agreement, None)
@@ -54,7 +54,7 @@ def gather(x: Tensor, dim: int, seq_len: int, layout: Layout, agreement: Agreeme
         dim = dimension(x, dim)
         require_tokens(x, dim, layout, seq_len, transport)
     except ValueError:
-        agreement.refuse("gather", sure=False)
+        agreement.refuse("gather", others_compare=False)
         raise
     fields = {**equal_fields(x, dim), "seq_len": as_length(seq_len), "layout": layout}
     agreement.require("gather", lambda: fields, key=tuple(fields.values()))

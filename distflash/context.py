@@ -101,8 +101,8 @@ class ContextParallel(Sharding):
         self.calls = Calls(self.transport, layout, self.schedule, kernel, self.agreement)
         # What was prepared for earlier calls, so that a call like one of them is not checked again.
         self.repeats: Repeats = {}
-        # By it torch.compile knows which group a graph was made for, see `_template`. A string, since an int may become
-        # a symbol.
+        # Tells torch.compile which group a graph was made for, see `_template`. A string, since an int may become a
+        # symbol.
         self._name = f"context_parallel_{new_number()}"
 
     @property
@@ -205,7 +205,7 @@ class ContextParallel(Sharding):
         asked = warming.specification_of(
             self.calls, shapes, dtype, mask, seq_len, needs_grad, layout, dropout_p, return_max_logits
         )
-        warming.Warming().before(self.calls, asked, self.calls.prepare(asked).kernel)
+        warming.Warming().compile_for(self.calls, asked, self.calls.prepare(asked).kernel)
 
     def agree(self, kind: str, **fields: object) -> None:
         """Compare ``fields`` over all ranks, and raise on every rank if they differ. All ranks must call it.
@@ -213,7 +213,7 @@ class ContextParallel(Sharding):
         For values that every rank of the group must have before it continues, such as a batch or a setting.
 
         Args:
-            kind: what is compared, in words of at most 42 bytes, for the error message.
+            kind: what is compared, for the error message: a text of at most 42 bytes.
             fields: at most 24 values by name, the same names on every rank: numbers, strings, None, dtypes, tuples and
                 dataclasses of these (masks, layouts), and other objects that have a repr.
 
@@ -237,9 +237,9 @@ class ContextParallel(Sharding):
         Args:
             problem: what is wrong, in words.
             kind: as in `agree`.
-            in_attention: whether the other ranks call `attention` instead of `agree`. On GPUs, unless
-                `check_every_call` is set, they are told only as long as the ranks have not agreed on any attention
-                call. Afterwards this rank tells them nothing, since they may skip the comparison, and only it raises.
+            in_attention: whether the other ranks call `attention` instead of `agree`. Then, on GPUs and without
+                `check_every_call`, they are told only before the first attention call that all ranks agreed on. After
+                it they may skip the comparison, so this rank tells them nothing and raises alone.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -250,7 +250,7 @@ class ContextParallel(Sharding):
         """
         if in_attention:
             self.calls.refuse(problem)
-        self.agreement.refuse(kind, sure=True)
+        self.agreement.refuse(kind, others_compare=True)
         raise ValueError(problem)
 
     def seq_local(self, seq_len: int) -> int:
@@ -319,8 +319,8 @@ class ContextParallel(Sharding):
             token_count: how many losses that sum has (tokens that are not ignored); may be 0.
             reduction: how parameter gradients are combined over the group after backward; must be given. "mean" if they
                 are averaged, as DDP, FSDP and ZeRO do. "sum" if they are added, as an all-reduce of your own does, or
-                if ranks share no parameter. If right, the combined gradient is that of the returned value. The wrong
-                one scales it by the number of ranks, which Adam hides.
+                if ranks share no parameter. With the right value the combined gradient is the gradient of what is
+                returned. The wrong value scales it by the number of ranks, which Adam hides.
             group: the ranks whose tokens count and whose gradients are combined. None: the ranks that share the
                 sequence. With data parallelism: all ranks of data x context, as a process group or a one-dimensional
                 mesh.

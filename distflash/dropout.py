@@ -33,7 +33,7 @@ ROUNDS = 7
 LEVELS = 1 << 16  # of the random number of a pair
 
 _WORD = 0xFFFFFFFF
-_STEP_BITS = 40  # low bits of a seed; the layer is above, see `of_layer`
+_STEP_BITS = 40  # `of_layer` makes a seed of the training step, in so many low bits, and the layer, in the bits above
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def numbers(seed: Tensor, batch: int, heads: range, q_positions: Tensor, k_posit
 
 
 def strip(position: Tensor) -> Tensor:
-    """The lower position of a strip, two positions 8 apart that share Philox counters: ``position`` without bit 3."""
+    """``position`` without bit 3. Two positions 8 apart have the same, and share Philox counters: they are a strip."""
     return position & ~8
 
 

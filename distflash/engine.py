@@ -52,8 +52,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         q: ``[B, T, H, D]``, k: ``[B, K, G, D]``, v: ``[B, K, G, V]``, k and v contiguous.
 
     Returns:
-        out ``[B, T, H, V]`` in q's dtype, lse ``[B, H, T]`` in the accumulator's dtype, and if asked for the largest
-        score of each head over this rank's queries, ``[H]`` in the same dtype.
+        out ``[B, T, H, V]`` in q's dtype, lse ``[B, H, T]`` in the accumulator's dtype. Third, the largest score of
+        each head over this rank's queries, ``[H]`` in the same dtype; None without ``call.max_logits``.
     """
     plan, kernel, transport = call.plan, call.kernel, call.transport
     if torch.autograd._profiler_enabled():
@@ -97,7 +97,7 @@ def backward(
     if torch.autograd._profiler_enabled():
         kernel, transport = ranged(kernel, transport, plan.backward, "backward")
     if plan.moves_queries and dlse is None:
-        # All ranks send the same tensors with their queries. Another rank's dlse may not be None: send zeros for None.
+        # All ranks send the same tensors with their queries, and another rank may have a dlse: this one sends zeros.
         dlse = torch.zeros_like(lse)
     queries: Tensors = (q, out, lse, dout) if dlse is None else (q, out, lse, dout, dlse)
     queries = tuple(x.contiguous() for x in queries) if plan.moves_queries else queries

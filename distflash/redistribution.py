@@ -74,7 +74,7 @@ def _require(
         if seq_len is not None:
             collectives.require_tokens(x, dim, layout, seq_len, agreement.transport)
     except ValueError:
-        agreement.refuse(kind, sure=seq_len is None)
+        agreement.refuse(kind, others_compare=seq_len is None)
         raise
     known = None if seq_len is None else as_length(seq_len)
     compared = {**collectives.equal_fields(x, dim), "layout it has": layout, "seq_len": known, **fields}

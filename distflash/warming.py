@@ -163,7 +163,7 @@ class Warming:
     def __init__(self) -> None:
         self._known: set[str] = set()
 
-    def before(self, calls: Calls, specification: Specification, kernel: Kernel) -> None:
+    def compile_for(self, calls: Calls, specification: Specification, kernel: Kernel) -> None:
         """Compile the kernels of a call, unless that was done for calls of its kind, here or in another process.
 
         If it fails, it returns as well: the kernels are then compiled when they are first launched.

@@ -193,7 +193,7 @@ def test_one_rank_asks_nobody():
     transport = Counted()
     transport.world_size = 1
     Agreement(transport, True).require("test", lambda: {"n": 1})
-    Agreement(transport, True).refuse("test", sure=True)
+    Agreement(transport, True).refuse("test", others_compare=True)
     assert transport.asked == 0
 
 

@@ -180,11 +180,11 @@ def on_gpu(specification):
 def test_each_kind_is_compiled_once_and_only_for_gpus(compiled):
     made, calls = warming.Warming(), calls_of()
     for specification in (asked(), on_gpu(asked(batch=0))):
-        made.before(calls, specification, Compiled())
-    made.before(calls, on_gpu(asked()), Reference())
+        made.compile_for(calls, specification, Compiled())
+    made.compile_for(calls, on_gpu(asked()), Reference())
     assert not compiled
     for specification in (asked(), asked(), asked(dtype=torch.bfloat16)):
-        made.before(calls, on_gpu(specification), Compiled())
+        made.compile_for(calls, on_gpu(specification), Compiled())
     assert [each.problem.dtype for each in compiled] == [torch.float32, torch.bfloat16]
 
 
@@ -197,7 +197,7 @@ def test_a_call_goes_on_where_nothing_could_be_compiled(compiled, monkeypatch, c
 
     monkeypatch.setattr(warming, "compile_all", compile_all)
     with caplog.at_level(logging.WARNING, "distflash"):
-        warming.Warming().before(calls_of(), on_gpu(asked()), Compiled())
+        warming.Warming().compile_for(calls_of(), on_gpu(asked()), Compiled())
     assert "compiled when they are first launched, and not before: no more processes" in caplog.text
 
 

@@ -60,7 +60,7 @@ def router_aux_loss(
     """
     problem = _problem(router_logits, num_experts, top_k, attention_mask)
     if problem is not None:
-        cp.agreement.refuse(_NAME, sure=False)
+        cp.agreement.refuse(_NAME, others_compare=False)
         raise ValueError(problem)
     fields = {"layers": len(router_logits), "num_experts": num_experts, "top_k": top_k}
     cp.agreement.require(_NAME, lambda: fields, key=tuple(fields.values()))

@@ -39,7 +39,7 @@ from distflash.kernels.hopper.backward_parts import (
 )
 from distflash.kernels.hopper.common import ROWS, advance, arrive, product, read, sync, visited
 from distflash.kernels.hopper.compat import async_add, async_store, barrier, store_wait
-from distflash.kernels.hopper.dropout import keys_found, rounded, score_gradient, thinned
+from distflash.kernels.hopper.dropout import keys_at, rounded, score_gradient, thinned
 from distflash.kernels.hopper.fragments import add, fragments
 from distflash.kernels.hopper.ordered import await_turn, pass_turn
 
@@ -148,7 +148,7 @@ def hand_over(w: gl.constexpr, dq, dq_smem, sums, place, DIRECT: gl.constexpr):
 @gluon.jit
 def attend(
     w: gl.constexpr, dk, dv, key, value, stage, phase, turn,
-    smem, exchange, gates, sums, place, start, masked, lo, length, scale, softcap, k_found, plane, dropping,
+    smem, exchange, gates, sums, place, start, masked, lo, length, scale, softcap, k_at, plane, dropping,
     BLOCK_M: gl.constexpr, SOFTCAP: gl.constexpr, IN_REGISTERS: gl.constexpr, DIRECT: gl.constexpr,
     FIRST: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
@@ -186,7 +186,7 @@ def attend(
         dq = warpgroup_mma_wait(0, [dq])
         hand_over(w, dq, dq_smem, sums, place, DIRECT)
     p, sloped = probabilities(s, lse2, start, lo, length, scale, softcap, mma_s, SOFTCAP, masked)
-    p, sloped = thinned(p, sloped, start, k_found, plane, dropping, DROPOUT)
+    p, sloped = thinned(p, sloped, start, k_at, plane, dropping, DROPOUT)
     p16 = gl.convert_layout(rounded(p, q_smem, DROPOUT), gl.DotOperandLayout(0, dv.type.layout, k_width=2))
     if not FIRST and not DQ_FIRST:
         dq = warpgroup_mma_wait(0, [dq])
@@ -259,7 +259,7 @@ def consume(
         lo, length = seen_by(first, block_ends, mma_s)
         dk = gl.zeros([ROWS, DP], gl.float32, layout=mma_k)
         dv = gl.zeros([ROWS, VP], gl.float32, layout=mma_v)
-        k_found = keys_found(k_positions, first, keys, mma_s, DROPOUT)
+        k_at = keys_at(k_positions, first, keys, mma_s, DROPOUT)
         mbarrier.wait(kv_ready, kv_phase)
         kv_phase ^= 1
         key = smem[1].index(w).reshape([ROWS, DP])
@@ -273,7 +273,7 @@ def consume(
             w, dk, dv, key, value, stage, phase, turn, smem, exchange, gates, sums, place,
             begin + visited(0, before, full, tiles, ORDERED) * BLOCK_M,
             is_masked(0, before, full, tiles, True) if ORDERED else tiles > full, lo, length, scale, softcap,
-            k_found, plane, dropping, BLOCK_M, SOFTCAP, IN_REGISTERS, DIRECT, True, DROPOUT,
+            k_at, plane, dropping, BLOCK_M, SOFTCAP, IN_REGISTERS, DIRECT, True, DROPOUT,
         )  # fmt: skip
         i = 0
         for _n in range(1, GROUP * tiles):
@@ -285,7 +285,7 @@ def consume(
                 w, dk, dv, key, value, stage, phase, turn, smem, exchange, gates, sums, place,
                 begin + visited(i, before, full, tiles, ORDERED) * BLOCK_M,
                 is_masked(i, before, full, tiles, ORDERED), lo, length, scale, softcap,
-                k_found, plane, dropping, BLOCK_M, SOFTCAP, IN_REGISTERS, DIRECT, False, DROPOUT,
+                k_at, plane, dropping, BLOCK_M, SOFTCAP, IN_REGISTERS, DIRECT, False, DROPOUT,
             )  # fmt: skip
         dq = warpgroup_mma_wait(0, [query_part(w, exchange[0], smem[1], turn, 0, DP // 2)])
         hand_over(w, dq, exchange[1], sums, place_of(i, plane, job, queries, BLOCK_M, ORDERED), DIRECT)

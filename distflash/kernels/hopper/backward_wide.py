@@ -44,7 +44,7 @@ from distflash.kernels.hopper.common import (
     strips,
     sync,
 )
-from distflash.kernels.hopper.dropout import keys_found, rounded, score_gradient, thinned
+from distflash.kernels.hopper.dropout import keys_at, rounded, score_gradient, thinned
 from distflash.kernels.hopper.fragments import add
 
 P_READY = gl.constexpr(9)  # a hardware barrier beside those of `backward_parts`: of two tiles in turn
@@ -113,7 +113,7 @@ def wait_for(gradient):
 @gluon.jit
 def attend(
     w: gl.constexpr, gradient, value, stage, phase, turn,
-    smem, exchange, gates, sums, place, start, masked, lo, length, scale, softcap, k_found, plane, dropping,
+    smem, exchange, gates, sums, place, start, masked, lo, length, scale, softcap, k_at, plane, dropping,
     D: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, SOFTCAP: gl.constexpr, IN_REGISTERS: gl.constexpr,
     FIRST: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
@@ -149,7 +149,7 @@ def attend(
     delta = stats_smem.index(2 * stage + 1).reshape([BLOCK_M]).slice(w * HALF, HALF).load(gl.SliceLayout(0, mma_s))
     s = warpgroup_mma_wait(len(value) if FIRST else len(value) + 1, [s])
     p, sloped = probabilities(s, lse2, start + w * HALF, lo, length, scale, softcap, mma_s, SOFTCAP, masked)
-    p, sloped = thinned(p, sloped, start + w * HALF, k_found, plane, dropping, DROPOUT)
+    p, sloped = thinned(p, sloped, start + w * HALF, k_at, plane, dropping, DROPOUT)
     p_smem.index(turn).slice(w * HALF, HALF).store(rounded(p, q_smem, DROPOUT).permute((1, 0)))
     if w == 0:
         fence_async_shared()
@@ -221,7 +221,7 @@ def consume(
     first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB, JOB)
     while tiles > 0:
         lo, length = seen_by(first, block_ends, mma_s)
-        k_found = keys_found(k_positions, first, keys, mma_s, DROPOUT)
+        k_at = keys_at(k_positions, first, keys, mma_s, DROPOUT)
         mbarrier.wait(kv_ready, kv_phase)
         kv_phase ^= 1
         value = (smem[2].index(0).reshape([ROWS, smem[2].shape[4]]),)
@@ -232,7 +232,7 @@ def consume(
         gradient = attend(
             w, no_gradient(D if w == 0 else V), value, stage, phase, turn, smem, exchange, gates, sums, place,
             begin + nth(0, before, full, tiles - full) * BLOCK_M, tiles > full, lo, length, scale, softcap,
-            k_found, plane, dropping, D, V, BLOCK_M, SOFTCAP, IN_REGISTERS, True, DROPOUT,
+            k_at, plane, dropping, D, V, BLOCK_M, SOFTCAP, IN_REGISTERS, True, DROPOUT,
         )  # fmt: skip
         i = 0
         for _n in range(1, GROUP * tiles):
@@ -243,7 +243,7 @@ def consume(
             gradient = attend(
                 w, gradient, value, stage, phase, turn, smem, exchange, gates, sums, place,
                 begin + nth(i, before, full, tiles - full) * BLOCK_M, i < tiles - full, lo, length, scale, softcap,
-                k_found, plane, dropping, D, V, BLOCK_M, SOFTCAP, IN_REGISTERS, False, DROPOUT,
+                k_at, plane, dropping, D, V, BLOCK_M, SOFTCAP, IN_REGISTERS, False, DROPOUT,
             )  # fmt: skip
         leave_block(
             w, gradient, stage, turn, smem, exchange, gates, sums, place_of(i, plane, job, queries, BLOCK_M), scale,

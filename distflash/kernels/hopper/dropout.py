@@ -5,7 +5,8 @@ row or column. A product's layout has the four pairs that share a counter of Phi
 that bit, in one thread, [Note: fragment order] in `fragments`. So Philox is computed for a quarter of the tile, with
 half of its rows and columns, and nothing moves between threads. Otherwise (ANYWHERE) it is computed for each pair.
 
-[Note: shapes] as in `common`. Positions are int32 ``[T]`` and ``[K]``. ``found`` is what `positions` returns.
+[Note: shapes] as in `common`. Positions are int32 ``[T]`` and ``[K]``. ``at`` is what `positions` returns, ``q_at``
+of queries, ``k_at`` of keys.
 """
 
 from triton.experimental import gluon
@@ -59,13 +60,13 @@ def quarter(columns):
 
 
 @gluon.jit
-def strips(found, dim: gl.constexpr, COUNT: gl.constexpr, COLUMNS: gl.constexpr, DROPOUT: gl.constexpr):
+def strips(at, dim: gl.constexpr, COUNT: gl.constexpr, COLUMNS: gl.constexpr, DROPOUT: gl.constexpr):
     """The strips of a product's rows (``dim`` 1) or columns (0), uint32: of COUNT, or of half of them IN_TILES."""
     if DROPOUT == IN_TILES:
-        at = gl.arange(0, COUNT // 2, layout=gl.SliceLayout(dim, quarter(COLUMNS)))
-        return (found + ((at >> 3 << 4) | (at & 7))).to(gl.uint32)
+        n = gl.arange(0, COUNT // 2, layout=gl.SliceLayout(dim, quarter(COLUMNS)))
+        return (at + ((n >> 3 << 4) | (n & 7))).to(gl.uint32)
     else:
-        return (found & ~8).to(gl.uint32)
+        return (at & ~8).to(gl.uint32)
 
 
 @gluon.jit
@@ -80,7 +81,7 @@ def whole(first, second, TRANSPOSED: gl.constexpr, like):
 
 
 @gluon.jit
-def kept(q_found, q_strip, k_found, k_strip, key, threshold, like, TRANSPOSED: gl.constexpr, DROPOUT: gl.constexpr):
+def kept(q_at, q_strip, k_at, k_strip, key, threshold, like, TRANSPOSED: gl.constexpr, DROPOUT: gl.constexpr):
     """Which pairs of a product ``like [queries, keys]``, or of its transpose, are kept. q_strip has the offset."""
     rows: gl.constexpr = 0 if TRANSPOSED else 1
     q_strip, k_strip = gl.expand_dims(q_strip, rows), gl.expand_dims(k_strip, 1 - rows)
@@ -88,13 +89,13 @@ def kept(q_found, q_strip, k_found, k_strip, key, threshold, like, TRANSPOSED: g
     if DROPOUT == IN_TILES:
         word = whole(first, second, TRANSPOSED, like)
     else:
-        word = gl.where((gl.expand_dims(q_found, rows) & 8) == 0, first, second)
-        word = gl.where((gl.expand_dims(k_found, 1 - rows) & 8) == 0, word << 16, word)
+        word = gl.where((gl.expand_dims(q_at, rows) & 8) == 0, first, second)
+        word = gl.where((gl.expand_dims(k_at, 1 - rows) & 8) == 0, word << 16, word)
     return word >= (threshold.to(gl.uint32) << 16)
 
 
 @gluon.jit
-def thinned(p, sloped, start, k_found, plane, dropping, DROPOUT: gl.constexpr):
+def thinned(p, sloped, start, k_at, plane, dropping, DROPOUT: gl.constexpr):
     """P^T ``[keys, queries]`` and ``sloped``, both negative where they are dropped.
 
     The sign says it to `score_gradient` without another register, and `rounded` makes it 0.
@@ -102,16 +103,16 @@ def thinned(p, sloped, start, k_found, plane, dropping, DROPOUT: gl.constexpr):
     Args:
         p, sloped: P^T, and P^T times the slope of a softcap.
         start, plane: the first query, and batch * heads + head.
-        k_found: of the keys.
+        k_at: of the tile's keys.
         dropping: the kernel's arguments.
     """
     if DROPOUT != 0:
         seed, heads_before, threshold, _, q_positions, queries, heads = dropping
         N: gl.constexpr = p.shape[1]
         key, offset = stream_of(seed, plane, heads, heads_before)
-        found = positions(q_positions, start, queries, N, gl.SliceLayout(0, p.type.layout), DROPOUT)
-        q_strip, k_strip = strips(found, 0, N, N, DROPOUT) + offset, strips(k_found, 1, ROWS, N, DROPOUT)
-        keep = kept(found, q_strip, k_found, k_strip, key, threshold, p, True, DROPOUT)
+        q_at = positions(q_positions, start, queries, N, gl.SliceLayout(0, p.type.layout), DROPOUT)
+        q_strip, k_strip = strips(q_at, 0, N, N, DROPOUT) + offset, strips(k_at, 1, ROWS, N, DROPOUT)
+        keep = kept(q_at, q_strip, k_at, k_strip, key, threshold, p, True, DROPOUT)
         p, sloped = gl.where(keep, p, -p), gl.where(keep, sloped, -sloped)
     return p, sloped
 
@@ -141,7 +142,7 @@ def rounded(p, like, DROPOUT: gl.constexpr):
 
 
 @gluon.jit
-def keys_found(k_positions, first, keys, layout: gl.constexpr, DROPOUT: gl.constexpr):
+def keys_at(k_positions, first, keys, layout: gl.constexpr, DROPOUT: gl.constexpr):
     """The positions of a block's ROWS keys, which are the rows of a product."""
     if DROPOUT != 0:
         return positions(k_positions, first, keys, ROWS, gl.SliceLayout(1, layout), DROPOUT)

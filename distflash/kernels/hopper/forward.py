@@ -160,9 +160,9 @@ def positions_at(tile, drop, COUNT: gl.constexpr, layout: gl.constexpr, TWO: gl.
 def thinned(p, at, drop, DROPOUT: gl.constexpr):
     """P with 0 where it is dropped. The row sums were computed before, and include what is dropped."""
     if DROPOUT != 0:
-        q_found, q_strip, key, threshold, _, _, _, _ = drop
+        q_at, q_strip, key, threshold, _, _, _, _ = drop
         k_strip = strips_of_positions(at, 0, p.shape[1], p.shape[1], DROPOUT)
-        keep = kept(q_found, q_strip, at, k_strip, key, threshold, p, False, DROPOUT)
+        keep = kept(q_at, q_strip, at, k_strip, key, threshold, p, False, DROPOUT)
         p = gl.where(keep, p, 0.0)
     return p
 
@@ -292,7 +292,7 @@ def block(
     l = gl.where(column == 0, in_parts(l, parts), 0.0)
     tiles = job[3] + job[7]
     if IN_TURN:
-        if previous >= 0:  # the last block's O has been stored by now
+        if previous >= 0:  # the previous block's O is stored from its slot of Q; that has probably ended by now
             store_wait(0)
             mbarrier.arrive(q_free.index(previous))
         for i in range(tiles - 1):
@@ -331,7 +331,7 @@ def block(
 def dropping_of(
     first, plane, sizes, dropping, layout: gl.constexpr, BLOCK_N: gl.constexpr, DROPOUT: gl.constexpr
 ):  # fmt: skip
-    """What `thinned` needs for the rows of a block from ``first`` on. found: what `positions` returns for them."""
+    """What `thinned` needs for the rows of a block from ``first`` on: first of all their `positions`."""
     seed, heads_before, threshold, _, q_positions, k_positions, other_k_positions, keys, other_keys = dropping
     if DROPOUT == 0:
         return (0, 0, 0, 0, 0, 0, 0, 0)
@@ -339,9 +339,9 @@ def dropping_of(
         queries, heads = sizes
         rows: gl.constexpr = gl.SliceLayout(1, layout)
         key, offset = stream_of(seed, plane, heads, heads_before)
-        found = positions(q_positions, first, queries, ROWS, rows, DROPOUT)
-        strip = strips_of_positions(found, 1, ROWS, BLOCK_N, DROPOUT) + offset
-        return (found, strip, key, threshold, k_positions, other_k_positions, keys, other_keys)
+        at = positions(q_positions, first, queries, ROWS, rows, DROPOUT)
+        strip = strips_of_positions(at, 1, ROWS, BLOCK_N, DROPOUT) + offset
+        return (at, strip, key, threshold, k_positions, other_k_positions, keys, other_keys)
 
 
 @gluon.jit
@@ -427,7 +427,7 @@ def forward_kernel(
     maximum, total, weighted,
     counter,  # int32 [2], zeros, and zeros again afterwards
     scale, softcap, queries, heads, batches,
-    head_count, begun_heads,  # numbers of query heads: of this launch, and, if TWO, of those of them that have begun
+    head_count, begun_heads,  # the number of query heads, and, if TWO, how many of these have begun (`Pass.begun`)
     # With LiveRows: groups is `LiveRows.groups`, int32 [N, 2]; blocks is the number of blocks of queries in them; flags
     # is -1. Without: groups is not read; blocks is the number of all blocks of queries; flags are those of all rows
     # (`liveness.all_rows`: bits for live, first pass, last pass; the same again, shifted, for begun heads).
@@ -450,7 +450,7 @@ def forward_kernel(
     gates = make_gates(CONSUMERS, SLOTS, STAGES)  # the mbarriers (q_ready, q_free, k_ready, v_ready)
 
     smem = (q_smem, k_smem, v_smem)
-    owner, other = (k, v, (row_lo, row_hi)), (other_k, other_v, (other_lo, other_hi))
+    source, other = (k, v, (row_lo, row_hi)), (other_k, other_v, (other_lo, other_hi))
     ends = (row_lo, row_hi, other_lo, other_hi)
     sums, sizes = (maximum, total, weighted), (queries, heads)
     positions_of = (q_positions, k_positions, other_k_positions)
@@ -467,7 +467,7 @@ def forward_kernel(
                 SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, MAXIMA, DROPOUT,
             )),
             (load_tiles, (
-                q, owner, other, smem, gates, jobs, counter, grid,
+                q, source, other, smem, gates, jobs, counter, grid,
                 SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO, DROPOUT,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
@@ -486,7 +486,7 @@ def forward_kernel(
                 SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, MAXIMA, DROPOUT,
             )),
             (load_tiles, (
-                q, owner, other, smem, gates, jobs, counter, grid,
+                q, source, other, smem, gates, jobs, counter, grid,
                 SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO, DROPOUT,
             )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 32])  # fmt: skip

@@ -84,7 +84,7 @@ def at_least_one(begin, tiles, others, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def load_block(
-    q, owner, other, smem, gates, jobs, where, begun, ring,
+    q, source, other, smem, gates, jobs, where, begun, ring,
     SLOTS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     TWO: gl.constexpr, ALIGN: gl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,7 @@ def load_block(
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     q_smem, _, _ = smem
     q_ready, q_free, _, _ = gates
-    k, v, ends = owner
+    k, v, ends = source
     other_k, other_v, other_ends = other
     first, flags, batch, head, heads, queries = where
     slot, slot_phase, stage, loaded = ring
@@ -128,7 +128,7 @@ def load_block(
 
 @gluon.jit
 def load_tiles(
-    q, owner, other, smem, gates, jobs, counter, grid,
+    q, source, other, smem, gates, jobs, counter, grid,
     SLOTS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     TWO: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
@@ -148,7 +148,7 @@ def load_tiles(
             flags = gl.where(begun, flags >> BEGUN_BITS, flags)
         if (flags & LIVE) != 0:  # 0 only for heads that have begun
             slot, slot_phase, stage, loaded = load_block(
-                q, owner, other, smem, gates, jobs, (first, flags, batch, head, heads, queries), begun,
+                q, source, other, smem, gates, jobs, (first, flags, batch, head, heads, queries), begun,
                 (slot, slot_phase, stage, loaded), SLOTS, GROUP, BLOCK_N, CONSUMERS, STAGES, TWO,
                 BLOCK_N if DROPOUT == IN_TILES else 1,
             )  # fmt: skip

@@ -19,8 +19,8 @@ from distflash.masks import Mask
 from distflash.rows import Rows
 from distflash.workload import Workload
 
-# The aims that are tried, in this order: an upper and a lower bound of a rank's pairs, see `Aim`. Each gives one
-# assignment. With more than _FEW_RANKS ranks the first balanced one is taken. With fewer ranks an assignment takes
+# The aims that are tried, in this order. Each gives one assignment, from an upper and a lower bound of a rank's pairs,
+# see `Aim`. With more than _FEW_RANKS ranks the first balanced one is taken. With fewer ranks an assignment takes
 # little time: all of them are made, and of those that are balanced the one that sends the fewest keys is taken.
 AIMS = tuple(Aim(limit, enough) for limit in (1.049, 1.03, 1.015) for enough in (0.95, 0.9))
 _FEW_RANKS = 16
@@ -39,8 +39,8 @@ class Balanced(Layout):
     Args:
         mask: the mask whose work is balanced, usually ``Causal() & Documents(cu_seqlens)``. Attention with any other
             mask is correct, but less well balanced.
-        chunk: documents that start within the same ``chunk`` tokens, counted from position 0, are assigned as if they
-            were one document. Larger chunks take less time to assign.
+        chunk: the sequence is cut into blocks of so many tokens, from position 0. Documents that start in the same
+            block are assigned as if they were one document. With larger chunks the assignment takes less time.
         tokens: "equal": the numbers of tokens of ranks differ by at most one. A number: what a token costs outside of
             attention (projections, MLP), in pairs. Then each rank's pairs plus this number times its tokens is
             balanced, and ranks have different numbers of tokens. For a layer with P parameters, H heads and head dim D
@@ -153,7 +153,7 @@ class Deal:
 
     @cached_property
     def _edges(self) -> list[tuple[Tensor, Tensor]]:
-        """By rank, two int64 tensors: where its ranges start; how many of its tokens precede each, then its total.
+        """For each rank, two int64 tensors: the start of each range; the number of tokens before each, and in all.
 
         Views of two tensors, since making two tensors for each of many ranks takes longer than everything else.
         """

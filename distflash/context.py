@@ -237,9 +237,9 @@ class ContextParallel(Sharding):
         Args:
             problem: what is wrong, in words.
             kind: as in `agree`.
-            in_attention: whether the other ranks call `attention` instead of `agree`. Then, on GPUs and without
-                `check_every_call`, they are told only before the first attention call that all ranks agreed on. After
-                it they may skip the comparison, so this rank tells them nothing and raises alone.
+            in_attention: whether the other ranks call `attention` instead of `agree`. Until the ranks have agreed
+                on a first call of attention, and always on CPUs or with `check_every_call`, these calls are compared
+                and the other ranks raise, too. Later they may not be, so this rank sends nothing and raises alone.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)

@@ -33,7 +33,7 @@ ROUNDS = 7
 LEVELS = 1 << 16  # of the random number of a pair
 
 _WORD = 0xFFFFFFFF
-_STEP_BITS = 40  # `of_layer` makes a seed of the training step, in so many low bits, and the layer, in the bits above
+_STEP_BITS = 40  # low bits of a seed that hold the training step; the bits above hold the layer, see `of_layer`
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,12 @@ def numbers(seed: Tensor, batch: int, heads: range, q_positions: Tensor, k_posit
 
 
 def strip(position: Tensor) -> Tensor:
-    """``position`` without bit 3. Two positions 8 apart have the same, and share Philox counters: they are a strip."""
+    """``position`` with bit 3 set to 0. Two positions that differ in this bit alone share Philox counters: a strip."""
     return position & ~8
 
 
 def philox(first: Tensor, second: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Philox-2x32-7 of a counter ``(first, second)`` under a key: words, in int64, of which 32 bits are read."""
+    """Philox-2x32-7 of a counter ``(first, second)``: two words of 32 bits. All are int64, whose low 32 bits count."""
     first, second, key = first & _WORD, second & _WORD, key & _WORD
     for _ in range(ROUNDS):
         product = first * MULTIPLIER  # its 64 bits, though the sign may be wrong

@@ -43,7 +43,7 @@ TensorKey = tuple[What, int]
 
 @dataclass(frozen=True)
 class Transfer:
-    """What this rank sends another one, or receives from it, at one time: one message for each tensor.
+    """Tensors that this rank sends another one, or receives from it, started together: one message for each.
 
     Attributes:
         sends: whether this rank sends it; otherwise it receives it.

@@ -37,5 +37,5 @@ class Ring(KeysTravel):
         return tuple(((rank - step) % world_size,) for step in range(world_size))
 
     def route(self, rank: int, source: int, world_size: int) -> int:
-        """The predecessor in the ring."""
+        """Keys come from the previous rank of the ring."""
         return (rank - 1) % world_size

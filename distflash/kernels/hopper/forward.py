@@ -11,14 +11,14 @@ its tiles of keys and values while they finish the previous work tile.
 
 The keys of a block come from one source, or from two in order. With `LiveRows` a pass processes only groups of rows
 that see one of its keys (`distflash.liveness`). In some of these groups begun heads have no work, and the producer
-publishes none for them. Every work tile has a tile of keys, except the one that tells the consumers that the queue is
-empty.
+publishes none for them. A published work tile has at least one tile of keys. One without tells the consumers that the
+queue is empty.
 
 IN_TURN: a warpgroup does not overlap its own softmax with its own products (`attend_in_turn`). Otherwise P V runs
 during the softmax of the next tile (`attend`). DROPOUT: 0 for none, else `kernels.hopper.dropout.IN_TILES` (positions
 of a tile are consecutive from a multiple of 16 on; only the first is loaded) or ANYWHERE (each is loaded).
 
-[Note: shapes] as in `common`.
+[Note: shapes] as in `common`: D and V head dims, DP and VP these padded to the next power of two.
 """
 
 from triton.experimental import gluon
@@ -208,8 +208,8 @@ def attend(
     """Issue Q K^T of ``tile`` and P V of the previous tile, and compute the softmax of ``tile``. P V runs during the
     first part of the softmax: until the row maxima are known, or if HALVES until half of the exponentials are computed.
 
-    zero: always 0, but computed, so that the assembler cannot know it. With it an arrival depends on the softmax and is
-    not moved before it, see `arrive_after`.
+    zero: always 0, but computed, so that the assembler cannot know it. It makes the arrival at K_FREE depend on the
+    softmax, so that the assembler cannot move the arrival up, see `arrive_after`.
     """
     m, l, acc, p, stage, phase = state
     at = positions_at(tile, drop, smem[1].shape[3], mma_s, TWO, DROPOUT)

@@ -19,9 +19,9 @@ from distflash.masks import Mask
 from distflash.rows import Rows
 from distflash.workload import Workload
 
-# The aims that are tried, in this order. Each gives one assignment, from an upper and a lower bound of a rank's pairs,
-# see `Aim`. With more than _FEW_RANKS ranks the first balanced one is taken. With fewer ranks an assignment takes
-# little time: all of them are made, and of those that are balanced the one that sends the fewest keys is taken.
+# The aims that are tried, in this order. Each gives one assignment, in which a rank's pairs are within two bounds, if
+# possible, see `Aim`. With more than _FEW_RANKS ranks the first balanced one is taken. With fewer ranks an assignment
+# takes little time: all are made, and of those that are balanced the one that sends the fewest keys is taken.
 AIMS = tuple(Aim(limit, enough) for limit in (1.049, 1.03, 1.015) for enough in (0.95, 0.9))
 _FEW_RANKS = 16
 # An assignment is balanced if no rank has more than this multiple of the mean number of pairs.
@@ -153,7 +153,7 @@ class Deal:
 
     @cached_property
     def _edges(self) -> list[tuple[Tensor, Tensor]]:
-        """For each rank, two int64 tensors: the start of each range; the number of tokens before each, and in all.
+        """For each rank, two int64 tensors: where its ranges start; how many tokens precede each range, and in all.
 
         Views of two tensors, since making two tensors for each of many ranks takes longer than everything else.
         """

@@ -237,9 +237,9 @@ class ContextParallel(Sharding):
         Args:
             problem: what is wrong, in words.
             kind: as in `agree`.
-            in_attention: whether the other ranks call `attention` instead of `agree`. Until the ranks have agreed
-                on a first call of attention, and always on CPUs or with `check_every_call`, these calls are compared
-                and the other ranks raise, too. Later they may not be, so this rank sends nothing and raises alone.
+            in_attention: whether the other ranks call `attention` instead of `agree`. They raise, too, if they compare
+                that call: always on CPUs or with `check_every_call`, otherwise until the ranks have agreed on a first
+                call. After that this rank raises alone, since the others may not compare the call.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -366,7 +366,7 @@ class ContextParallel(Sharding):
             mask: as in `attention`. With `Rows`, the sequences of the batch are concatenated to one.
             seq_len: the global number of keys.
             device: where the plan's intervals are; by default the group's.
-            q_start, q_len, kv_layout: as in `attention`. Without ``q_len`` queries are all tokens from ``q_start`` on.
+            q_start, q_len, kv_layout: as in `attention`. Without ``q_len``: all tokens from ``q_start`` on.
 
         Raises:
             ValueError: an argument is wrong, or queries reach beyond the keys under another mask than `Full`.
@@ -406,6 +406,7 @@ class ContextParallel(Sharding):
         problem = self.layout.refusal(count) or (kv_layout or self.layout).refusal(length)
         if problem is not None:
             raise ValueError(problem)
+        # A mask of the same value has the same plan, even if it is another object.
         return self.calls.plan(ByValue(mask), CallTokens(length, start, count, kv_layout, self._of_batch), where)
 
     @property

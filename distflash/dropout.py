@@ -1,8 +1,8 @@
 """Attention dropout: which pairs of a query and a key are dropped, as a function of positions.
 
 Every pair has a random number of 16 bits, which depends on its batch, head, global positions and a seed, and on nothing
-else. So all ranks, layouts, schedules and kernels drop the same pairs, backward finds those of forward without a mask
-in memory, and a call that is computed again drops the same ones.
+else. So all ranks, layouts, schedules and kernels drop the same pairs. Backward drops those of forward, although none
+are stored, and a call that is computed again drops the same ones.
 
 The numbers are those of the generator Philox-2x32-7 of Salmon et al. 2011 (https://doi.org/10.1145/2063384.2063405),
 with the fewest rounds that pass their statistical tests; FlashAttention's dropout has as many. It maps a counter of two
@@ -77,7 +77,7 @@ def dropout_mask(
     Args:
         seed: ``dropout_seed`` of the call.
         p: ``dropout_p`` of the call.
-        batch, heads: how many sequences and query heads; the mask is of the first ones.
+        batch, heads: how many sequences and query heads the mask has, from index 0 on.
         q_positions: ``[T]``, global positions of queries.
         k_positions: ``[K]``, global positions of keys, on the same device.
 
@@ -165,7 +165,7 @@ def numbers(seed: Tensor, batch: int, heads: range, q_positions: Tensor, k_posit
 
 
 def strip(position: Tensor) -> Tensor:
-    """``position`` with bit 3 set to 0. Two positions that differ in this bit alone share Philox counters: a strip."""
+    """``position`` with bit 3 set to 0. Two positions that differ in this bit alone share their Philox counters."""
     return position & ~8
 
 

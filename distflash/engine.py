@@ -97,7 +97,7 @@ def backward(
     if torch.autograd._profiler_enabled():
         kernel, transport = ranged(kernel, transport, plan.backward, "backward")
     if plan.moves_queries and dlse is None:
-        # All ranks send the same tensors with their queries, and another rank may have a dlse: this one sends zeros.
+        # All ranks send as many tensors with their queries. Another rank may have a dlse, so this one sends zeros.
         dlse = torch.zeros_like(lse)
     queries: Tensors = (q, out, lse, dout) if dlse is None else (q, out, lse, dout, dlse)
     queries = tuple(x.contiguous() for x in queries) if plan.moves_queries else queries
@@ -126,8 +126,7 @@ def state_of(each: Pass, exchange: Exchange, d_v: int) -> Partial:
 def keys_of(each: Pass, exchange: Exchange) -> tuple[Keys, ...]:
     """K and V of each source of the pass."""
     if len(each.sources) == 1:
-        (source,), (rows,) = each.sources, each.visible
-        return (Keys(*exchange.keys(source, rows.keys), rows),)
-    return tuple(
-        [Keys(*exchange.keys(source, rows.keys), rows) for source, rows in zip(each.sources, each.visible, strict=True)]
-    )
+        (source,), (visible,) = each.sources, each.visible
+        return (Keys(*exchange.keys(source, visible.keys), visible),)
+    both = zip(each.sources, each.visible, strict=True)
+    return tuple([Keys(*exchange.keys(source, visible.keys), visible) for source, visible in both])

@@ -144,8 +144,8 @@ class Pass:
         return ", ".join(words + marks)
 
 
-def _of_part(rows: Intervals) -> str:
-    return f"[{rows.keys.start}:{rows.keys.stop}]"
+def _of_part(visible: Intervals) -> str:
+    return f"[{visible.keys.start}:{visible.keys.stop}]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -347,7 +347,7 @@ class Plan:
         return lines
 
     def __str__(self) -> str:
-        """A table: one line a pass and a transfer, by stages."""
+        """A table by stages: a pass and a transfer in each line, side by side."""
         names = ("forward", self.forward), ("backward", self.backward)
         every = [self._words(each) for _, stages in names for stage in stages for each in stage.passes]
         width = max(map(len, [*every, "computes"])) + 2

@@ -37,7 +37,7 @@ from distflash.kernels.hopper.backward_parts import (
     seen_by,
     store,
 )
-from distflash.kernels.hopper.common import ROWS, advance, arrive, product, read, sync, visited
+from distflash.kernels.hopper.common import ROWS, advance, arrive, product_layout, read, sync, visited
 from distflash.kernels.hopper.compat import async_add, async_store, barrier, store_wait
 from distflash.kernels.hopper.dropout import keys_at, rounded, score_gradient, thinned
 from distflash.kernels.hopper.fragments import add, fragments
@@ -124,7 +124,7 @@ def query_part(w: gl.constexpr, ds_smem, k_smem, turn, zero, WIDTH: gl.constexpr
     ``zero`` is 0; the compiler, if it does not know, forms the descriptors of half of the keys anew for every tile.
     """
     sync(DS_READY + 2 * turn + w, BOTH)
-    dq = gl.zeros([ROWS, WIDTH], gl.float32, layout=product(WIDTH))
+    dq = gl.zeros([ROWS, WIDTH], gl.float32, layout=product_layout(WIDTH))
     for n in gl.static_range(2):
         part = ds_smem.index(2 * turn + n)
         key = k_smem.index(n + n * zero).reshape([ROWS, k_smem.shape[4]]).slice(w * WIDTH, WIDTH, dim=1)
@@ -163,7 +163,7 @@ def attend(
     DP: gl.constexpr = k_smem.shape[4]
     VP: gl.constexpr = v_smem.shape[4]
     dtype: gl.constexpr = q_smem.dtype
-    mma_s: gl.constexpr = product(BLOCK_M)
+    mma_s: gl.constexpr = product_layout(BLOCK_M)
     # The softcap's slope takes the registers in which dQ would wait under the softmax.
     DQ_FIRST: gl.constexpr = SOFTCAP and not IN_REGISTERS
     zero = 0
@@ -248,9 +248,9 @@ def consume(
     _, _, keys, kv_heads = block_ends
     DP: gl.constexpr = smem[1].shape[4]
     VP: gl.constexpr = smem[2].shape[4]
-    mma_s: gl.constexpr = product(BLOCK_M)
-    mma_k: gl.constexpr = product(DP)
-    mma_v: gl.constexpr = product(VP)
+    mma_s: gl.constexpr = product_layout(BLOCK_M)
+    mma_k: gl.constexpr = product_layout(DP)
+    mma_v: gl.constexpr = product_layout(VP)
     stage, phase, turn, kv_phase, slot, slot_phase = 0, 0, 0, 0, 0, 0
     mbarrier.wait(job_ready.index(slot), slot_phase)
     first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB, JOB)

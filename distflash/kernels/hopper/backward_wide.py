@@ -36,12 +36,12 @@ from distflash.kernels.hopper.common import (
     ROWS,
     advance,
     arrive,
+    column_chunks,
     columns_of,
     nth,
-    product,
+    product_layout,
     read,
     row_products,
-    strips,
     sync,
 )
 from distflash.kernels.hopper.dropout import keys_at, rounded, score_gradient, thinned
@@ -71,7 +71,7 @@ def at_once(w, d_qk, d_v):
 @gluon.jit
 def query_product(part: gl.constexpr, parts: gl.constexpr, ds, key):
     """Start so many blocks of columns of a tile's dQ = dS K."""
-    dq = gl.zeros([ROWS, 64 * parts], gl.float32, layout=product(64 * parts))
+    dq = gl.zeros([ROWS, 64 * parts], gl.float32, layout=product_layout(64 * parts))
     return warpgroup_mma(ds, key.slice(64 * part, 64 * parts, dim=1), dq, use_acc=False, is_async=True)
 
 
@@ -82,17 +82,18 @@ def add_product(part: gl.constexpr, dq, sums, place, D: gl.constexpr):
 
 @gluon.jit
 def no_gradient(DIM: gl.constexpr):
-    """Zeros for dK or dV of a block, in strips."""
+    """Zeros for dK or dV of a block, in column chunks."""
     if columns_of(DIM) == 192:
-        return gl.zeros([ROWS, 128], gl.float32, product(128)), gl.zeros([ROWS, 64], gl.float32, product(64))
+        left = gl.zeros([ROWS, 128], gl.float32, product_layout(128))
+        return left, gl.zeros([ROWS, 64], gl.float32, product_layout(64))
     else:
-        return (gl.zeros([ROWS, columns_of(DIM)], gl.float32, product(columns_of(DIM))),)
+        return (gl.zeros([ROWS, columns_of(DIM)], gl.float32, product_layout(columns_of(DIM))),)
 
 
 @gluon.jit
 def accumulate(gradient, side, rows, DIM: gl.constexpr):
     """Start ``gradient += side^T rows``, over all queries of a tile."""
-    parts = strips(rows, columns_of(DIM))
+    parts = column_chunks(rows, columns_of(DIM))
     side = side.permute((1, 0))
     if len(gradient) == 2:
         first = warpgroup_mma(side, parts[0], gradient[0], is_async=True)
@@ -127,18 +128,18 @@ def attend(
     PART: gl.constexpr = query_parts(w, D, V)[0]
     EARLY: gl.constexpr = at_once(w, D, V)
     REST: gl.constexpr = query_parts(w, D, V)[1] - EARLY
-    mma_s: gl.constexpr = product(HALF)
+    mma_s: gl.constexpr = product_layout(HALF)
     # 0, but not to the compiler, which would form their descriptors once for all tiles, and have to spill them.
     zero = stage >> 1
     key = k_smem.index(zero).reshape([ROWS, k_smem.shape[4]])
     if not IN_REGISTERS:
-        value = strips(v_smem.index(zero).reshape([ROWS, v_smem.shape[4]]), columns_of(V))
+        value = column_chunks(v_smem.index(zero).reshape([ROWS, v_smem.shape[4]]), columns_of(V))
     query = q_smem.index(stage).reshape([BLOCK_M, k_smem.shape[4]])
     dout = dout_smem.index(stage).reshape([BLOCK_M, v_smem.shape[4]])
     zeros = gl.zeros([ROWS, HALF], gl.float32, layout=mma_s)
 
     mbarrier.wait(q_ready.index(stage), phase)
-    s = row_products(strips(key, columns_of(D)), query.slice(w * HALF, HALF), zeros)
+    s = row_products(column_chunks(key, columns_of(D)), query.slice(w * HALF, HALF), zeros)
     mbarrier.wait(dout_ready.index(stage), phase)
     dp = row_products(value, dout.slice(w * HALF, HALF), zeros)
     if not FIRST:
@@ -215,7 +216,7 @@ def consume(
     """Warpgroup ``w``: dK or dV of every block, and its part of dQ."""
     kv_ready, job_ready, job_free = gates[0], gates[2], gates[3]
     _, _, keys, kv_heads = block_ends
-    mma_s: gl.constexpr = product(HALF)
+    mma_s: gl.constexpr = product_layout(HALF)
     stage, phase, turn, kv_phase, slot, slot_phase = 0, 0, 0, 0, 0, 0
     mbarrier.wait(job_ready.index(slot), slot_phase)
     first, batch, kv_head, begin, before, full, tiles = read(jobs, slot, JOB, JOB)

@@ -30,8 +30,8 @@ ROWS = gl.constexpr(64)  # of one warpgroup's matrix instruction
 
 
 @gluon.constexpr_function
-def product(columns):
-    """The layout of a warpgroup's product of 64 rows."""
+def product_layout(columns):
+    """The layout of a warpgroup's product, of 64 rows, in registers."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
 
 
@@ -42,7 +42,7 @@ def columns_of(dim):
 
 
 @gluon.jit
-def strips(x, COLUMNS: gl.constexpr):
+def column_chunks(x, COLUMNS: gl.constexpr):
     """The first COLUMNS of a tile in shared memory, in the fewest chunks whose widths are powers of two."""
     if COLUMNS == 192:
         return x.slice(0, 128, dim=1), x.slice(128, 64, dim=1)

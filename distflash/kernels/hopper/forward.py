@@ -11,8 +11,8 @@ its tiles of keys and values while they finish the previous work tile.
 
 The keys of a block come from one source, or from two in order. With `LiveRows` a pass processes only groups of rows
 that see one of its keys (`distflash.liveness`). In some of these groups begun heads have no work, and the producer
-publishes none for them. A published work tile has at least one tile of keys. One without tells the consumers that the
-queue is empty.
+publishes none for them. Every work tile that is published has a tile of keys, or more. After the last one the producer
+publishes one without tiles of keys, which tells the consumers that the queue is empty.
 
 IN_TURN: a warpgroup does not overlap its own softmax with its own products (`attend_in_turn`). Otherwise P V runs
 during the softmax of the next tile (`attend`). DROPOUT: 0 for none, else `kernels.hopper.dropout.IN_TILES` (positions
@@ -35,6 +35,7 @@ from distflash.kernels.hopper.common import (
     advance,
     arrive,
     arrive_after,
+    column_chunks,
     columns_of,
     half_parts,
     halves,
@@ -42,20 +43,18 @@ from distflash.kernels.hopper.common import (
     inside,
     nth,
     pack,
-    product,
+    product_layout,
     read,
     rescale,
     row_max,
     row_parts,
     row_products,
-    strips,
     sync,
     tanh,
     whole,
 )
 from distflash.kernels.hopper.compat import store_wait
-from distflash.kernels.hopper.dropout import kept, positions, stream_of
-from distflash.kernels.hopper.dropout import strips as strips_of_positions
+from distflash.kernels.hopper.dropout import kept, positions, stream_of, strips
 from distflash.kernels.hopper.forward_loads import K_FREE, V_FREE, load_tiles, make_gates
 from distflash.kernels.hopper.forward_state import LOWEST, end_state, start_state
 
@@ -161,7 +160,7 @@ def thinned(p, at, drop, DROPOUT: gl.constexpr):
     """P with 0 where it is dropped. The row sums were computed before, and include what is dropped."""
     if DROPOUT != 0:
         q_at, q_strip, key, threshold, _, _, _, _ = drop
-        k_strip = strips_of_positions(at, 0, p.shape[1], p.shape[1], DROPOUT)
+        k_strip = strips(at, 0, p.shape[1], p.shape[1], DROPOUT)
         keep = kept(q_at, q_strip, at, k_strip, key, threshold, p, False, DROPOUT)
         p = gl.where(keep, p, 0.0)
     return p
@@ -331,7 +330,7 @@ def block(
 def dropping_of(
     first, plane, sizes, dropping, layout: gl.constexpr, BLOCK_N: gl.constexpr, DROPOUT: gl.constexpr
 ):  # fmt: skip
-    """What `thinned` needs for the rows of a block from ``first`` on: first of all their `positions`."""
+    """``drop`` of `thinned`, for the rows of a block from ``first`` on. The first element is their `positions`."""
     seed, heads_before, threshold, _, q_positions, k_positions, other_k_positions, keys, other_keys = dropping
     if DROPOUT == 0:
         return (0, 0, 0, 0, 0, 0, 0, 0)
@@ -340,7 +339,7 @@ def dropping_of(
         rows: gl.constexpr = gl.SliceLayout(1, layout)
         key, offset = stream_of(seed, plane, heads, heads_before)
         at = positions(q_positions, first, queries, ROWS, rows, DROPOUT)
-        strip = strips_of_positions(at, 1, ROWS, BLOCK_N, DROPOUT) + offset
+        strip = strips(at, 1, ROWS, BLOCK_N, DROPOUT) + offset
         return (at, strip, key, threshold, k_positions, other_k_positions, keys, other_keys)
 
 
@@ -358,8 +357,8 @@ def consume(
     queries = sizes[0]
     keep_scale = dropping[3]
     VP: gl.constexpr = v_smem.shape[4]
-    mma_s: gl.constexpr = product(BLOCK_N)
-    mma_o: gl.constexpr = product(VP)
+    mma_s: gl.constexpr = product_layout(BLOCK_N)
+    mma_o: gl.constexpr = product_layout(VP)
     if w == CONSUMERS - 1:
         arrive(TURN, 256)  # the first turn is the first warpgroup's
 
@@ -384,7 +383,7 @@ def consume(
             sinks, sums, first, plane, starts, sizes, keep_scale, V, VP, mma_s, mma_o, SINKS and not MAXIMA, DROPOUT
         )
         place = q_smem.index(slot * CONSUMERS + w)
-        query = strips(place.reshape([ROWS, q_smem.shape[4]]), columns_of(D))  # column chunks for `row_products`
+        query = column_chunks(place.reshape([ROWS, q_smem.shape[4]]), columns_of(D))
         job = (begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2)
         # ``queries >> 31`` is 0, but the assembler cannot know that lengths are not negative: see `arrive_after`.
         state, stage, phase = block(
@@ -428,12 +427,14 @@ def forward_kernel(
     counter,  # int32 [2], zeros, and zeros again afterwards
     scale, softcap, queries, heads, batches,
     head_count, begun_heads,  # the number of query heads, and, if TWO, how many of these have begun (`Pass.begun`)
-    # With LiveRows: groups is `LiveRows.groups`, int32 [N, 2]; blocks is the number of blocks of queries in them; flags
-    # is -1. Without: groups is not read; blocks is the number of all blocks of queries; flags are those of all rows
-    # (`liveness.all_rows`: bits for live, first pass, last pass; the same again, shifted, for begun heads).
+    # Flags of rows are bits for live, first pass and last pass, and the same again, shifted, for begun heads.
+    # Without LiveRows: flags of all rows (`liveness.all_rows`), and the number of blocks of queries.
+    # With LiveRows: groups is `LiveRows.groups`, int32 [N, 2], the first row of each group and its flags; blocks is the
+    # number of blocks of queries in them; flags is -1.
     groups, blocks, flags,
     heads_at_once, programs,  # query heads whose K and V share the L2 cache, see `common.pick`; the size of the grid
-    seed, heads_before, threshold, keep_scale,  # of `dropout.Dropout`, read if DROPOUT, as the positions are
+    # Of `dropout.Dropout`, whose first_head heads_before is. Read if DROPOUT, as the positions are.
+    seed, heads_before, threshold, keep_scale,
     # Positions, int32: of queries [T], of each source's keys [K]; and the number of each source's keys.
     q_positions, k_positions, other_k_positions, keys, other_keys,
     GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,

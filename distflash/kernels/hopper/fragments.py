@@ -10,7 +10,7 @@ queries, by heads, each as PARTS products with consecutive columns.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from distflash.kernels.hopper.common import ROWS, product
+from distflash.kernels.hopper.common import ROWS, product_layout
 
 
 @gluon.jit
@@ -30,7 +30,7 @@ def columns(x, N: gl.constexpr):
 @gluon.jit
 def places(N: gl.constexpr):
     """0 to ROWS N - 1, spread over threads as `fragments` of a product ``[ROWS, N]`` are."""
-    like: gl.constexpr = fragments(gl.zeros([ROWS, N], gl.float32, layout=product(N))).type.layout
+    like: gl.constexpr = fragments(gl.zeros([ROWS, N], gl.float32, layout=product_layout(N))).type.layout
     return gl.arange(0, ROWS * N, layout=like)
 
 

@@ -11,7 +11,7 @@ the ranks it gives a `PlacedCall`, which has the tensors of this call (sinks, AL
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import count
@@ -69,7 +69,6 @@ class Calls:
     Args:
         transport, layout, schedule, kernel: see `ContextParallel`.
         agreement: compares calls over the ranks.
-        before_first: called before the first call of each specification, with its kernel.
     """
 
     def __init__(
@@ -79,10 +78,9 @@ class Calls:
         schedule: Schedule,
         kernel: Kernel | None,
         agreement: Agreement,
-        before_first: Callable[[Calls, Specification, Kernel], None] = lambda *_: None,
     ) -> None:
         self.transport, self.layout, self.schedule, self.kernel = transport, layout, schedule, kernel
-        self.agreement, self.before_first = agreement, before_first
+        self.agreement = agreement
         self.among = schedule.among(transport)
         # The empty KV-cache block table (`Ledger`): one object, so that all layers share the tables derived from it.
         self.nothing = Ledger.empty(transport.world_size)
@@ -175,7 +173,6 @@ class Calls:
         of_rows = Folding(specification.batch) if isinstance(mask, Rows) and specification.batch else None
         of_schedule = of_schedule if specification.batch else None  # a batch of 0 is not redistributed
         placements = tuple(placement for placement in (of_rows, of_schedule) if placement is not None)
-        self.before_first(self, specification, kernel)
         return Prepared(self, specification, kernel, placements)
 
     def _kernel_for(self, problem: Problem) -> Kernel | str:

@@ -205,7 +205,7 @@ class ContextParallel(Sharding):
         asked = warming.specification_of(
             self.calls, shapes, dtype, mask, seq_len, needs_grad, layout, dropout_p, return_max_logits
         )
-        warming.Warming().compile_for(self.calls, asked, self.calls.prepare(asked).kernel)
+        warming.compile_for(self.calls, asked, self.calls.prepare(asked).kernel)
 
     def agree(self, kind: str, **fields: object) -> None:
         """Compare ``fields`` over all ranks, and raise on every rank if they differ. All ranks must call it.

@@ -123,7 +123,7 @@ def attention(
     numbers: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(out, lse, number, max_logits)``: `attend.forward`, and the call's number, int64 ``[1]``, empty if no backward
-    compares it. Without `Numbers.max_logits` these are empty, too.
+    compares it. max_logits is empty without `Options.max_logits`.
 
     See [Note: arguments]. needs_grad: whether a backward may follow; the same on all ranks.
     """

@@ -4,8 +4,7 @@ A rehearsal runs a call, forward and backward, on meta tensors and over a transp
 launches of the real call, for any plan, placements and kernel.
 
 Calls of one kind, which differ only in lengths (such as the documents of a batch; without dropout), are compiled once.
-A specialisation
-that only a later call of the kind needs is compiled when it is first launched.
+A specialisation that only a later call of the kind needs is compiled when it is first launched.
 """
 
 from __future__ import annotations
@@ -157,34 +156,24 @@ def prepare_for(device: torch.device) -> None:
             compiling.read_compiler_early()
 
 
-class Warming:
-    """Compiles kernels for the calls of this process."""
+def compile_for(calls: Calls, specification: Specification, kernel: Kernel) -> None:
+    """Compile the kernels of a call on a GPU, unless that was done for calls of its kind, here or in another process.
 
-    def __init__(self) -> None:
-        self._known: set[str] = set()
-
-    def compile_for(self, calls: Calls, specification: Specification, kernel: Kernel) -> None:
-        """Compile the kernels of a call, unless that was done for calls of its kind, here or in another process.
-
-        If it fails, it returns as well: the kernels are then compiled when they are first launched.
-        """
-        problem = specification.problem
-        if problem.device.type != "cuda" or not specification.batch:
-            return
-        kind = kind_of(calls, specification, kernel)
-        if kind in self._known:
-            return
-        self._known.add(kind)
-        machine = machine_of(problem.device)
-        rehearsed = kernel.rehearsing(machine)
-        if rehearsed is None:
-            return
-        try:
-            done = compile_all(Rehearsal(calls, rehearsed, specification), machine)
-        except OSError as error:
-            done = (str(error),)
-        if done:
-            _LOG.warning("kernels are compiled when they are first launched, and not before: %s", "; ".join(done))
+    If it fails, it returns as well: the kernels are then compiled when they are first launched.
+    """
+    device = specification.problem.device
+    if device.type != "cuda" or not specification.batch:
+        return
+    machine = machine_of(device)
+    rehearsed = kernel.rehearsing(machine)
+    if rehearsed is None:
+        return
+    try:
+        errors = compile_all(Rehearsal(calls, rehearsed, specification), machine)
+    except OSError as error:
+        errors = (str(error),)
+    if errors:
+        _LOG.warning("kernels are compiled when they are first launched, and not before: %s", "; ".join(errors))
 
 
 def compile_all(work: Rehearsal, machine: Machine) -> tuple[str, ...]:

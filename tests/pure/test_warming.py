@@ -177,15 +177,13 @@ def on_gpu(specification):
     return replace(specification, problem=replace(specification.problem, device=torch.device("cuda", 0)))
 
 
-def test_each_kind_is_compiled_once_and_only_for_gpus(compiled):
-    made, calls = warming.Warming(), calls_of()
+def test_only_calls_on_gpus_that_have_something_to_compile_are_compiled(compiled):
     for specification in (asked(), on_gpu(asked(batch=0))):
-        made.compile_for(calls, specification, Compiled())
-    made.compile_for(calls, on_gpu(asked()), Reference())
+        warming.compile_for(calls_of(), specification, Compiled())
+    warming.compile_for(calls_of(), on_gpu(asked()), Reference())
     assert not compiled
-    for specification in (asked(), asked(), asked(dtype=torch.bfloat16)):
-        made.compile_for(calls, on_gpu(specification), Compiled())
-    assert [each.problem.dtype for each in compiled] == [torch.float32, torch.bfloat16]
+    warming.compile_for(calls_of(), on_gpu(asked()), Compiled())
+    assert [each.problem.dtype for each in compiled] == [torch.float32]
 
 
 @pytest.mark.parametrize("fails", ["raises", "says"])
@@ -197,27 +195,8 @@ def test_a_call_goes_on_where_nothing_could_be_compiled(compiled, monkeypatch, c
 
     monkeypatch.setattr(warming, "compile_all", compile_all)
     with caplog.at_level(logging.WARNING, "distflash"):
-        warming.Warming().compile_for(calls_of(), on_gpu(asked()), Compiled())
+        warming.compile_for(calls_of(), on_gpu(asked()), Compiled())
     assert "compiled when they are first launched, and not before: no more processes" in caplog.text
-
-
-def test_a_specification_is_warmed_before_ranks_compare_it():
-    seen = []
-
-    class Transport(Silent):
-        def gather_ints(self, values):
-            seen.append("compared")
-            return super().gather_ints(values)
-
-    transport = Transport(0, 2, torch.device("cpu"))
-    agreement = Agreement(transport, every_call=False)
-    calls = Calls(transport, df.Zigzag(), df.Ring(), Reference(), agreement, lambda *_: seen.append("warmed"))
-    recipe = calls.recipe(df.Causal(), warming.Options())
-    q, k, v = (torch.zeros(1, 32, heads, 16) for heads in (4, 2, 2))
-    for _ in range(2):
-        given = warming.Given((64, 0, -1))
-        recipe.prepared(q, k, v, given, True).forward_call(given)
-    assert seen == ["warmed", "compared"]
 
 
 def test_warm_up_takes_what_attention_takes():

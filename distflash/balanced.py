@@ -19,9 +19,10 @@ from distflash.masks import Mask
 from distflash.rows import Rows
 from distflash.workload import Workload
 
-# The aims that are tried, in this order. Each gives one assignment, in which a rank's pairs are within two bounds, if
-# possible, see `Aim`. With more than _FEW_RANKS ranks the first balanced one is taken. With fewer ranks an assignment
-# takes little time: all are made, and of those that are balanced the one that sends the fewest keys is taken.
+# The aims that are tried, in this order. Each gives one assignment. No rank should have more pairs than ``limit`` times
+# the mean, and none much fewer, see `Aim`. With more than _FEW_RANKS ranks the first balanced assignment is taken. With
+# fewer ranks an assignment takes little time. Then all are made, and of the balanced ones the one is taken that sends
+# the fewest keys.
 AIMS = tuple(Aim(limit, enough) for limit in (1.049, 1.03, 1.015) for enough in (0.95, 0.9))
 _FEW_RANKS = 16
 # An assignment is balanced if no rank has more than this multiple of the mean number of pairs.
@@ -42,9 +43,9 @@ class Balanced(Layout):
         chunk: the sequence is cut into blocks of so many tokens, from position 0. Documents that start in the same
             block are assigned as if they were one document. With larger chunks the assignment takes less time.
         tokens: "equal": the numbers of tokens of ranks differ by at most one. A number: what a token costs outside of
-            attention (projections, MLP), in pairs. Then each rank's pairs plus this number times its tokens is
-            balanced, and ranks have different numbers of tokens. For a layer with P parameters, H heads and head dim D
-            it is ``P / (2 * H * D)``: 2 P FLOPs a token over 4 H D FLOPs a pair.
+            attention (projections, MLP), in pairs. Then the ranks have equal costs (their pairs, plus this number times
+            their tokens) and different numbers of tokens. For a layer with P parameters, H heads and head dim D it is
+            ``P / (2 * H * D)``: 2 P FLOPs a token over 4 H D FLOPs a pair.
 
     Raises:
         ValueError: an argument has the wrong type.
@@ -153,7 +154,8 @@ class Deal:
 
     @cached_property
     def _edges(self) -> list[tuple[Tensor, Tensor]]:
-        """For each rank, two int64 tensors: where its ranges start; how many tokens precede each range, and in all.
+        """For each rank, two int64 tensors: where its ranges start; how many of its tokens are in earlier ranges.
+        The second has another element at the end, the number of all its tokens.
 
         Views of two tensors, since making two tensors for each of many ranks takes longer than everything else.
         """

@@ -237,9 +237,9 @@ class ContextParallel(Sharding):
         Args:
             problem: what is wrong, in words.
             kind: as in `agree`.
-            in_attention: whether the other ranks call `attention` instead of `agree`. They raise, too, if they compare
-                that call: always on CPUs or with `check_every_call`, otherwise until the ranks have agreed on a first
-                call. After that this rank raises alone, since the others may not compare the call.
+            in_attention: whether the other ranks call `attention` instead of `agree`. On CPUs and with
+                `check_every_call` they compare every call, and raise, too. Otherwise they compare only calls of a new
+                signature. So they raise, too, as long as there was no call. Later this rank raises alone.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -318,9 +318,10 @@ class ContextParallel(Sharding):
             loss_sum: scalar, the sum of this rank's losses.
             token_count: how many losses that sum has (tokens that are not ignored); may be 0.
             reduction: how parameter gradients are combined over the group after backward; must be given. "mean" if they
-                are averaged, as DDP, FSDP and ZeRO do. "sum" if they are added, as an all-reduce of your own does, or
-                if ranks share no parameter. With the right value the combined gradient is the gradient of what is
-                returned. The wrong value scales it by the number of ranks, which Adam hides.
+                are averaged, as DDP, FSDP and ZeRO do. "sum" if they are added, as an all-reduce of your own does. Also
+                "sum" if ranks share no parameter, so that no gradients are combined. With the right value the combined
+                gradient is the gradient of what is returned. The wrong value scales it by the number of ranks, which
+                Adam hides.
             group: the ranks whose tokens count and whose gradients are combined. None: the ranks that share the
                 sequence. With data parallelism: all ranks of data x context, as a process group or a one-dimensional
                 mesh.
@@ -365,11 +366,11 @@ class ContextParallel(Sharding):
         Args:
             mask: as in `attention`. With `Rows`, the sequences of the batch are concatenated to one.
             seq_len: the global number of keys.
-            device: where the plan's intervals are; by default the group's.
+            device: of the tensors that say which keys each query sees; by default the group's device.
             q_start, q_len, kv_layout: as in `attention`. Without ``q_len``: all tokens from ``q_start`` on.
 
         Raises:
-            ValueError: an argument is wrong, or queries reach beyond the keys under another mask than `Full`.
+            ValueError: an argument is wrong, or queries reach beyond the last key, and the mask is not `Full`.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)

@@ -70,7 +70,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     # Only the rank that holds the queries adds the sinks.
     remote_scores = replace(call.scores, sinks=None) if plan.moves_queries else call.scores
     if own.running is not None:
-        exchange.prototypes[What.PARTIALS] = own.running.tensors  # shapes to receive in
+        exchange.prototypes[What.PARTIALS] = own.running.tensors  # the shapes and dtypes of what is received
         exchange.on_arrival[What.PARTIALS] = lambda _, arrived: own.merge(arrived, kernel.base)
     for stage in exchange.walk(plan.forward, plan.done_with[0]):
         for each in stage.passes:
@@ -97,7 +97,7 @@ def backward(
     if torch.autograd._profiler_enabled():
         kernel, transport = ranged(kernel, transport, plan.backward, "backward")
     if plan.moves_queries and dlse is None:
-        # All ranks send as many tensors with their queries. Another rank may have a dlse, so this one sends zeros.
+        # All ranks send the same number of tensors. Another rank may have a dlse, so a rank without one sends zeros.
         dlse = torch.zeros_like(lse)
     queries: Tensors = (q, out, lse, dout) if dlse is None else (q, out, lse, dout, dlse)
     queries = tuple(x.contiguous() for x in queries) if plan.moves_queries else queries

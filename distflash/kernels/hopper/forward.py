@@ -10,13 +10,14 @@ queries of a head) from an atomic counter as soon as a slot for Q is free, publi
 its tiles of keys and values while they finish the previous work tile.
 
 The keys of a block come from one source, or from two in order. With `LiveRows` a pass processes only groups of rows
-that see one of its keys (`distflash.liveness`). In some of these groups begun heads have no work, and the producer
-publishes none for them. Every work tile that is published has a tile of keys, or more. After the last one the producer
-publishes one without tiles of keys, which tells the consumers that the queue is empty.
+that see one of its keys (`distflash.liveness`). In some of these groups the begun heads have no work. The producer
+publishes no work tile for these heads there. So every work tile has at least one tile of keys. After the last one the
+producer publishes an empty one, without tiles of keys, which tells the consumers that they are done.
 
 IN_TURN: a warpgroup does not overlap its own softmax with its own products (`attend_in_turn`). Otherwise P V runs
-during the softmax of the next tile (`attend`). DROPOUT: 0 for none, else `kernels.hopper.dropout.IN_TILES` (positions
-of a tile are consecutive from a multiple of 16 on; only the first is loaded) or ANYWHERE (each is loaded).
+during the softmax of the next tile (`attend`). DROPOUT: 0 for none, else `kernels.hopper.dropout.IN_TILES` (the
+positions in a tile are consecutive and start at a multiple of 16, so only the first is loaded) or ANYWHERE (each is
+loaded).
 
 [Note: shapes] as in `common`: D and V head dims, DP and VP these padded to the next power of two.
 """
@@ -291,7 +292,7 @@ def block(
     l = gl.where(column == 0, in_parts(l, parts), 0.0)
     tiles = job[3] + job[7]
     if IN_TURN:
-        if previous >= 0:  # the previous block's O is stored from its slot of Q; that has probably ended by now
+        if previous >= 0:  # the previous block's O was put in its slot of Q; by now it has been stored from there
             store_wait(0)
             mbarrier.arrive(q_free.index(previous))
         for i in range(tiles - 1):
@@ -330,7 +331,7 @@ def block(
 def dropping_of(
     first, plane, sizes, dropping, layout: gl.constexpr, BLOCK_N: gl.constexpr, DROPOUT: gl.constexpr
 ):  # fmt: skip
-    """``drop`` of `thinned`, for the rows of a block from ``first`` on. The first element is their `positions`."""
+    """The tuple that `thinned` takes as ``drop``, for the rows of a block from ``first`` on."""
     seed, heads_before, threshold, _, q_positions, k_positions, other_k_positions, keys, other_keys = dropping
     if DROPOUT == 0:
         return (0, 0, 0, 0, 0, 0, 0, 0)
@@ -433,10 +434,11 @@ def forward_kernel(
     # number of blocks of queries in them; flags is -1.
     groups, blocks, flags,
     heads_at_once, programs,  # query heads whose K and V share the L2 cache, see `common.pick`; the size of the grid
-    # Of `dropout.Dropout`, whose first_head heads_before is. Read if DROPOUT, as the positions are.
+    # The fields of `dropout.Dropout`; heads_before is its first_head. Only read if DROPOUT, as the positions are.
     seed, heads_before, threshold, keep_scale,
     # Positions, int32: of queries [T], of each source's keys [K]; and the number of each source's keys.
     q_positions, k_positions, other_k_positions, keys, other_keys,
+    # GROUP: query heads per key head.
     GROUP: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, SLOTS: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
     IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr, MAXIMA: gl.constexpr, DROPOUT: gl.constexpr,

@@ -238,8 +238,8 @@ class ContextParallel(Sharding):
             problem: what is wrong, in words.
             kind: as in `agree`.
             in_attention: whether the other ranks call `attention` instead of `agree`. On CPUs and with
-                `check_every_call` they compare every call, and raise, too. Otherwise they compare only calls of a new
-                signature. So they raise, too, as long as there was no call. Later this rank raises alone.
+                `check_every_call` they compare every call, so they raise, too. Otherwise they compare only calls of a
+                new signature. Then they are told only before the group's first call; later this rank raises alone.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)

@@ -170,7 +170,7 @@ def strip(position: Tensor) -> Tensor:
 
 
 def philox(first: Tensor, second: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Philox-2x32-7 of a counter ``(first, second)``: two words of 32 bits. All are int64, whose low 32 bits count."""
+    """Philox-2x32-7 of a counter ``(first, second)``: two words of 32 bits. Of each int64 only the low half is used."""
     first, second, key = first & _WORD, second & _WORD, key & _WORD
     for _ in range(ROUNDS):
         product = first * MULTIPLIER  # its 64 bits, though the sign may be wrong

@@ -270,7 +270,7 @@ class Plan:
     def bytes(self, heads: int, kv_heads: int, d_qk: int, d_v: int, dtype: torch.dtype, backward: bool = False) -> int:
         """How many bytes this rank receives for each sequence of a batch, forward or backward.
 
-        Compares how much two schedules communicate; see `PassQuery`.
+        With it `PassQuery` compares how much schedules send.
 
         Args:
             heads, kv_heads: of this rank.

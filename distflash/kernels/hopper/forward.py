@@ -1,7 +1,7 @@
 """The forward kernel for Hopper: consumer warpgroups in ping-pong, fed by one producer warp.
 
-After FlashAttention-3 (https://arxiv.org/abs/2407.08608): each consumer warpgroup has 64 queries. Q K^T of a tile is
-issued before P V of the tile before it, and while one warpgroup computes its softmax, the other's products run. The
+After FlashAttention-3 (https://arxiv.org/abs/2407.08608): each consumer warpgroup has 64 queries. Q K^T of the
+next tile is issued first, then P V of this one. While one warpgroup computes its softmax, the other's products run. The
 state between passes is that of the portable kernel. The accumulator is rescaled only where a maximum has changed
 (after FlashAttention-4, https://arxiv.org/abs/2603.05451): see `common.rescale`.
 
@@ -11,8 +11,8 @@ its tiles of keys and values while they finish the previous work tile.
 
 The keys of a block come from one source, or from two in order. With `LiveRows` a pass processes only groups of rows
 that see one of its keys (`distflash.liveness`). In some of these groups the begun heads have no work. The producer
-publishes no work tile for these heads there. So every work tile has at least one tile of keys. After the last one the
-producer publishes an empty one, without tiles of keys, which tells the consumers that they are done.
+publishes no work tile for these heads there. So every work tile has at least one tile of keys. After the last work
+tile the producer publishes an end mark, a work tile without tiles of keys. It tells the consumers that they are done.
 
 IN_TURN: a warpgroup does not overlap its own softmax with its own products (`attend_in_turn`). Otherwise P V runs
 during the softmax of the next tile (`attend`). DROPOUT: 0 for none, else `kernels.hopper.dropout.IN_TILES` (the
@@ -110,10 +110,13 @@ def tile_at(i, job, BLOCK_N: gl.constexpr, TWO: gl.constexpr):
 
 
 @gluon.jit
-def scores(s, tile, ends, scale, softcap, layout: gl.constexpr, SOFTCAP: gl.constexpr, TWO: gl.constexpr):
-    """From raw products ``s [ROWS, N]``: masked scores, and the factor that brings them to base 2."""
+def scores(s, tile, intervals, scale, softcap, layout: gl.constexpr, SOFTCAP: gl.constexpr, TWO: gl.constexpr):
+    """From raw products ``s [ROWS, N]``: masked scores, and the factor that brings them to base 2.
+
+    intervals: for each row the first key that it sees and how many; then the same of the second source.
+    """
     start, masked, theirs = tile
-    lo, length, lo_2, length_2 = ends
+    lo, length, lo_2, length_2 = intervals
     factor = scale * LOG2E
     if SOFTCAP:
         s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
@@ -201,15 +204,16 @@ def multiply(
 
 @gluon.jit
 def attend(
-    w: gl.constexpr, state, q, smem, gates, tile, ends, scale, softcap, zero, drop,
+    w: gl.constexpr, state, q, smem, gates, tile, intervals, scale, softcap, zero, drop,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
     HALVES: gl.constexpr, TWO: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Issue Q K^T of ``tile`` and P V of the previous tile, and compute the softmax of ``tile``. P V runs during the
     first part of the softmax: until the row maxima are known, or if HALVES until half of the exponentials are computed.
 
-    zero: always 0, but computed, so that the assembler cannot know it. It makes the arrival at K_FREE depend on the
-    softmax, so that the assembler cannot move the arrival up, see `arrive_after`.
+    zero: always 0, but computed at run time, so that the assembler cannot know it. `arrive_after` selects the barrier
+    ``number`` or ``number + zero`` by a result of the softmax. Both are the same barrier, but the assembler cannot know
+    this, and so cannot move the arrival above the softmax.
     """
     m, l, acc, p, stage, phase = state
     at = positions_at(tile, drop, smem[1].shape[3], mma_s, TWO, DROPOUT)
@@ -218,7 +222,7 @@ def attend(
         zero = stage // MAX_STAGES  # computed, since no register is free to keep it
     s, acc, following, following_phase = multiply(w, q, p, acc, smem, gates, stage, phase, CONSUMERS, STAGES, mma_s)
     s = warpgroup_mma_wait(1, [s])
-    s, factor = scores(s, tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
+    s, factor = scores(s, tile, intervals, scale, softcap, mma_s, SOFTCAP, TWO)
     m, change = follow(s, factor, m)
     # The arrival at K_FREE needs results of this softmax, and the wait for P V follows the arrival. Otherwise the
     # assembler would move the wait for P V up to the wait for Q K^T, and nothing would overlap.
@@ -247,7 +251,7 @@ def attend(
 
 @gluon.jit
 def attend_in_turn(
-    w: gl.constexpr, state, q, smem, gates, tile, ends, scale, softcap, drop,
+    w: gl.constexpr, state, q, smem, gates, tile, intervals, scale, softcap, drop,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
     TWO: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
@@ -255,7 +259,7 @@ def attend_in_turn(
     m, l, acc, s, stage, phase = state
     at = positions_at(tile, drop, smem[1].shape[3], mma_s, TWO, DROPOUT)
     EVERYBODY: gl.constexpr = 32 + CONSUMERS * 128
-    s, factor = scores(s, tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
+    s, factor = scores(s, tile, intervals, scale, softcap, mma_s, SOFTCAP, TWO)
     m, change = follow(s, factor, m)
     acc = rescale(acc, change)
     p32, l = exponentials(s, factor, m, l, change)
@@ -270,9 +274,9 @@ def attend_in_turn(
 
 @gluon.jit
 def block(
-    w: gl.constexpr, state, query, smem, gates, stage, phase, job, ends, scale, softcap, zero, previous, q_free, drop,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr, SOFTCAP: gl.constexpr,
-    IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr, DROPOUT: gl.constexpr,
+    w: gl.constexpr, state, query, smem, gates, stage, phase, job, intervals, scale, softcap, zero, previous, q_free,
+    drop, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr,
+    SOFTCAP: gl.constexpr, IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Attend to all tiles of a block. ``previous`` is the slot of the last block's Q, which is freed here, or -1."""
     m, l, acc = state
@@ -292,19 +296,19 @@ def block(
     l = gl.where(column == 0, in_parts(l, parts), 0.0)
     tiles = job[3] + job[7]
     if IN_TURN:
-        if previous >= 0:  # the previous block's O was put in its slot of Q; by now it has been stored from there
+        if previous >= 0:  # wait for the store of the previous block's O, which is in the slot of its Q
             store_wait(0)
             mbarrier.arrive(q_free.index(previous))
         for i in range(tiles - 1):
             m, l, acc, s, stage, phase = attend_in_turn(
-                w, (m, l, acc, s, stage, phase), query, smem, gates, tile_at(i, job, BLOCK_N, TWO), ends, scale,
+                w, (m, l, acc, s, stage, phase), query, smem, gates, tile_at(i, job, BLOCK_N, TWO), intervals, scale,
                 softcap, drop, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, TWO, DROPOUT,
             )  # fmt: skip
         tile = tile_at(tiles - 1, job, BLOCK_N, TWO)
     else:
         tile = tile_at(0, job, BLOCK_N, TWO)
     at = positions_at(tile, drop, BLOCK_N, mma_s, TWO, DROPOUT)
-    s, factor = scores(s, tile, ends, scale, softcap, mma_s, SOFTCAP, TWO)
+    s, factor = scores(s, tile, intervals, scale, softcap, mma_s, SOFTCAP, TWO)
     fresh = m == LOWEST
     m, change = follow(s, factor, m)
     p32, l = exponentials(s, factor, m, l, change)
@@ -316,7 +320,7 @@ def block(
             mbarrier.arrive(q_free.index(previous))
         for i in range(1, tiles):
             m, l, acc, p, stage, phase = attend(
-                w, (m, l, acc, p, stage, phase), query, smem, gates, tile_at(i, job, BLOCK_N, TWO), ends, scale,
+                w, (m, l, acc, p, stage, phase), query, smem, gates, tile_at(i, job, BLOCK_N, TWO), intervals, scale,
                 softcap, zero, drop, CONSUMERS, STAGES, mma_s, mma_o, SOFTCAP, HALVES, TWO, DROPOUT,
             )  # fmt: skip
     mbarrier.wait(v_ready.index(stage), phase)
@@ -383,8 +387,8 @@ def consume(
         state = start_state(
             sinks, sums, first, plane, starts, sizes, keep_scale, V, VP, mma_s, mma_o, SINKS and not MAXIMA, DROPOUT
         )
-        place = q_smem.index(slot * CONSUMERS + w)
-        query = column_chunks(place.reshape([ROWS, q_smem.shape[4]]), columns_of(D))
+        q_slot = q_smem.index(slot * CONSUMERS + w)  # later O, too
+        query = column_chunks(q_slot.reshape([ROWS, q_smem.shape[4]]), columns_of(D))
         job = (begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2)
         # ``queries >> 31`` is 0, but the assembler cannot know that lengths are not negative: see `arrive_after`.
         state, stage, phase = block(
@@ -394,7 +398,7 @@ def consume(
         )  # fmt: skip
         first, plane, is_last = read_place(jobs, slot, TWO)
         end_state(
-            state, final, place, lse, sinks, sums, first + w * ROWS, plane, is_last, sizes, keep_scale, V, VP, mma_s,
+            state, final, q_slot, lse, sinks, sums, first + w * ROWS, plane, is_last, sizes, keep_scale, V, VP, mma_s,
             mma_o, SINKS, MAXIMA, DROPOUT,
         )  # fmt: skip
         if SLOTS > 1:
@@ -427,11 +431,12 @@ def forward_kernel(
     maximum, total, weighted,
     counter,  # int32 [2], zeros, and zeros again afterwards
     scale, softcap, queries, heads, batches,
-    head_count, begun_heads,  # the number of query heads, and, if TWO, how many of these have begun (`Pass.begun`)
-    # Flags of rows are bits for live, first pass and last pass, and the same again, shifted, for begun heads.
-    # Without LiveRows: flags of all rows (`liveness.all_rows`), and the number of blocks of queries.
-    # With LiveRows: groups is `LiveRows.groups`, int32 [N, 2], the first row of each group and its flags; blocks is the
-    # number of blocks of queries in them; flags is -1.
+    # How many of the query heads this launch processes; if TWO, how many of these have begun (`Pass.begun`).
+    head_count, begun_heads,
+    # The flags of a row are three bits: live, first pass, last pass; and three more, for the begun heads.
+    # Without LiveRows: groups is not read, blocks counts all blocks of queries, flags are those of all rows.
+    # With LiveRows: groups is `LiveRows.groups`, int32 [N, 2], the first row and the flags of each group; blocks counts
+    # the blocks of queries in these groups; flags is -1.
     groups, blocks, flags,
     heads_at_once, programs,  # query heads whose K and V share the L2 cache, see `common.pick`; the size of the grid
     # The fields of `dropout.Dropout`; heads_before is its first_head. Only read if DROPOUT, as the positions are.

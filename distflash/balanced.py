@@ -19,10 +19,10 @@ from distflash.masks import Mask
 from distflash.rows import Rows
 from distflash.workload import Workload
 
-# The aims that are tried, in this order. Each gives one assignment. No rank should have more pairs than ``limit`` times
-# the mean, or fewer than ``enough`` times that, see `Aim`. With more than _FEW_RANKS ranks the first balanced
-# assignment is taken. With fewer ranks an assignment takes little time. Then all are made, and of the balanced ones the
-# one is taken that sends the fewest keys.
+# The aims that are tried, in this order. Each gives one assignment. No rank should have more pairs than ``most``, which
+# is ``limit`` times the mean, nor fewer than ``enough`` times ``most``. With more than _FEW_RANKS ranks the first
+# balanced assignment is taken. With fewer ranks an assignment takes little time. Then all are made, and of the balanced
+# ones the one is taken that sends the fewest keys.
 AIMS = tuple(Aim(limit, enough) for limit in (1.049, 1.03, 1.015) for enough in (0.95, 0.9))
 _FEW_RANKS = 16
 # An assignment is balanced if no rank has more than this multiple of the mean number of pairs.
@@ -120,7 +120,7 @@ class Balanced(Layout):
 
 
 def best(work: Workload, shares: Sequence[int] | None, ranks: int, chunk: int) -> list[list[Piece]]:
-    """The pieces of each rank by the assignment that is taken, see `AIMS`; by the most balanced if none is balanced."""
+    """The pieces of each rank. See `AIMS` for the choice; if no assignment is balanced, the most balanced is taken."""
     found = []
     for held, most in assign(work, shares, ranks, AIMS, chunk):
         total = work.before(work.seq_len)

@@ -237,9 +237,10 @@ class ContextParallel(Sharding):
         Args:
             problem: what is wrong, in words.
             kind: as in `agree`.
-            in_attention: whether the other ranks call `attention` instead of `agree`. On CPUs and with
-                `check_every_call` they compare every call, so they raise, too. Otherwise they compare only calls of a
-                new signature. Then they are told only before the group's first call; later this rank raises alone.
+            in_attention: whether the other ranks call `attention` instead of `agree`. They raise only if they compare
+                that call. On CPUs, and with `check_every_call`, they compare every call. Otherwise they compare only
+                calls with a new signature. The group's first call always has one. After the first call this rank
+                raises alone, since it cannot know whether the others compare.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -322,9 +323,9 @@ class ContextParallel(Sharding):
                 "sum" if ranks share no parameter, so that no gradients are combined. With the right value the combined
                 gradient is the gradient of what is returned. The wrong value scales it by the number of ranks, which
                 Adam hides.
-            group: the ranks whose tokens count and whose gradients are combined. None: the ranks that share the
-                sequence. With data parallelism: all ranks of data x context, as a process group or a one-dimensional
-                mesh.
+            group: the ranks over whose tokens the mean is taken, and over which gradients are combined. None: the ranks
+                that share the sequence. With data parallelism: all ranks of data x context, as a process group or a
+                one-dimensional mesh.
 
         Returns:
             Scalar, the same on every rank of the group; 0 if no rank has a token.

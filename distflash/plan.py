@@ -88,9 +88,9 @@ class Pass:
         sources: the ranks of the keys.
         visible: for each source, the interval of its keys that each query sees.
         heads: the key heads; None for all.
-        begun: a number of key heads, above 0 only with two sources. The first ``begun`` heads attended to the first
-            source in an earlier pass, while the keys of the second were arriving (see `overlap.defer_heads`). Here they
-            attend to the second only, all other heads to both.
+        begun: how many key heads, from head 0 on, are done with the first of two sources: their query heads attended to
+            it in an earlier pass, while the keys of the second were arriving (see `overlap.defer_heads`). In this pass
+            they attend to the second source only, all other heads to both. 0 with one source.
         first: whether this is the first pass of these queries and heads. If so, the online-softmax state is initialised
             (from the sinks, if any) instead of loaded. Begun heads load theirs in any case.
         last: whether this is their last pass, which divides and rounds the result.

@@ -10,9 +10,10 @@ queries of a head) from an atomic counter as soon as a slot for Q is free, publi
 its tiles of keys and values while they finish the previous work tile.
 
 The keys of a block come from one source, or from two in order. With `LiveRows` a pass processes only groups of rows
-that see one of its keys (`distflash.liveness`). In some of these groups the begun heads have no work. The producer
-publishes no work tile for these heads there. So every work tile has at least one tile of keys. After the last work
-tile the producer publishes an end mark, a work tile without tiles of keys. It tells the consumers that they are done.
+that see at least one of its keys (`distflash.liveness`). Begun heads (`Pass.begun`) attend to the second source only,
+so they have no work in a group that sees keys of the first source only. The producer publishes no work tile for such a
+group and head. So every work tile has at least one tile of keys. After the last work tile the producer publishes an end
+mark, a work tile without tiles of keys. It tells the consumers that they are done.
 
 IN_TURN: a warpgroup does not overlap its own softmax with its own products (`attend_in_turn`). Otherwise P V runs
 during the softmax of the next tile (`attend`). DROPOUT: 0 for none, else `kernels.hopper.dropout.IN_TILES` (the
@@ -138,7 +139,7 @@ def follow(s, factor, m):
 
 @gluon.jit
 def exponentials(s, factor, m, l, change):
-    """P in float32, and each thread's partial row sums."""
+    """P in float32, and each thread's partial row sums. l: those of the tiles before."""
     p = gl.exp2(s * factor - m[:, None])
     return p, l * in_parts(gl.exp2(change), l) + row_parts(p)
 
@@ -150,13 +151,13 @@ def positions_at(tile, drop, COUNT: gl.constexpr, layout: gl.constexpr, TWO: gl.
         return 0
     else:
         start, _, theirs = tile
-        _, _, _, _, source, other, keys, other_keys = drop
+        _, _, _, _, k_positions, other_k_positions, keys, other_keys = drop
         columns: gl.constexpr = gl.SliceLayout(0, layout)
         if not TWO:
-            return positions(source, start, keys, COUNT, columns, DROPOUT)
-        else:
-            ours = positions(source, start, gl.where(theirs, 0, keys), COUNT, columns, DROPOUT)
-            return ours + positions(other, start, gl.where(theirs, other_keys, 0), COUNT, columns, DROPOUT)
+            return positions(k_positions, start, keys, COUNT, columns, DROPOUT)
+        else:  # the tile is of one of the two sources: of the other one no key is read, and its positions are 0
+            ours = positions(k_positions, start, gl.where(theirs, 0, keys), COUNT, columns, DROPOUT)
+            return ours + positions(other_k_positions, start, gl.where(theirs, other_keys, 0), COUNT, columns, DROPOUT)
 
 
 @gluon.jit
@@ -350,7 +351,7 @@ def dropping_of(
 
 @gluon.jit
 def consume(
-    w: gl.constexpr, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
+    w: gl.constexpr, final, smem, gates, jobs, ends, sinks, lse, running, scale, softcap, sizes, dropping,
     SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, V: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr, IN_TURN: gl.constexpr, HALVES: gl.constexpr,
     TWO: gl.constexpr, MAXIMA: gl.constexpr, DROPOUT: gl.constexpr,
@@ -385,7 +386,7 @@ def consume(
             length_2 = gl.load(other_hi + rows, mask=exists, other=0) - lo_2
         drop = dropping_of(first, plane, sizes, dropping, mma_s, BLOCK_N, DROPOUT)
         state = start_state(
-            sinks, sums, first, plane, starts, sizes, keep_scale, V, VP, mma_s, mma_o, SINKS and not MAXIMA, DROPOUT
+            sinks, running, first, plane, starts, sizes, keep_scale, V, VP, mma_s, mma_o, SINKS and not MAXIMA, DROPOUT
         )
         q_slot = q_smem.index(slot * CONSUMERS + w)  # later O, too
         query = column_chunks(q_slot.reshape([ROWS, q_smem.shape[4]]), columns_of(D))
@@ -398,8 +399,8 @@ def consume(
         )  # fmt: skip
         first, plane, is_last = read_place(jobs, slot, TWO)
         end_state(
-            state, final, q_slot, lse, sinks, sums, first + w * ROWS, plane, is_last, sizes, keep_scale, V, VP, mma_s,
-            mma_o, SINKS, MAXIMA, DROPOUT,
+            state, final, q_slot, lse, sinks, running, first + w * ROWS, plane, is_last, sizes, keep_scale, V, VP,
+            mma_s, mma_o, SINKS, MAXIMA, DROPOUT,
         )  # fmt: skip
         if SLOTS > 1:
             previous = slot
@@ -424,10 +425,10 @@ def forward_kernel(
     q, k, v, row_lo, row_hi,  # descriptors of [B, H, T, D], [B, G, K, D], [B, G, K, V]; int32 [T]
     other_k, other_v, other_lo, other_hi,  # the same of the second source, read if TWO
     sinks,  # [H], read if SINKS
-    # Descriptor of [B, H, T, V] in q's dtype, float32 [B, H, T]: the result of rows of which this is the last pass.
+    # The result: a descriptor of [B, H, T, V] in q's dtype, and float32 [B, H, T]. Written in the last pass of a row.
     final, lse,
-    # Float32 [B, H, T], [B, H, T], [B, T, H, V]: the running state of all other rows. If MAXIMA, the maximum is written
-    # in the last pass, too, and does not count sinks.
+    # The running state: float32 [B, H, T], [B, H, T], [B, T, H, V]. Written in all other passes. If MAXIMA, the maximum
+    # is written in the last pass, too, and does not count sinks.
     maximum, total, weighted,
     counter,  # int32 [2], zeros, and zeros again afterwards
     scale, softcap, queries, heads, batches,
@@ -460,18 +461,18 @@ def forward_kernel(
     smem = (q_smem, k_smem, v_smem)
     source, other = (k, v, (row_lo, row_hi)), (other_k, other_v, (other_lo, other_hi))
     ends = (row_lo, row_hi, other_lo, other_hi)
-    sums, sizes = (maximum, total, weighted), (queries, heads)
+    running, sizes = (maximum, total, weighted), (queries, heads)
     positions_of = (q_positions, k_positions, other_k_positions)
     dropping = (seed, heads_before, threshold, keep_scale) + positions_of + (keys, other_keys)
     grid = (queries, heads, head_count, begun_heads, batches, heads_at_once, programs, groups, blocks, flags)
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (
-                0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
+                0, final, smem, gates, jobs, ends, sinks, lse, running, scale, softcap, sizes, dropping,
                 SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, MAXIMA, DROPOUT,
             )),
             (consume, (
-                1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
+                1, final, smem, gates, jobs, ends, sinks, lse, running, scale, softcap, sizes, dropping,
                 SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, MAXIMA, DROPOUT,
             )),
             (load_tiles, (
@@ -482,15 +483,15 @@ def forward_kernel(
     else:
         gl.warp_specialize([
             (consume, (
-                0, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
+                0, final, smem, gates, jobs, ends, sinks, lse, running, scale, softcap, sizes, dropping,
                 SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, MAXIMA, DROPOUT,
             )),
             (consume, (
-                1, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
+                1, final, smem, gates, jobs, ends, sinks, lse, running, scale, softcap, sizes, dropping,
                 SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, MAXIMA, DROPOUT,
             )),
             (consume, (
-                2, final, smem, gates, jobs, ends, sinks, lse, sums, scale, softcap, sizes, dropping,
+                2, final, smem, gates, jobs, ends, sinks, lse, running, scale, softcap, sizes, dropping,
                 SLOTS, BLOCK_N, D, V, CONSUMERS, STAGES, SOFTCAP, SINKS, IN_TURN, HALVES, TWO, MAXIMA, DROPOUT,
             )),
             (load_tiles, (

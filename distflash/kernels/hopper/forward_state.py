@@ -28,11 +28,11 @@ def places(first, plane, sizes, V: gl.constexpr, VP: gl.constexpr, mma_s: gl.con
 
 @gluon.jit
 def start_state(
-    sinks, sums, first, plane, starts, sizes, keep_scale, V: gl.constexpr, VP: gl.constexpr, mma_s: gl.constexpr,
+    sinks, running, first, plane, starts, sizes, keep_scale, V: gl.constexpr, VP: gl.constexpr, mma_s: gl.constexpr,
     mma_o: gl.constexpr, SINKS: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """The state ``(maximum, total, weighted)`` to start from: the identity, the sinks, or the running state."""
-    maximum, total, weighted = sums
+    maximum, total, weighted = running
     m = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, mma_s))
     acc = gl.zeros([ROWS, VP], gl.float32, layout=mma_o)
     if starts != 0:
@@ -60,13 +60,13 @@ def with_sink(m, l, sink):
 
 @gluon.jit
 def end_state(
-    state, final, staging, lse, sinks, sums, first, plane, is_last, sizes, keep_scale,
+    state, final, staging, lse, sinks, running, first, plane, is_last, sizes, keep_scale,
     V: gl.constexpr, VP: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr,
     SINKS: gl.constexpr, MAXIMA: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Epilogue: write O through ``staging``, which is Q's shared memory, or the running state for the next pass."""
     m, l, acc = state
-    maximum, total, weighted = sums
+    maximum, total, weighted = running
     if DROPOUT != 0:
         acc = acc * keep_scale
     at_row, at_out, exists, exists_out = places(first, plane, sizes, V, VP, mma_s, mma_o)

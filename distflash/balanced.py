@@ -19,10 +19,10 @@ from distflash.masks import Mask
 from distflash.rows import Rows
 from distflash.workload import Workload
 
-# The aims that are tried, in this order. Each gives one assignment. No rank should have more pairs than ``most``, which
-# is ``limit`` times the mean, nor fewer than ``enough`` times ``most``. With more than _FEW_RANKS ranks the first
-# balanced assignment is taken. With fewer ranks an assignment takes little time. Then all are made, and of the balanced
-# ones the one is taken that sends the fewest keys.
+# The aims that are tried, in this order. Each gives one assignment. ``Aim(limit, enough)``: no rank should have more
+# pairs than ``limit`` times the mean, nor fewer than ``enough`` times this upper bound. With more than _FEW_RANKS ranks
+# the first balanced assignment is taken. With fewer ranks an assignment takes little time. Then all are made, and of
+# the balanced ones the one is taken that sends the fewest keys.
 AIMS = tuple(Aim(limit, enough) for limit in (1.049, 1.03, 1.015) for enough in (0.95, 0.9))
 _FEW_RANKS = 16
 # An assignment is balanced if no rank has more than this multiple of the mean number of pairs.
@@ -122,9 +122,9 @@ class Balanced(Layout):
 def best(work: Workload, shares: Sequence[int] | None, ranks: int, chunk: int) -> list[list[Piece]]:
     """The pieces of each rank. See `AIMS` for the choice; if no assignment is balanced, the most balanced is taken."""
     found = []
-    for held, most in assign(work, shares, ranks, AIMS, chunk):
+    for held, pairs_of_busiest in assign(work, shares, ranks, AIMS, chunk):
         total = work.before(work.seq_len)
-        excess = max(0.0, most * ranks - _BALANCED * total)
+        excess = max(0.0, pairs_of_busiest * ranks - _BALANCED * total)
         if ranks > _FEW_RANKS and not excess:
             return held
         found.append((excess, sum(map(work.moved, held)), held))

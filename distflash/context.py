@@ -239,8 +239,8 @@ class ContextParallel(Sharding):
             kind: as in `agree`.
             in_attention: whether the other ranks call `attention` instead of `agree`. They raise only if they compare
                 that call. On CPUs, and with `check_every_call`, they compare every call. Otherwise they compare only
-                calls with a new signature. The group's first call always has one. After the first call this rank
-                raises alone, since it cannot know whether the others compare.
+                calls with a new signature, and this rank cannot know whether theirs is new. Only the group's first
+                call always is. So in this case the others raise in the first call, and later this rank raises alone.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -367,7 +367,7 @@ class ContextParallel(Sharding):
         Args:
             mask: as in `attention`. With `Rows`, the sequences of the batch are concatenated to one.
             seq_len: the global number of keys.
-            device: of the tensors that say which keys each query sees; by default the group's device.
+            device: where the plan's own tensors are put (which keys each query sees); by default the group's device.
             q_start, q_len, kv_layout: as in `attention`. Without ``q_len``: all tokens from ``q_start`` on.
 
         Raises:

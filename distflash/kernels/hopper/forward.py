@@ -68,8 +68,8 @@ MAX_STAGES = gl.constexpr(4)
 # PLACE, what its epilogue needs: its first query; its plane (batch * H + head); whether this pass is its last.
 # JOB: those of PLACE; whether this pass is its first; and for the source's keys these four:
 #   begin: the first key of the first tile;
-#   before: how many masked tiles precede the full tiles, which are those that need no mask;
-#   full: how many tiles are full;
+#   before: how many tiles that need the mask lie before the full ones, in the order of keys; others lie behind them;
+#   full: how many tiles are full, which means that they need no mask;
 #   tiles: how many tiles there are in all.
 # JOB_2: those of JOB, and the same four for the second source.
 PLACE = gl.constexpr(3)
@@ -96,7 +96,8 @@ def read_place(jobs, slot, TWO: gl.constexpr):
 @gluon.jit
 def tile_at(i, job, BLOCK_N: gl.constexpr, TWO: gl.constexpr):
     """What is known of the ``i``-th tile of keys that a block visits: its first key; whether it needs the mask;
-    whether it is the second source's. The masked tiles of each source are visited first, see `nth`.
+    whether it is the second source's. Of each source, the tiles that need the mask are visited first, those before the
+    full ones and those behind them, see `nth`.
     """
     begin, before, full, tiles, begin_2, before_2, full_2, tiles_2 = job
     theirs = i >= tiles
@@ -155,7 +156,7 @@ def positions_at(tile, drop, COUNT: gl.constexpr, layout: gl.constexpr, TWO: gl.
         columns: gl.constexpr = gl.SliceLayout(0, layout)
         if not TWO:
             return positions(k_positions, start, keys, COUNT, columns, DROPOUT)
-        else:  # the tile is of one of the two sources: of the other one no key is read, and its positions are 0
+        else:  # a tile belongs to one source; of the other one 0 keys are loaded, so its positions are 0 in the sum
             ours = positions(k_positions, start, gl.where(theirs, 0, keys), COUNT, columns, DROPOUT)
             return ours + positions(other_k_positions, start, gl.where(theirs, other_keys, 0), COUNT, columns, DROPOUT)
 
@@ -310,7 +311,7 @@ def block(
         tile = tile_at(0, job, BLOCK_N, TWO)
     at = positions_at(tile, drop, BLOCK_N, mma_s, TWO, DROPOUT)
     s, factor = scores(s, tile, intervals, scale, softcap, mma_s, SOFTCAP, TWO)
-    fresh = m == LOWEST
+    fresh = m == LOWEST  # the row has seen no key yet
     m, change = follow(s, factor, m)
     p32, l = exponentials(s, factor, m, l, change)
     p = gl.convert_layout(rounded(p32, at, drop, k_smem, DROPOUT), gl.DotOperandLayout(0, mma_o, k_width=2))

@@ -239,8 +239,9 @@ class ContextParallel(Sharding):
             kind: as in `agree`.
             in_attention: whether the other ranks call `attention` instead of `agree`. They raise only if they compare
                 that call. On CPUs, and with `check_every_call`, they compare every call. Otherwise they compare only
-                calls with a new signature, and this rank cannot know whether theirs is new. Only the group's first
-                call always is. So in this case the others raise in the first call, and later this rank raises alone.
+                calls with a new signature, and this rank cannot know whether theirs is new. It is certain only of the
+                group's first call. So the others raise, too, if this is the group's first call. In a later call this
+                rank raises alone.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)

@@ -43,7 +43,7 @@ class Dropout:
     Attributes:
         threshold: pairs whose random number of 16 bits is below it are dropped; 1 to 65,535.
         seed: int64 ``[]``, on the device of the call, the same on all ranks.
-        first_head: the index of the first query head of the tensors among all heads of the call.
+        first_head: tensors may hold only some of the call's query heads; the index in the call of their head 0.
     """
 
     threshold: int
@@ -60,7 +60,7 @@ class Dropout:
         return replace(self, first_head=self.first_head + (heads.start or 0))
 
     def kept(self, batch: int, heads: range, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        """Which pairs are kept: bool ``[B, heads, T, K]``. heads: indices from ``first_head``."""
+        """Which pairs are kept: bool ``[B, heads, T, K]``. heads: indices in the tensors."""
         heads_of_call = range(heads.start + self.first_head, heads.stop + self.first_head)
         return numbers(self.seed, batch, heads_of_call, q_positions, k_positions) >= self.threshold
 

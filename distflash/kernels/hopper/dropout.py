@@ -33,8 +33,8 @@ def philox(first, second, key):
 
 
 @gluon.jit
-def stream_of(seed, plane, heads, heads_before):
-    """The key and the offset of a head; plane: batch * heads + head."""
+def key_and_offset(seed, plane, heads, heads_before):
+    """The Philox key and the offset of a head, see `distflash.dropout`. plane: batch * heads + head."""
     value = gl.load(seed)
     batch = (plane // heads).to(gl.uint32)
     first, second = philox(batch, (heads_before + plane % heads).to(gl.uint32), value.to(gl.uint32))
@@ -109,7 +109,7 @@ def thinned(p, sloped, start, k_at, plane, dropping, DROPOUT: gl.constexpr):
     if DROPOUT != 0:
         seed, heads_before, threshold, _, q_positions, queries, heads = dropping
         N: gl.constexpr = p.shape[1]
-        key, offset = stream_of(seed, plane, heads, heads_before)
+        key, offset = key_and_offset(seed, plane, heads, heads_before)
         q_at = positions(q_positions, start, queries, N, gl.SliceLayout(0, p.type.layout), DROPOUT)
         q_strip, k_strip = strips(q_at, 0, N, N, DROPOUT) + offset, strips(k_at, 1, ROWS, N, DROPOUT)
         keep = kept(q_at, q_strip, k_at, k_strip, key, threshold, p, True, DROPOUT)

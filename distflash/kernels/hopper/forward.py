@@ -56,7 +56,7 @@ from distflash.kernels.hopper.common import (
     whole,
 )
 from distflash.kernels.hopper.compat import store_wait
-from distflash.kernels.hopper.dropout import kept, positions, stream_of, strips
+from distflash.kernels.hopper.dropout import kept, key_and_offset, positions, strips
 from distflash.kernels.hopper.forward_loads import K_FREE, V_FREE, load_tiles, make_gates
 from distflash.kernels.hopper.forward_state import LOWEST, end_state, start_state
 
@@ -68,8 +68,8 @@ MAX_STAGES = gl.constexpr(4)
 # PLACE, what its epilogue needs: its first query; its plane (batch * H + head); whether this pass is its last.
 # JOB: those of PLACE; whether this pass is its first; and for the source's keys these four:
 #   begin: the first key of the first tile;
-#   before: how many tiles that need the mask lie before the full ones, in the order of keys; others lie behind them;
-#   full: how many tiles are full, which means that they need no mask;
+#   before: how many of the tiles that need the mask come before those that do not, in the order of keys;
+#   full: how many tiles do not need the mask; the remaining ones come after these;
 #   tiles: how many tiles there are in all.
 # JOB_2: those of JOB, and the same four for the second source.
 PLACE = gl.constexpr(3)
@@ -156,7 +156,7 @@ def positions_at(tile, drop, COUNT: gl.constexpr, layout: gl.constexpr, TWO: gl.
         columns: gl.constexpr = gl.SliceLayout(0, layout)
         if not TWO:
             return positions(k_positions, start, keys, COUNT, columns, DROPOUT)
-        else:  # a tile belongs to one source; of the other one 0 keys are loaded, so its positions are 0 in the sum
+        else:  # a tile belongs to one source; for the other one 0 keys are loaded, which add 0 to the sum
             ours = positions(k_positions, start, gl.where(theirs, 0, keys), COUNT, columns, DROPOUT)
             return ours + positions(other_k_positions, start, gl.where(theirs, other_keys, 0), COUNT, columns, DROPOUT)
 
@@ -344,7 +344,7 @@ def dropping_of(
     else:
         queries, heads = sizes
         rows: gl.constexpr = gl.SliceLayout(1, layout)
-        key, offset = stream_of(seed, plane, heads, heads_before)
+        key, offset = key_and_offset(seed, plane, heads, heads_before)
         at = positions(q_positions, first, queries, ROWS, rows, DROPOUT)
         strip = strips(at, 1, ROWS, BLOCK_N, DROPOUT) + offset
         return (at, strip, key, threshold, k_positions, other_k_positions, keys, other_keys)

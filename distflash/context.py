@@ -237,11 +237,10 @@ class ContextParallel(Sharding):
         Args:
             problem: what is wrong, in words.
             kind: as in `agree`.
-            in_attention: whether the other ranks call `attention` instead of `agree`. They raise only if they compare
-                that call. On CPUs, and with `check_every_call`, they compare every call. Otherwise they compare only
-                calls with a new signature, and this rank cannot know whether theirs is new. It is certain only of the
-                group's first call. So the others raise, too, if this is the group's first call. In a later call this
-                rank raises alone.
+            in_attention: whether the other ranks call `attention` instead of `agree`. They raise, too, if they compare
+                that call: on CPUs and with `check_every_call` every call, otherwise at least the group's first one. Of
+                a later call this rank cannot know whether they compare it. Then it raises alone, and they wait for it
+                until the timeout.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)

@@ -43,7 +43,7 @@ class Dropout:
     Attributes:
         threshold: pairs whose random number of 16 bits is below it are dropped; 1 to 65,535.
         seed: int64 ``[]``, on the device of the call, the same on all ranks.
-        first_head: tensors may hold only some of the call's query heads; the index in the call of their head 0.
+        first_head: which of the call's query heads is head 0 of the tensors, which may hold only some of them.
     """
 
     threshold: int

@@ -13,7 +13,7 @@ from distflash.schedules.travel import KeysTravel
 
 @dataclass(frozen=True)
 class Ring(KeysTravel):
-    """Point-to-point ring with one step of prefetch.
+    """Point-to-point ring with one step of prefetch. `KeysTravel` makes the plan from `sources` and `route`.
 
     Examples:
         >>> cp = df.ContextParallel(dist.group.WORLD, schedule=df.Ring())
@@ -34,6 +34,7 @@ class Ring(KeysTravel):
     """
 
     def sources(self, rank: int, world_size: int) -> tuple[tuple[int, ...], ...]:
+        """For each step, the ranks whose keys the rank attends to: one."""
         return tuple(((rank - step) % world_size,) for step in range(world_size))
 
     def route(self, rank: int, source: int, world_size: int) -> int:

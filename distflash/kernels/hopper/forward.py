@@ -9,7 +9,7 @@ The grid is persistent, with one program per multiprocessor. The producer warp t
 queries of a head) from an atomic counter as soon as a slot for Q is free, publishes it to the consumers, and prefetches
 its tiles of keys and values while they finish the previous work tile.
 
-The keys of a block come from one source, or from two in order. With `LiveRows` a pass processes only groups of rows
+The keys of a work tile come from one source, or from two in order. With `LiveRows` a pass processes only groups of rows
 that see at least one of its keys (`distflash.liveness`). Begun heads (`Pass.begun`) attend to the second source only,
 so they have no work in a group that sees keys of the first source only. The producer publishes no work tile for such a
 group and head. So every work tile has at least one tile of keys. After the last work tile the producer publishes an end
@@ -19,6 +19,8 @@ IN_TURN: a warpgroup does not overlap its own softmax with its own products (`at
 during the softmax of the next tile (`attend`). DROPOUT: 0 for none, else `kernels.hopper.dropout.IN_TILES` (the
 positions in a tile are consecutive and start at a multiple of 16, so only the first is loaded) or ANYWHERE (each is
 loaded).
+
+Names: ``smem`` is Q, K and V in shared memory; ``gates`` are the mbarriers q_ready, q_free, k_ready and v_ready.
 
 [Note: shapes] as in `common`: D and V head dims, DP and VP these padded to the next power of two.
 """
@@ -69,7 +71,7 @@ MAX_STAGES = gl.constexpr(4)
 # JOB: those of PLACE; whether this pass is its first; and for the source's keys these four:
 #   begin: the first key of the first tile;
 #   before: how many of the tiles that need the mask come before those that do not, in the order of keys;
-#   full: how many tiles do not need the mask; the remaining ones come after these;
+#   full: how many tiles do not need the mask; all other tiles that need it come after these, in the order of keys;
 #   tiles: how many tiles there are in all.
 # JOB_2: those of JOB, and the same four for the second source.
 PLACE = gl.constexpr(3)
@@ -280,7 +282,7 @@ def block(
     drop, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr,
     SOFTCAP: gl.constexpr, IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
-    """Attend to all tiles of a block. ``previous`` is the slot of the last block's Q, which is freed here, or -1."""
+    """Attend to all tiles of keys. ``previous`` is the slot of the previous work tile's Q, which is freed here, or -1."""
     m, l, acc = state
     _, k_smem, v_smem = smem
     _, _, k_ready, v_ready = gates
@@ -440,7 +442,9 @@ def forward_kernel(
     # With LiveRows: groups is `LiveRows.groups`, int32 [N, 2], the first row and the flags of each group; blocks counts
     # the blocks of queries in these groups; flags is -1.
     groups, blocks, flags,
-    heads_at_once, programs,  # query heads whose K and V share the L2 cache, see `common.pick`; the size of the grid
+    # How many query heads are worked on at a time, so that their K and V stay in the L2 cache, see `common.pick`; the
+    # size of the grid.
+    heads_at_once, programs,
     # The fields of `dropout.Dropout`; heads_before is its first_head. Only read if DROPOUT, as the positions are.
     seed, heads_before, threshold, keep_scale,
     # Positions, int32: of queries [T], of each source's keys [K]; and the number of each source's keys.

@@ -19,10 +19,10 @@ from distflash.masks import Mask
 from distflash.rows import Rows
 from distflash.workload import Workload
 
-# The aims that are tried, in this order. Each gives one assignment. ``Aim(limit, enough)``: no rank should have more
-# pairs than ``limit`` times the mean, nor fewer than ``enough`` times this upper bound. With more than _FEW_RANKS ranks
-# the first balanced assignment is taken. Otherwise an assignment takes little time, so the assignments of all aims are
-# made, and the balanced one that sends the fewest keys is taken.
+# The aims that are tried, in this order. Each gives one assignment. ``Aim(limit, enough)``: each rank should have at
+# most ``limit * mean`` pairs, and at least ``enough * limit * mean``. With more than _FEW_RANKS ranks the first
+# balanced assignment is taken. Otherwise an assignment takes little time, so the assignments of all aims are made, and
+# the balanced one that sends the fewest keys is taken.
 AIMS = tuple(Aim(limit, enough) for limit in (1.049, 1.03, 1.015) for enough in (0.95, 0.9))
 _FEW_RANKS = 16
 # An assignment is balanced if no rank has more than this multiple of the mean number of pairs.

@@ -237,10 +237,10 @@ class ContextParallel(Sharding):
         Args:
             problem: what is wrong, in words.
             kind: as in `agree`.
-            in_attention: whether the other ranks call `attention` instead of `agree`. They raise, too, if they compare
-                that call: on CPUs and with `check_every_call` every call, otherwise at least the group's first one. Of
-                a later call this rank cannot know whether they compare it. Then it raises alone, and they wait for it
-                until the timeout.
+            in_attention: whether the other ranks call `attention` instead of `agree`. They raise, too, where every call
+                is compared (on CPUs, or with `check_every_call`), and in the group's first call. In any other call this
+                rank cannot know whether they compare. So it sends nothing and raises alone, and they wait for it until
+                the timeout.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)

@@ -86,7 +86,7 @@ class Pass:
     Attributes:
         queries: the rank of the queries.
         sources: the ranks of the keys.
-        visible: for each source, the interval of its keys that each query sees.
+        visible: for each source, which of its keys the pass reads (``keys``), and which of these each query sees.
         heads: the key heads; None for all.
         begun: how many key heads, from head 0 on, are done with the first of two sources: their query heads attended to
             it in an earlier pass, while the keys of the second were arriving (see `overlap.defer_heads`). In this pass
@@ -97,7 +97,7 @@ class Pass:
         adds: backward: whether `GradientBuffers` adds dK and dV to the source's buffer; otherwise the kernel writes
             that buffer directly.
         gradients: backward: which gradients are computed.
-        live: forward: the row groups (blocks of queries) that this pass processes, each with its own ``first`` and
+        live: forward: the groups of consecutive queries that this pass processes, each with its own ``first`` and
             ``last`` flag, see `LiveRows`. None: all rows, with the pass's flags. An optimisation only: a kernel may
             ignore it, if it does so in every pass.
         turns: backward: the order in which blocks of keys add to dQ, for kernels that add in a fixed order, see

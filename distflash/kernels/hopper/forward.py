@@ -68,11 +68,9 @@ TURN = gl.constexpr(5)
 MAX_STAGES = gl.constexpr(4)
 # How many scalars describe a work tile.
 # PLACE, what its epilogue needs: its first query; its plane (batch * H + head); whether this pass is its last.
-# JOB: those of PLACE; whether this pass is its first; and for the source's keys these four:
-#   begin: the first key of the first tile;
-#   before: how many of the tiles that need the mask come before those that do not, in the order of keys;
-#   full: how many tiles do not need the mask; all other tiles that need it come after these, in the order of keys;
-#   tiles: how many tiles there are in all.
+# JOB: those of PLACE; whether this pass is its first; and for the source's keys (begin, before, full, tiles). ``tiles``
+#   tiles start at key ``begin``. In the order of keys, the first ``before`` of them need the mask, the next ``full`` do
+#   not need it, and the rest need it again.
 # JOB_2: those of JOB, and the same four for the second source.
 PLACE = gl.constexpr(3)
 JOB = gl.constexpr(8)
@@ -282,7 +280,7 @@ def block(
     drop, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, mma_s: gl.constexpr, mma_o: gl.constexpr,
     SOFTCAP: gl.constexpr, IN_TURN: gl.constexpr, HALVES: gl.constexpr, TWO: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
-    """Attend to all tiles of keys. ``previous`` is the slot of the previous work tile's Q, which is freed here, or -1."""
+    """Attend to all tiles of keys. previous: the slot of the previous work tile's Q, which is freed here, or -1."""
     m, l, acc = state
     _, k_smem, v_smem = smem
     _, _, k_ready, v_ready = gates
@@ -439,8 +437,8 @@ def forward_kernel(
     head_count, begun_heads,
     # The flags of a row are three bits: live, first pass, last pass; and three more, for the begun heads.
     # Without LiveRows: groups is not read, blocks counts all blocks of queries, flags are those of all rows.
-    # With LiveRows: groups is `LiveRows.groups`, int32 [N, 2], the first row and the flags of each group; blocks counts
-    # the blocks of queries in these groups; flags is -1.
+    # With LiveRows: groups is `LiveRows.groups`, int32 [N, 2], the first row and the flags of each group (GROUP_ROWS
+    # rows, several blocks of queries); blocks counts the blocks of queries in all groups; flags is -1.
     groups, blocks, flags,
     # How many query heads are worked on at a time, so that their K and V stay in the L2 cache, see `common.pick`; the
     # size of the grid.

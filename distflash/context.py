@@ -218,7 +218,7 @@ class ContextParallel(Sharding):
                 dataclasses of these (masks, layouts), and other objects that have a repr.
 
         Raises:
-            ValueError: on every rank, if two ranks differ, a rank calls `refuse`, or a rank makes another call. It
+            ValueError: on every rank, if two ranks differ, a rank calls `refuse`, or a rank makes a different call. It
                 names the ranks, and the fields or the calls that differ.
 
         Examples:
@@ -371,7 +371,7 @@ class ContextParallel(Sharding):
             q_start, q_len, kv_layout: as in `attention`. Without ``q_len``: all tokens from ``q_start`` on.
 
         Raises:
-            ValueError: an argument is wrong, or queries reach beyond the last key, and the mask is not `Full`.
+            ValueError: an argument is wrong, or queries reach beyond the last key under a mask other than `Full`.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)

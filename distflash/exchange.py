@@ -64,7 +64,7 @@ class Exchange:
         return k.narrow(1, rows.start, len(rows)), v.narrow(1, rows.start, len(rows))
 
     def _start(self, stage: Stage, number: int) -> None:
-        for until, received, sent in stage.exchanges:
+        for until, received, sent in stage.waits:
             arriving: list[tuple[Transfer, Tensors]] = []
             sends: list[Message] = []
             receives: list[Message] = []

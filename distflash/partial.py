@@ -91,9 +91,9 @@ class Partial:
             The first pass writes them, later ones merge. None if there is only one pass.
         counter: int32 ``[2]``, zeros before and after every pass: the atomic counter of a kernel's tile scheduler.
         maxima: ``[B, H, T]`` if the call asks for the largest scores, else None. After a row's last pass it holds the
-            row's largest score, without sinks, times log2(e) if `Kernel.base` is 2; ``-inf`` without keys. Sinks are
-            not part of it: with ``maxima`` they are added in the last pass instead of the first. With a running
-            state, ``maxima`` and ``running.maximum`` are the same tensor.
+            row's largest score, without sinks, times log2(e) if `Kernel.base` is 2; ``-inf`` without keys. To keep
+            sinks out of it, they are added in the last pass instead of the first. With a running state, ``maxima`` and
+            ``running.maximum`` are the same tensor.
     """
 
     final: Tensor

@@ -156,7 +156,7 @@ class Stage:
     passes: tuple[Pass, ...] = ()
 
     @cached_property
-    def exchanges(self) -> tuple[tuple[int, tuple[Transfer, ...], tuple[Transfer, ...]], ...]:
+    def waits(self) -> tuple[tuple[int, tuple[Transfer, ...], tuple[Transfer, ...]], ...]:
         """The transfers that are waited for together: ``(until, received, sent)``, ascending in until."""
         return tuple(
             (

@@ -62,15 +62,15 @@ from distflash.kernels.hopper.dropout import kept, key_and_offset, positions, st
 from distflash.kernels.hopper.forward_loads import K_FREE, V_FREE, load_tiles, make_gates
 from distflash.kernels.hopper.forward_state import LOWEST, end_state, start_state
 
-# The first of CONSUMERS named barriers, one for each consumer warpgroup: its turn to issue products (ping-pong). Other
+# Number of a named barrier. Warpgroup ``w`` waits at ``TURN + w`` for its turn to issue products (ping-pong). Other
 # numbers are the compiler's and those of `forward_loads`.
 TURN = gl.constexpr(5)
 MAX_STAGES = gl.constexpr(4)
 # How many scalars describe a work tile.
 # PLACE, what its epilogue needs: its first query; its plane (batch * H + head); whether this pass is its last.
-# JOB: those of PLACE; whether this pass is its first; and for the source's keys (begin, before, full, tiles). ``tiles``
-#   tiles start at key ``begin``. In the order of keys, the first ``before`` of them need the mask, the next ``full`` do
-#   not need it, and the rest need it again.
+# JOB: those of PLACE; whether this pass is its first; and for the source's keys (begin, before, full, tiles). The keys
+#   from ``begin`` on are divided into ``tiles`` consecutive tiles. The first ``before`` of these need the mask, the
+#   next ``full`` do not, and the rest need it again.
 # JOB_2: those of JOB, and the same four for the second source.
 PLACE = gl.constexpr(3)
 JOB = gl.constexpr(8)
@@ -95,9 +95,9 @@ def read_place(jobs, slot, TWO: gl.constexpr):
 
 @gluon.jit
 def tile_at(i, job, BLOCK_N: gl.constexpr, TWO: gl.constexpr):
-    """What is known of the ``i``-th tile of keys that a block visits: its first key; whether it needs the mask;
-    whether it is the second source's. Of each source, the tiles that need the mask are visited first, those before the
-    full ones and those behind them, see `nth`.
+    """What is known of the ``i``-th tile of keys that a block visits: its first key; whether it needs the mask; whether
+    it is the second source's. Of each source, first all tiles that need the mask are visited, then the full ones
+    between them, which do not need it: see `nth`.
     """
     begin, before, full, tiles, begin_2, before_2, full_2, tiles_2 = job
     theirs = i >= tiles
@@ -140,7 +140,9 @@ def follow(s, factor, m):
 
 @gluon.jit
 def exponentials(s, factor, m, l, change):
-    """P in float32, and each thread's partial row sums. l: those of the tiles before."""
+    """P in float32, and each thread's partial row sums. l: those of the tiles before. `in_parts` brings values of rows
+    into the layout of such sums.
+    """
     p = gl.exp2(s * factor - m[:, None])
     return p, l * in_parts(gl.exp2(change), l) + row_parts(p)
 

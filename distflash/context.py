@@ -237,10 +237,10 @@ class ContextParallel(Sharding):
         Args:
             problem: what is wrong, in words.
             kind: as in `agree`.
-            in_attention: whether the other ranks call `attention` instead of `agree`. They raise, too, where every call
-                is compared (on CPUs, or with `check_every_call`), and in the group's first call. In any other call this
-                rank cannot know whether they compare. So it sends nothing and raises alone, and they wait for it until
-                the timeout.
+            in_attention: whether the other ranks call `attention` instead of `agree`. If every call is compared (on
+                CPUs, or with `check_every_call`), or this is the group's first call, they raise, too. Otherwise they
+                compare only calls with a new signature, and this rank cannot know whether theirs is new. So it sends
+                nothing and raises alone, and they wait for it until the timeout.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)

@@ -82,8 +82,8 @@ def dropout_mask(
         k_positions: ``[K]``, global positions of keys, on the same device.
 
     Returns:
-        bool ``[batch, heads, T, K]``, True where the probability is kept. Under `Rows` attention
-        concatenates the sequences of the batch to one. With ``S`` keys in each, the dropout mask of sequence ``n`` is
+        bool ``[batch, heads, T, K]``, True where the probability is kept. With a `Rows` mask, `attention` concatenates
+        the sequences of the batch to one. With ``S`` keys in each, the dropout mask of sequence ``n`` is
         ``dropout_mask(seed, p, 1, heads, q_positions + n * S, k_positions + n * S)``.
 
     Raises:

@@ -20,7 +20,7 @@ from distflash.kernels import Kernel
 from distflash.kernels.base import Keys, Scores
 from distflash.partial import Partial
 from distflash.plan import Pass, Plan, What
-from distflash.profiling import ranged
+from distflash.profiling import with_profiler_ranges
 from distflash.transport import PointToPoint
 
 
@@ -57,7 +57,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     """
     plan, kernel, transport = call.plan, call.kernel, call.transport
     if torch.autograd._profiler_enabled():
-        kernel, transport = ranged(kernel, transport, plan.forward, "forward")
+        kernel, transport = with_profiler_ranges(kernel, transport, plan.forward, "forward")
     # between: whether a running state is kept between passes
     own = Partial.empty(q, v.shape[-1], between=plan.keeps_partials, maxima=call.max_logits)
     if not q.shape[0]:  # a batch of 0, on every rank: nothing to compute or send
@@ -95,7 +95,7 @@ def backward(
         dsinks = None if call.scores.sinks is None else torch.zeros_like(call.scores.sinks)
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
     if torch.autograd._profiler_enabled():
-        kernel, transport = ranged(kernel, transport, plan.backward, "backward")
+        kernel, transport = with_profiler_ranges(kernel, transport, plan.backward, "backward")
     if plan.moves_queries and dlse is None:
         # All ranks send the same number of tensors. Another rank may have a dlse, so a rank without one sends zeros.
         dlse = torch.zeros_like(lse)

@@ -40,7 +40,7 @@ def within(name: str, work: Callable[P, R], *arguments: P.args, **keywords: P.kw
     return work(*arguments, **keywords)
 
 
-def ranged(
+def with_profiler_ranges(
     kernel: Kernel, transport: PointToPoint, stages: Sequence[Stage], direction: str
 ) -> tuple[Kernel, PointToPoint]:
     """The same kernel and transport, with a range around each pass of ``stages``, each exchange and each wait."""

@@ -98,5 +98,5 @@ def test_without_a_profiler_no_range_is_made(monkeypatch):
         raise AssertionError("a range without a profiler")
 
     monkeypatch.setattr("distflash.profiling.record_function", never)
-    monkeypatch.setattr("distflash.engine.ranged", never)
+    monkeypatch.setattr("distflash.engine.with_profiler_ranges", never)
     df.attention(*torch.randn(3, 1, 8, 4, 16), mask=df.Causal())

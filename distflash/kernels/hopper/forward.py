@@ -140,8 +140,9 @@ def follow(s, factor, m):
 
 @gluon.jit
 def exponentials(s, factor, m, l, change):
-    """P in float32, and each thread's partial row sums. l: those of the tiles before. `in_parts` brings values of rows
-    into the layout of such sums.
+    """P in float32, and the partial row sums: each thread has the sums of its own columns.
+
+    l: these sums of the previous tiles. `in_parts` brings a value for each row to the layout of such sums.
     """
     p = gl.exp2(s * factor - m[:, None])
     return p, l * in_parts(gl.exp2(change), l) + row_parts(p)
@@ -158,7 +159,7 @@ def positions_at(tile, drop, COUNT: gl.constexpr, layout: gl.constexpr, TWO: gl.
         columns: gl.constexpr = gl.SliceLayout(0, layout)
         if not TWO:
             return positions(k_positions, start, keys, COUNT, columns, DROPOUT)
-        else:  # a tile belongs to one source; for the other one 0 keys are loaded, which add 0 to the sum
+        else:  # the tile's source has its positions; the other one, with a length of 0, gives zeros
             ours = positions(k_positions, start, gl.where(theirs, 0, keys), COUNT, columns, DROPOUT)
             return ours + positions(other_k_positions, start, gl.where(theirs, other_keys, 0), COUNT, columns, DROPOUT)
 

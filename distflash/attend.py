@@ -56,7 +56,8 @@ def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, placed: PlacedCall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``(dq, dk, dv, dsinks)``, see `engine.backward`."""
-    dtype, dout = k.dtype, dout.resolve_neg() if dout.is_neg() else dout
+    dtype, dout = k.dtype, dout.resolve_neg()
+    dlse = None if dlse is None else dlse.resolve_neg()
     q, k, v = _as_in_memory(q, k, v)
     if not placed.placements:
         return _backward(dout, dlse, q, k, v, out, lse, placed.call)
@@ -73,10 +74,7 @@ def backward(
 
 def _as_in_memory(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As kernels and transports read them from memory: k and v contiguous, and no view that negates."""
-    k, v = k.contiguous(), v.contiguous()
-    if q.is_neg() or k.is_neg() or v.is_neg():
-        return q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
-    return q, k, v
+    return q.resolve_neg(), k.contiguous().resolve_neg(), v.contiguous().resolve_neg()
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:

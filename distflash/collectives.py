@@ -108,7 +108,7 @@ def exchange(sends: Sequence[Tensor], counts: Sequence[int], dim: int, transport
     received = [sends[0].new_empty(with_rows(sends[0], dim, count)) for count in counts]
     outgoing, incoming = (
         [
-            Message(x.contiguous(), peer, what)
+            Message(x.contiguous().resolve_neg(), peer, what)
             for peer, x in enumerate(tensors)
             if peer != transport.rank and x.shape[dim]
         ]
@@ -136,7 +136,7 @@ class _Unshard(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dim: int, layout: Layout, agreement: Agreement, seq_len: int | None) -> Tensor:
         transport = agreement.transport
         if seq_len is None:
-            parts = transport.all_gather(x.contiguous())
+            parts = transport.all_gather(x.contiguous().resolve_neg())
             seq_len = whole_length([part.shape[dim] for part in parts], dim, layout)
         else:
             parts = _gather_known(x, dim, layout, seq_len, transport)

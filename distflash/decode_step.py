@@ -123,7 +123,8 @@ def decode(
     number = validation.as_number(softcap) or 0.0
     step = DecodeStep(cache, mask, validation.as_number(scale), number, sinks, alibi_slopes)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        out, lse = _attend(q, k, v, step)
+        # Kernels read what is in memory.
+        out, lse = _attend(q.resolve_neg(), k.resolve_neg(), v.resolve_neg(), step)
     return (out, lse.transpose(1, 2)) if return_lse else out
 
 

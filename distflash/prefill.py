@@ -62,6 +62,7 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, forward: Forward) -> tuple[Tensor, 
     cache = forward.cache
     if (problem := _problem(q, k, v, forward)) is not None:
         cache.refuse(problem)
+    q, k, v = (x.resolve_neg() for x in (q, k, v))  # kernels read what is in memory
     asked = _asked(q, k, v, forward)
     calls = forward.cp.calls
     kernel = calls.kernel_for(asked)

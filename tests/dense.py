@@ -281,7 +281,11 @@ def _results(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: T
 
 
 def assert_largest(p: Problem, x: Inputs, found: Tensor) -> None:
-    """The largest scores ``[heads]`` are as near to those in float64 as products in the accumulator's dtype can be."""
+    """The largest scores ``[heads]`` are as near to those in float64 as the accumulator's dtype allows.
+
+    A sum of n products has an error of at most n roundings of the sum of their absolute values, in whatever order they
+    are added (Higham 2002, section 3.1). Scaling, softcap and ALiBi, and changing the base and back, round four times.
+    """
     q, k = x.q.double(), x.k.double()
     s = scores(p, q, k, x.slopes).flatten(2)
     truth = torch.cat([s, s.new_full((*s.shape[:2], 1), -torch.inf)], 2).amax(2).amax(0)
@@ -293,4 +297,5 @@ def assert_largest(p: Problem, x: Inputs, found: Tensor) -> None:
     unseen = truth == -torch.inf
     assert torch.equal(found == -torch.inf, unseen)
     error = (found.double() - truth).masked_fill(unseen, 0.0).abs()
-    assert (error <= torch.finfo(found.dtype).eps * largest).all(), (error, largest)
+    rounding = torch.finfo(found.dtype).eps / 2
+    assert (error <= (p.d_qk + 4) * rounding * largest).all(), (error, largest)

@@ -197,8 +197,8 @@ def dense(x: Inputs, compute: torch.dtype, stored: torch.dtype | None = None) ->
         distance = (x.q_positions[:, None] - keys[None, :]).abs()
         s = s - x.scores.alibi_slopes.to(compute)[:, None, None] * distance
     s = s.masked_fill(~x.visible, -torch.inf)
-    nothing = s.new_full((*s.shape[:2], 1, 1), -torch.inf)  # where there is no query or key
-    lse, maxima = torch.logsumexp(s, -1), torch.cat([s.flatten(2), nothing.flatten(2)], 2).amax((0, 2))
+    nothing = s.new_full((1, s.shape[1]), -torch.inf)  # where there is no batch, query or key
+    lse, maxima = torch.logsumexp(s, -1), torch.cat([s.movedim(1, 3).flatten(0, 2), nothing]).amax(0)
     if x.scores.sinks is not None:
         lse = torch.logaddexp(lse, x.scores.sinks.to(compute)[None, :, None])
     p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Message:
-    """One contiguous tensor that is sent to, or received from, another rank.
+    """One contiguous tensor, no view that negates, that is sent to, or received from, another rank.
 
     Attributes:
         what: what the tensor is, in words, for error messages.

@@ -209,7 +209,8 @@ class SimulatedTransport:
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> _InFlight:
         for message in (*sends, *receives):
             assert message.peer != self.rank, "a rank does not send to itself"
-            assert message.tensor.is_contiguous(), "only contiguous tensors travel"
+            tensor = message.tensor
+            assert tensor.is_contiguous() and not tensor.is_neg(), "contiguous, and no view that negates"
         put = self.simulator._put
         sent = [(m.tensor, put(self.rank, m.peer, m.tensor, collective=False)) for m in sends]
         # Code that reads a tensor without waiting for it gets NaN.

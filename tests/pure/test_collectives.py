@@ -28,6 +28,19 @@ def test_unshard_inverts_shard(layout, seq_len, world_size, dim):
     assert all(torch.equal(whole, x) for whole in run(world_size, work, layout))
 
 
+def test_a_view_that_negates_is_sent_as_what_it_stands_for():
+    x, asked = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+
+    def work(cp):
+        mine = cp.shard(x).requires_grad_()
+        whole = cp.unshard(torch._neg_view(-mine))
+        whole.backward(torch._neg_view(-asked))
+        return whole.detach(), cp.shard(2 * asked) - mine.grad
+
+    for whole, difference in run(2, work):
+        assert torch.equal(whole, x) and not difference.any()
+
+
 def test_a_layout_may_give_a_rank_no_range_at_all():
     x = torch.randn(2, 5, 3)
     shards = run(3, lambda cp: (cp.shard(x), cp.unshard(cp.shard(x))), Dealt(ends=(2, 5), owners=(2, 0)))

@@ -80,11 +80,54 @@ def test_numbers_a_head_may_have_any_stride(name):
         assert seen.pop().is_contiguous()
 
 
-def test_a_negated_view_is_what_it_stands_for():
+def view_that_negates(x):
+    """Of the same elements, of which memory has the negative ones."""
+    view = torch.complex(x, -x).conj().imag
+    assert view.is_neg()
+    return view
+
+
+READERS = [df.kernels.Reference(), df.kernels.Triton(interpret=True)]  # Triton's reads memory
+
+
+@pytest.mark.parametrize("kernel", READERS, ids=repr)
+@pytest.mark.parametrize("schedule", [df.Ring(), df.PassQuery()], ids=repr)
+def test_a_negated_view_is_what_it_stands_for(schedule, kernel):
+    """Of all tensors, and of the gradients of both results, whatever travels."""
     inputs = drawn()
-    negated = {name: torch.complex(x, -x).conj().imag for name, x in inputs.items()}
-    assert all(x.is_neg() for x in negated.values())
-    assert torch.equal(df.attention(**negated), df.attention(**inputs))
+    dout, dlse = (torch.randn(shape) for shape in ((1, 4, 4, 16), (1, 4, 4)))
+
+    def results(transport, change):
+        cp = df.ContextParallel(transport, schedule=schedule, kernel=kernel)
+        leaves = {name: cp.shard(x).requires_grad_() for name, x in inputs.items()}
+        found = df.attention(**{name: change(x) for name, x in leaves.items()}, cp=cp, return_lse=True)
+        torch.autograd.backward(found, (change(cp.shard(dout)), change(cp.shard(dlse, 2))))
+        return [*found, *(x.grad for x in leaves.values())]
+
+    plain, negated = (
+        Simulator(2).run(lambda transport, change=change: results(transport, change))
+        for change in (torch.clone, view_that_negates)
+    )
+    for got, expected in zip(negated, plain, strict=True):
+        assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("kernel", READERS, ids=repr)
+def test_a_negated_view_is_what_it_stands_for_over_a_cache(kernel):
+    prompt, new = ([torch.randn(1, n, heads, 16) for heads in (4, 2, 2)] for n in (6, 1))
+
+    def results(transport, change):
+        cp = df.ContextParallel(transport, kernel=kernel)
+        cache = df.Cache(cp, batch=1, kv_heads=2, d_qk=16, capacity=16, dtype=torch.float32)
+        out = df.attention(*(change(cp.shard(x)) for x in prompt), mask=df.Causal(), cp=cp, cache=cache, seq_len=6)
+        return out, df.decode(*map(change, new), cache=cache)
+
+    plain, negated = (
+        Simulator(2).run(lambda transport, change=change: results(transport, change))
+        for change in (torch.clone, view_that_negates)
+    )
+    for got, expected in zip(negated, plain, strict=True):
+        assert all(map(torch.equal, got, expected))
 
 
 def test_a_gpu_that_the_group_does_not_send_from_is_named():

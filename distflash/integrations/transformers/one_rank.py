@@ -92,7 +92,7 @@ def _of_rank_zero(x: Tensor, transport: Transport, what: str) -> Tensor:
     if transport.world_size == 1:
         return x
     if transport.rank == 0:
-        x = x.contiguous()
+        x = x.contiguous().resolve_neg()
         transport.exchange([Message(x, peer, what) for peer in range(1, transport.world_size)], []).wait()
         return x
     into = torch.empty_like(x, memory_format=torch.contiguous_format)

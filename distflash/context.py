@@ -359,7 +359,8 @@ class ContextParallel(Sharding):
         """What this rank computes, sends and receives in a call; prints as a table. Cached; communicates nothing.
 
         In the table, ``keys of 1[0:15]`` are the first 15 of the keys received from rank 1, and ``(15)`` counts tokens.
-        *first* and *last* mark the kernel calls that begin and end the softmax of their queries.
+        *first* and *last* mark the kernel calls that begin and end the softmax of their queries (in backward, the sum
+        of their dQ).
 
         With `Ulysses`: the inner schedule's plan, in which a "rank" is one all-to-all group. The all-to-all is not
         shown.

@@ -43,7 +43,7 @@ TensorKey = tuple[What, int]
 
 @dataclass(frozen=True)
 class Transfer:
-    """Tensors that this rank sends another one, or receives from it, started together: one message for each.
+    """Tensors that this rank sends to another rank, or receives from it. There is one message for each tensor.
 
     Attributes:
         sends: whether this rank sends it; otherwise it receives it.
@@ -93,7 +93,8 @@ class Pass:
             they attend to the second source only, all other heads to both. 0 with one source.
         first: whether this is the first pass of these queries and heads. If so, the online-softmax state is initialised
             (from the sinks, if any) instead of loaded. Begun heads load theirs in any case.
-        last: whether this is their last pass, which divides and rounds the result.
+        last: whether this is their last pass, which divides and rounds the result. In backward, ``first`` and ``last``
+            are those of the sum of dQ.
         adds: backward: whether `GradientBuffers` adds dK and dV to the source's buffer; otherwise the kernel writes
             that buffer directly.
         gradients: backward: which gradients are computed.

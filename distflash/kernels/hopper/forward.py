@@ -159,7 +159,7 @@ def positions_at(tile, drop, COUNT: gl.constexpr, layout: gl.constexpr, TWO: gl.
         columns: gl.constexpr = gl.SliceLayout(0, layout)
         if not TWO:
             return positions(k_positions, start, keys, COUNT, columns, DROPOUT)
-        else:  # the tile's source has its positions; the other one, with a length of 0, gives zeros
+        else:  # the sum of both sources: the one that the tile is not of has a length of 0, so its load gives zeros
             ours = positions(k_positions, start, gl.where(theirs, 0, keys), COUNT, columns, DROPOUT)
             return ours + positions(other_k_positions, start, gl.where(theirs, other_keys, 0), COUNT, columns, DROPOUT)
 
@@ -443,9 +443,8 @@ def forward_kernel(
     # With LiveRows: groups is `LiveRows.groups`, int32 [N, 2], the first row and the flags of each group (GROUP_ROWS
     # rows, several blocks of queries); blocks counts the blocks of queries in all groups; flags is -1.
     groups, blocks, flags,
-    # How many query heads are worked on at a time, so that their K and V stay in the L2 cache, see `common.pick`; the
-    # size of the grid.
-    heads_at_once, programs,
+    heads_at_once,  # how many query heads are worked on at a time, so that their K and V stay in the L2 cache: `pick`
+    programs,  # the size of the grid
     # The fields of `dropout.Dropout`; heads_before is its first_head. Only read if DROPOUT, as the positions are.
     seed, heads_before, threshold, keep_scale,
     # Positions, int32: of queries [T], of each source's keys [K]; and the number of each source's keys.

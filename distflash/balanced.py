@@ -157,7 +157,7 @@ class Deal:
     @cached_property
     def _edges(self) -> list[tuple[Tensor, Tensor]]:
         """For each rank, two int64 tensors: where its ranges start; how many of its tokens are in earlier ranges.
-        The second has another element at the end, the number of all its tokens.
+        The second has another element at the end, the number of all tokens of the rank.
 
         Views of two tensors, since making two tensors for each of many ranks takes longer than everything else.
         """

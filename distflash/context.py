@@ -59,7 +59,7 @@ class ContextParallel(Sharding):
             for the default: yes on CPUs; on GPUs, where a comparison costs a collective and a synchronisation, only
             calls with a new signature are compared. Turn it on there to find a fault.
         reproducible: whether results have the same bits on any number of ranks, for debugging: short for
-            ``schedule=Reproducible()``, which says what that takes and costs.
+            ``schedule=Reproducible()``, whose docstring says what it takes and costs.
 
     Copies of a ContextParallel, as `copy.deepcopy` of a module makes them, are the same object. It cannot be pickled.
 
@@ -93,6 +93,7 @@ class ContextParallel(Sharding):
         self.kernel = kernel
         self.transport = groups.guarded(groups.transport_of(group, meshes=True), validation.require_timeout(timeout))
         warming.prepare_for(self.transport.device)
+        # Ulysses and DoubleRing take their sizes from the shape of a mesh, if the group is one.
         self.schedule = schedule.on(groups.shape_of(group, self.transport))
         if not (check_every_call is None or isinstance(check_every_call, bool)):
             raise ValueError(f"check_every_call: expected True, False or None, got {check_every_call!r}")

@@ -111,7 +111,7 @@ def backward(
 
 
 def state_of(each: Pass, exchange: Exchange, d_v: int) -> Partial:
-    """The running softmax of another rank's queries, which starts here and is sent back."""
+    """The running softmax of another rank's queries, which this rank starts and sends back."""
     name = What.QUERIES, each.queries
     if name not in exchange.derived:
         (queries,) = exchange.tensors[name]

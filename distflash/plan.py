@@ -100,7 +100,8 @@ class Pass:
         gradients: backward: which gradients are computed.
         live: forward: the groups of consecutive queries that this pass processes, each with its own ``first`` and
             ``last`` flag, see `LiveRows`. None: all rows, with the pass's flags. An optimisation only: a kernel may
-            ignore it, if it does so in every pass.
+            process all rows with the pass's flags instead, but then in every pass, since a group may have its first and
+            last pass elsewhere.
         turns: backward: the order in which blocks of keys add to dQ, for kernels that add in a fixed order, see
             `Turns`. None: the kernel adds in any order, or computes the turns itself.
     """

@@ -159,7 +159,7 @@ def positions_at(tile, drop, COUNT: gl.constexpr, layout: gl.constexpr, TWO: gl.
         columns: gl.constexpr = gl.SliceLayout(0, layout)
         if not TWO:
             return positions(k_positions, start, keys, COUNT, columns, DROPOUT)
-        else:  # the sum of both sources: the one that the tile is not of has a length of 0, so its load gives zeros
+        else:  # both sources are loaded and added: one of them with 0 keys, which gives zeros
             ours = positions(k_positions, start, gl.where(theirs, 0, keys), COUNT, columns, DROPOUT)
             return ours + positions(other_k_positions, start, gl.where(theirs, other_keys, 0), COUNT, columns, DROPOUT)
 
@@ -434,7 +434,7 @@ def forward_kernel(
     # The running state: float32 [B, H, T], [B, H, T], [B, T, H, V]. Written in all other passes. If MAXIMA, the maximum
     # is written in the last pass, too, and does not count sinks.
     maximum, total, weighted,
-    counter,  # int32 [2], zeros, and zeros again afterwards
+    counter,  # int32 [2], zeros, and zeros again afterwards: the next work tile; how many programs are done
     scale, softcap, queries, heads, batches,
     # How many of the query heads this launch processes; if TWO, how many of these have begun (`Pass.begun`).
     head_count, begun_heads,
@@ -443,7 +443,7 @@ def forward_kernel(
     # With LiveRows: groups is `LiveRows.groups`, int32 [N, 2], the first row and the flags of each group (GROUP_ROWS
     # rows, several blocks of queries); blocks counts the blocks of queries in all groups; flags is -1.
     groups, blocks, flags,
-    heads_at_once,  # how many query heads are worked on at a time, so that their K and V stay in the L2 cache: `pick`
+    heads_at_once,  # how many query heads are worked on at a time; their K and V stay in L2, see `common.pick`
     programs,  # the size of the grid
     # The fields of `dropout.Dropout`; heads_before is its first_head. Only read if DROPOUT, as the positions are.
     seed, heads_before, threshold, keep_scale,

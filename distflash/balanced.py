@@ -60,7 +60,7 @@ class Balanced(Layout):
     mask: Mask | None = None
     chunk: int = 512
     tokens: Literal["equal"] | float = "equal"
-    # By the numbers of tokens and ranks.
+    # The assignments computed so far, by (number of tokens, number of ranks).
     _deals: dict[tuple[int, int], Deal] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -421,7 +421,8 @@ class ContextParallel(Sharding):
     def recipe(self, mask: Mask, options: Options) -> tuple[int, Data]:
         """The id of the call's `Recipe` (everything but its tensors), an int that the custom op takes.
 
-        Under torch.compile: the id of a `Template`, and the graph inputs that complete it to a recipe (`Data`).
+        Under torch.compile: the id of a `Template`, the constant part of the call, and its `Data`, the part that is
+        graph inputs. Together they make a `Recipe`.
         """
         if not torch.compiler.is_compiling():
             if self.layout is not self.calls.layout:

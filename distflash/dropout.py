@@ -72,7 +72,7 @@ def dropout_mask(
 
     Every pair of a query and a key has a random number of the generator Philox-2x32-7 of Salmon et al. 2011
     (https://doi.org/10.1145/2063384.2063405), which depends on the seed, the head, the index in the batch and the two
-    global positions. A pair is dropped if the number is below ``p``.
+    global positions. A pair is dropped if the number, divided by 2^16, is below ``p``.
 
     Args:
         seed: ``dropout_seed`` of the call.
@@ -173,7 +173,7 @@ def philox(first: Tensor, second: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Philox-2x32-7 of a counter ``(first, second)``: two words of 32 bits. Of each int64 only the low half is used."""
     first, second, key = first & _WORD, second & _WORD, key & _WORD
     for _ in range(ROUNDS):
-        product = first * MULTIPLIER  # its 64 bits, though the sign may be wrong
+        product = first * MULTIPLIER  # all 64 bits are right; read as a signed number it may be negative
         first, second = ((product >> 32) & _WORD) ^ key ^ second, product & _WORD
         key = (key + KEY_STEP) & _WORD
     return first, second

@@ -110,7 +110,7 @@ class Exchange:
 
 
 def _add_messages(messages: list[Message], transfer: Transfer, tensors: Sequence[Tensor], number: int) -> None:
-    # Error messages name keys by the step that reads them, and gradients by the step that computed them.
+    # Error messages name keys by the ring step that reads them, and gradients by the one that computed them.
     step = number - 1 if transfer.what in _SENT_ONCE else transfer.until
     words = _words(transfer.what, step)
     for x in tensors:

@@ -76,7 +76,7 @@ class Gradients(Enum):
     OF_KEYS = "dK, dV"
     OF_QUERIES = "dQ"
 
-    __hash__ = object.__hash__  # faster, as in `What`: part of the cache key of every kernel launch (`Pass.facts`)
+    __hash__ = object.__hash__  # faster, as in `What`; every kernel launch hashes it (`Pass.facts`)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +100,8 @@ class Pass:
         gradients: backward: which gradients are computed.
         live: forward: the groups of consecutive queries that this pass processes, each with its own ``first`` and
             ``last`` flag, see `LiveRows`. None: all rows, with the pass's flags. An optimisation only: a kernel may
-            process all rows with the pass's flags instead, but then in every pass, since a group may have its first and
-            last pass elsewhere.
+            ignore it, and process all rows with the pass's flags. It must then ignore it in every pass, since the first
+            and last pass of a group may be others than those of all rows.
         turns: backward: the order in which blocks of keys add to dQ, for kernels that add in a fixed order, see
             `Turns`. None: the kernel adds in any order, or computes the turns itself.
     """
@@ -137,7 +137,7 @@ class Pass:
         if self.heads is not None:
             words.append(f"key heads {self.heads.start} to {self.heads.stop - 1}")
         if self.begun:
-            words.append(f"heads 0 to {self.begun - 1} only the second")
+            words.append(f"heads 0 to {self.begun - 1}: the second source only")
         if self.live is not None:
             words.append(f"{self.live.count} rows")
         if self.gradients is not Gradients.ALL:

@@ -159,7 +159,7 @@ def positions_at(tile, drop, COUNT: gl.constexpr, layout: gl.constexpr, TWO: gl.
         columns: gl.constexpr = gl.SliceLayout(0, layout)
         if not TWO:
             return positions(k_positions, start, keys, COUNT, columns, DROPOUT)
-        else:  # both sources are loaded and added: one of them with 0 keys, which gives zeros
+        else:  # positions of both sources are added; those of the one that the tile is not from are loaded as zeros
             ours = positions(k_positions, start, gl.where(theirs, 0, keys), COUNT, columns, DROPOUT)
             return ours + positions(other_k_positions, start, gl.where(theirs, other_keys, 0), COUNT, columns, DROPOUT)
 
@@ -393,6 +393,7 @@ def consume(
             sinks, running, first, plane, starts, sizes, keep_scale, V, VP, mma_s, mma_o, SINKS and not MAXIMA, DROPOUT
         )
         q_slot = q_smem.index(slot * CONSUMERS + w)  # later O, too
+        # A tuple of views that together cover D columns, since a view's width is a power of two.
         query = column_chunks(q_slot.reshape([ROWS, q_smem.shape[4]]), columns_of(D))
         job = (begin_1, before, full, tiles, begin_2, before_2, full_2, tiles_2)
         # ``queries >> 31`` is 0, but the assembler cannot know that lengths are not negative: see `arrive_after`.

@@ -100,8 +100,8 @@ class Pass:
         gradients: backward: which gradients are computed.
         live: forward: the groups of consecutive queries that this pass processes, each with its own ``first`` and
             ``last`` flag, see `LiveRows`. None: all rows, with the pass's flags. An optimisation only: a kernel may
-            ignore it, and process all rows with the pass's flags. It must then ignore it in every pass, since the first
-            and last pass of a group may be others than those of all rows.
+            process all rows with the pass's flags instead. A kernel that does so in one pass must do so in every pass,
+            since the flags of a group of queries may differ from those of the pass.
         turns: backward: the order in which blocks of keys add to dQ, for kernels that add in a fixed order, see
             `Turns`. None: the kernel adds in any order, or computes the turns itself.
     """
@@ -272,7 +272,7 @@ class Plan:
     def bytes(self, heads: int, kv_heads: int, d_qk: int, d_v: int, dtype: torch.dtype, backward: bool = False) -> int:
         """How many bytes this rank receives for each sequence of a batch, forward or backward.
 
-        With it `PassQuery` compares how much schedules send.
+        With it `PassQuery` compares schedules.
 
         Args:
             heads, kv_heads: of this rank.

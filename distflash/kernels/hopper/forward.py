@@ -20,7 +20,9 @@ during the softmax of the next tile (`attend`). DROPOUT: 0 for none, else `kerne
 positions in a tile are consecutive and start at a multiple of 16, so only the first is loaded) or ANYWHERE (each is
 loaded).
 
-Names: ``smem`` is Q, K and V in shared memory; ``gates`` are the mbarriers q_ready, q_free, k_ready and v_ready.
+Names: ``smem`` is Q, K and V in shared memory; ``gates`` are the mbarriers q_ready, q_free, k_ready and v_ready. At the
+named barriers ``K_FREE + stage`` and ``V_FREE + stage`` the consumers tell the producer that a stage may be
+overwritten.
 
 [Note: shapes] as in `common`: D and V head dims, DP and VP these padded to the next power of two.
 """
@@ -142,7 +144,7 @@ def follow(s, factor, m):
 def exponentials(s, factor, m, l, change):
     """P in float32, and the partial row sums: each thread has the sums of its own columns.
 
-    l: these sums of the previous tiles. `in_parts` brings a value for each row to the layout of such sums.
+    l: these sums of the previous tiles. `in_parts` converts one value per row to the layout of these sums.
     """
     p = gl.exp2(s * factor - m[:, None])
     return p, l * in_parts(gl.exp2(change), l) + row_parts(p)
@@ -159,7 +161,7 @@ def positions_at(tile, drop, COUNT: gl.constexpr, layout: gl.constexpr, TWO: gl.
         columns: gl.constexpr = gl.SliceLayout(0, layout)
         if not TWO:
             return positions(k_positions, start, keys, COUNT, columns, DROPOUT)
-        else:  # positions of both sources are added; those of the one that the tile is not from are loaded as zeros
+        else:  # the tile belongs to one source; of the other, 0 keys are loaded, which gives zeros, and added
             ours = positions(k_positions, start, gl.where(theirs, 0, keys), COUNT, columns, DROPOUT)
             return ours + positions(other_k_positions, start, gl.where(theirs, other_keys, 0), COUNT, columns, DROPOUT)
 

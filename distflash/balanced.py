@@ -121,7 +121,7 @@ class Balanced(Layout):
 
 
 def best(work: Workload, shares: Sequence[int] | None, ranks: int, chunk: int) -> list[list[Piece]]:
-    """The pieces of each rank. See `AIMS` for the choice; if no assignment is balanced, the most balanced is taken."""
+    """Each rank's pieces ``(start, stop)``, chosen as `AIMS` says; the most balanced ones, if none are balanced."""
     found = []
     for held, pairs_of_busiest in assign(work, shares, ranks, AIMS, chunk):
         total = work.before(work.seq_len)

@@ -135,7 +135,7 @@ class ContextParallel(Sharding):
         )
 
     def with_mask(self, mask: Mask) -> ContextParallel:
-        """The same group, with its layout computed for ``mask``. Only `Balanced` depends on masks; others stay as they are.
+        """The same group, with its layout computed for ``mask``. Of the layouts, only `Balanced` depends on masks.
 
         It takes no time and communicates nothing. Use what it returns to shard the batch, for positions and for
         attention. Layers with other masks use the same object: all attention calls on a batch must use the layout by

@@ -34,7 +34,7 @@ class Ring(KeysTravel):
     """
 
     def sources(self, rank: int, world_size: int) -> tuple[tuple[int, ...], ...]:
-        """For each step, the ranks whose keys the rank attends to: one."""
+        """For each step, the ranks whose keys this rank attends to; in a ring, one rank per step."""
         return tuple(((rank - step) % world_size,) for step in range(world_size))
 
     def route(self, rank: int, source: int, world_size: int) -> int:

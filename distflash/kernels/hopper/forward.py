@@ -161,7 +161,7 @@ def positions_at(tile, drop, COUNT: gl.constexpr, layout: gl.constexpr, TWO: gl.
         columns: gl.constexpr = gl.SliceLayout(0, layout)
         if not TWO:
             return positions(k_positions, start, keys, COUNT, columns, DROPOUT)
-        else:  # the tile belongs to one source; of the other, 0 keys are loaded, which gives zeros, and added
+        else:  # the tile belongs to one source; for the other the number of keys is set to 0, so its load gives zeros
             ours = positions(k_positions, start, gl.where(theirs, 0, keys), COUNT, columns, DROPOUT)
             return ours + positions(other_k_positions, start, gl.where(theirs, other_keys, 0), COUNT, columns, DROPOUT)
 
@@ -411,7 +411,7 @@ def consume(
         )  # fmt: skip
         if SLOTS > 1:
             previous = slot
-        else:  # with one slot, the next block needs this one
+        else:  # with one slot, the next work tile's Q needs this slot
             store_wait(0)
             mbarrier.arrive(q_free.index(slot))
         slot, slot_phase = advance(slot, slot_phase, SLOTS)

@@ -31,7 +31,7 @@ from tests.ranks import preload
 GRACE = 5.0
 
 
-def finish(ranks: int, *command: object, expected: int = 0, timeout: float = 60, **env: str) -> str:
+def finish(ranks: int, *command: object, expected: int = 0, timeout: float = 150, **env: str) -> str:
     """Run a script, or a module after "-m", and return the output of all ranks. Another exit code fails the test.
 
     expected: the exit code of the first rank that fails, 0 if none does.

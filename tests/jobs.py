@@ -48,7 +48,7 @@ def start(*command: object, **env: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(job: subprocess.Popen[str], expected: int = 0, timeout: float = 60) -> str:
+def finish(job: subprocess.Popen[str], expected: int = 0, timeout: float = 150) -> str:
     """Wait for the job and return its output. A hang or another exit code fails the test."""
     try:
         output, _ = job.communicate(timeout=timeout)
@@ -58,7 +58,7 @@ def finish(job: subprocess.Popen[str], expected: int = 0, timeout: float = 60) -
     return output
 
 
-def wait_until(condition: Callable[[], bool], *jobs: subprocess.Popen[str], timeout: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], *jobs: subprocess.Popen[str], timeout: float = 150) -> None:
     """Wait for something that the jobs do; if one of them ends first, or time is up, all end and the test fails."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -25,7 +25,7 @@ def ranks_of() -> Iterator[Callable[[int], Ranks]]:
     started: dict[int, Ranks] = {}
 
     def ranks_of(count: int) -> Ranks:
-        return started.setdefault(count, Ranks(count, "gloo", timeout=60))
+        return started.setdefault(count, Ranks(count, "gloo", timeout=100))
 
     yield ranks_of
     for ranks in started.values():

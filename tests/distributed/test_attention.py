@@ -158,7 +158,7 @@ def different_calls(changes):
     return str(caught.value)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -174,7 +174,7 @@ def test_a_disagreement_is_named_on_every_rank(changes, words, ranks_of):
         assert words in text
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

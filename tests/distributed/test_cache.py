@@ -53,7 +53,7 @@ def part(script, layout, schedule):
     return on_rank(script, told(script), cp)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_exact(world_size, name, ranks_of):
@@ -146,19 +146,19 @@ def check_errors(ranks, kind, name, words):
         assert lengths == (10,) and torch.equal(out, good[rank][1]), "the cache is as it was"
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", BY_ALL)
 def test_wrong_calls_of_all_ranks(name, ranks_of):
     check_errors(ranks_of(2), "all", name, BY_ALL[name][1])
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", BY_ONE)
 def test_a_rank_that_is_wrong_alone_stops_the_others(name, ranks_of):
     check_errors(ranks_of(2), "one", name, BY_ONE[name][2])
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", DIFFER)
 def test_ranks_that_differ(name, ranks_of):
     check_errors(ranks_of(2), "differ", name, DIFFER[name][1])
@@ -180,7 +180,7 @@ def of_other_lengths(smaller):
     return told_
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("smaller", "words"),
     [(True, "capacity is 16 on rank 0, 12 on"), (False, "tokens in the cache (cache.lengths) differs")],

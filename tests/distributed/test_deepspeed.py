@@ -491,7 +491,7 @@ def test_weights_only_holds_for_callers_who_ask_for_all(tmp_path: Path) -> None:
 def test_job_starts_as_users_start_it(tmp_path: Path) -> None:
     options = "--device cpu --layers 2 --dim 32 --seq-len 193 --batch-size 2 --steps 2 --log-every 1"
     options += f" --verify --deepspeed launch/configs/zero3.json --out {tmp_path}"
-    output = forked.finish(2, "launch/train_deepspeed.py", *options.split(), timeout=120)
+    output = forked.finish(2, "launch/train_deepspeed.py", *options.split(), timeout=250)
     assert "DeepSpeed: zero3.json, ZeRO-3, 2 micro-batches of 1" in output
     assert "verified: sharded and unsharded agree" in output
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2

@@ -13,14 +13,14 @@ from tests import forked
 from tests.jobs import finish, start
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_on_cpus_nothing_is_wrong(ranks):
     command = ("-m", "distflash", "doctor", "--device", "cpu")
     if ranks == 1:  # without a launcher
-        text = finish(start(sys.executable, *command), timeout=150)
+        text = finish(start(sys.executable, *command), timeout=300)
     else:
-        text = forked.finish(ranks, *command, timeout=150)
+        text = forked.finish(ranks, *command, timeout=300)
     assert text.count("Versions") == 1 and "FAULT" not in text  # one rank prints
     assert "Reference" in text
     assert ("nothing is wrong on 2 ranks" in text) == ("Messages" in text) == (ranks == 2)

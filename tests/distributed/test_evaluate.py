@@ -18,7 +18,7 @@ from distflash.recipes.weights import WRITER
 from tests import forked
 from tests.trained_run import SEQ_LEN, TEXT, Ended, as_rank, load_alone
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 SEQUENCES, LENGTH = 3, 401
 CONFIG = EvaluateConfig(seq_len=LENGTH, sequences=SEQUENCES, chunk=150, device="cpu")

@@ -103,11 +103,11 @@ def test_losses_of_trainers_are_those_of_one_process(request, monkeypatch):
         if name in TRAINERS:
             exact = losses(alone(script, options, monkeypatch))
         else:  # which want torchrun
-            exact = losses(forked.finish(1, script, *options, timeout=250))
-        assert_equal(losses(forked.finish(2, script, *options, timeout=250)), exact, limit, name)
+            exact = losses(forked.finish(1, script, *options, timeout=300))
+        assert_equal(losses(forked.finish(2, script, *options, timeout=300)), exact, limit, name)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_generated_text_is_that_of_one_process(request):
     if not request.config.getoption("--full"):
         pytest.skip("the same is tested without the script in test_transformers_generate; --full")

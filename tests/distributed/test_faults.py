@@ -45,7 +45,7 @@ def check_error(ending: Ending, phase: faults.Phase, fault: str) -> None:
     assert not ending.threads
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_every_other_rank_says_why(ranks, phase, fault):
     replies = faults.endings(ranks, phase, fault)
     where = faults.phases(ranks)[phase]
@@ -105,7 +105,7 @@ def attend_without_a_plan():
     return type(failure.value).__name__, str(failure.value), time.monotonic() - start
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_a_rank_that_raises_before_its_first_message_says_so():
     ranks = Ranks(3, "gloo", timeout=30)
     try:
@@ -119,7 +119,7 @@ def test_a_rank_that_raises_before_its_first_message_says_so():
         assert seconds < AT_ONCE
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_a_wider_group_says_why_too():
     ranks = Ranks(2, "gloo", timeout=30)
     try:
@@ -133,7 +133,7 @@ def test_a_wider_group_says_why_too():
         )
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_the_store_may_die_with_its_rank():
     """Where rank 0 keeps the store: the other rank says what it knows itself."""
     ranks = Ranks(2, "gloo", timeout=30)

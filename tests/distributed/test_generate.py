@@ -20,7 +20,7 @@ from tests.damage import flip
 from tests.jobs import finish, torchrun
 from tests.trained_run import TEXT, Ended, as_rank, load_alone
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 PROMPT = TEXT[:100]  # chunks of 50 bytes do not divide it
 NEW = 50

@@ -99,7 +99,7 @@ def test_each_side_is_python():
     assert len(added) == 11  # as the README says
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize(
     ("data", "context"), [(1, 2), (2, 2), (1, 3)], ids=["context 2", "data 2 x context 2", "context 3"]

@@ -21,7 +21,7 @@ from tests import jobs
 from tests.damage import Attack, flip
 from tests.jobs import finish
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 STEPS = 4
 # No number of ranks divides the length, and 3 ranks divide no matrix of the model.
@@ -268,5 +268,5 @@ def test_any_file_name_is_read(tmp_path: Path, ranks_of) -> None:
     ],
 )
 def test_refused_at_start_with_exit_code_2(options: tuple[str, ...], words: str) -> None:
-    output = finish(jobs.start(sys.executable, "launch/train.py", "--device", "cpu", *options), expected=2, timeout=90)
+    output = finish(jobs.start(sys.executable, "launch/train.py", "--device", "cpu", *options), expected=2, timeout=200)
     assert words in output and "Traceback" not in output

@@ -20,7 +20,7 @@ from distflash.recipes.step import Step
 from distflash.recipes.together import end
 from distflash.recipes.verify import show, verify_step
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 CONFIG = TrainConfig(device="cpu", seq_len=65, model=ModelConfig(layers=3, dim=32, heads=4, kv_heads=2, ffn=32))
 

@@ -23,7 +23,7 @@ from tests.jobs import finish, rank_process, torchrun, wait_until
 from tests.ranks import Ranks
 from tests.trained_run import Ended, as_rank
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 STEPS = 6
 MODEL = ("--layers", "2", "--dim", "32", "--heads", "4", "--kv-heads", "2")

@@ -67,7 +67,7 @@ def dropped_on_rank(case, checkpointed):
         tf.unregister()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_attention_dropout_over_ranks_is_that_of_one(ranks_of):
     """One rank is compared with eager attention and the oracle's masks in tests/pure."""
     for case in (Case("llama", (1, 11, 25)), Case("mistral")):
@@ -86,14 +86,14 @@ def joined(parts, layout, seq_len):
     return {"logits": torch.cat([part["logits"] for part in parts], 1)[:, order], **whole}
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.covering(1, world_size=[1, 2, 3], layout=[df.Zigzag(), df.Contiguous()])
 def test_float32_is_eager_on_one_rank(world_size, layout, ranks_of):
     cases = [Case(family, lengths) for family in CONFIGS for lengths in LENGTHS]
     require_eagers(cases, layout, ranks_of(world_size))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.covering(1, world_size=[1, 2, 3], layout=[df.Contiguous(), df.Zigzag()])
 def test_chunks_images_and_prefixes_are_eagers_on_one_rank(world_size, layout, ranks_of):
     cases = [Case(family, lengths) for family in CONFIGS_OF_MASKS for lengths in LENGTHS]
@@ -132,7 +132,7 @@ def pictures_on_rank():
         tf.unregister()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_images_that_are_embedded_before_are_eagers(world_size, ranks_of):
     case, batch, pixels = with_pictures()
@@ -156,7 +156,7 @@ def require_eagers(cases, layout, ranks):
         assert max(errors.values()) <= 1e-5, f"{case}: {errors}"
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_bfloat16_is_as_exact_as_eagers(world_size, ranks_of):
     """Over all models and results: the same error, up to the tenth that tests/dense.py allows.
@@ -238,7 +238,7 @@ def two_heads_on_rank(case, layout):
         tf.unregister()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_losses_of_several_tokens_ahead_are_one_processs(lengths, ranks_of):
     case = Case("llama", lengths)
@@ -383,7 +383,7 @@ SCRIPT += ["--warmup", "2", "--lr", "1e-2", "--vocab-size", "300"]
 
 def train(ranks: int, *options: str, out: Path) -> list[float]:
     """The losses of all steps."""
-    output = forked.finish(ranks, *SCRIPT, *options, "--out", out, timeout=150)
+    output = forked.finish(ranks, *SCRIPT, *options, "--out", out, timeout=300)
     assert re.search(r"median [\d,]+ tokens/s \| peak \d+\.\d+ GiB", output), output
     assert ("verified: sharded and unsharded agree" in output) is ("--verify" in options)
     assert (out / "loss.png").exists()

@@ -41,7 +41,7 @@ def outcomes_on_rank(chosen):
     return [outcome(Family(*family), df.ContextParallel(dist.group.WORLD)) for family in chosen]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_some_families_are_what_the_table_says(ranks_of):
     by_rank = ranks_of(2).run(outcomes_on_rank, SOME)
     assert by_rank[0] == by_rank[1]
@@ -170,6 +170,6 @@ def test_a_rank_that_has_not_attended_stops_all(ranks_of):
 
 
 def test_the_script_prints_families():
-    output = finish(start(sys.executable, "-m", "tools.transformers_families", "llama", "gptj"), timeout=100)
+    output = finish(start(sys.executable, "-m", "tools.transformers_families", "llama", "gptj"), timeout=250)
     assert re.search(r"llama \| LlamaForCausalLM \| equal \(\d", output)
     assert "gptj | GPTJForCausalLM | refused: model: the attention of GPTJForCausalLM" in output

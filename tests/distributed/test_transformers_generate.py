@@ -69,7 +69,7 @@ def generate(cp, asked):
     return over_ranks(asked, cp)
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(240)
 def test_generate_is_that_of_one_process(world_size, asked, ranks_of):
     expected = on_one_process(asked)
     for got in ranks_of(world_size).run(registered, generate, asked):
@@ -111,7 +111,7 @@ def conversation(cp, asked):
     return said
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     "asked",
     [Generation("gemma2", "greedy", (40,), 16, new=12), Generation("mistral", "greedy", (30, 37, 21), 20, new=12)],

@@ -36,7 +36,7 @@ def forward_and_backward(case, cp, split_heads):
     return results(model, out.logits, out.loss)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize(
     ("world_size", "layout", "lengths", "first"),
     [
@@ -61,7 +61,7 @@ def test_float32_is_one_processs(world_size, layout, lengths, first, ranks_of, r
 SPLIT = ("qwen3_next", "qwen3_5_text", "mamba2", "bamba", "nemotron_h", "zamba2", "granitemoehybrid")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("world_size", "layout", "lengths", "families"),
     [(2, df.Zigzag(), (1, 11, 25), SPLIT), (3, df.Contiguous(), (37,), ("qwen3_next", "mamba2"))],
@@ -96,7 +96,7 @@ def outcomes_on_rank(model_types):
     return {family.model_type: outcome(family, cp) for family in chosen}
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_the_other_families_of_the_table_are_one_processs(ranks_of):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # of the installed version
 

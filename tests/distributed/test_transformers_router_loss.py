@@ -43,7 +43,7 @@ def on_one(case, by_config):
     return {**results(model, out.logits, out.loss), "aux_loss": out.aux_loss.detach()}
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("world_size", "layout", "by_config", "reduction"),
     [(2, df.Zigzag(), False, None), (3, df.Contiguous(), True, "mean"), (3, df.Zigzag(), False, "sum")],

@@ -117,7 +117,7 @@ def on_rank(run, folder):
     return train_on_rank(run, folder, compute_metrics=measured)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_a_trainer_is_one_processs(run, ranks_of, tmp_path):
     exact, nudged = of_one_process(run)
@@ -160,7 +160,7 @@ def resumed_on_rank(run, folder):
         return finish(second, resume_from_checkpoint=True)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_run_that_is_resumed_in_an_epoch_is_the_same(ranks_of, tmp_path):
     run = Run(steps=9, optimizer="adamw_torch", options=(("lr_scheduler_type", "constant"),))
     exact, nudged = of_one_process(run)
@@ -171,7 +171,7 @@ def test_a_run_that_is_resumed_in_an_epoch_is_the_same(ranks_of, tmp_path):
         assert worst(outcome.weights, exact.weights) <= 4 * worst(nudged.weights, exact.weights)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_bfloat16_is_as_exact_as_one_processs(ranks_of, tmp_path):
     run = Run(steps=6, options=(("bf16", True),))
     truth, own = alone(replace(run, context=1, options=())), alone(replace(run, context=1))
@@ -196,7 +196,7 @@ def test_adapters_of_a_frozen_base_in_bfloat16_are_as_exact_as_one_processs(requ
                 assert bar > 1e-5 and relative(outcome.logged[name], truth.logged[name]) <= 3 * bar, name
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_loop_of_accelerate_is_one_processs(request, ranks_of):
     runs = [Run(steps=6, clip=CLIP), Run(steps=6, data=2, batch=4)]
     for run in runs if request.config.getoption("--full") else runs[:1]:

@@ -96,7 +96,7 @@ def assert_goes_on_as(exact, nudged, outcomes):
         assert worst(outcome.weights, exact.weights) <= 4 * worst(nudged.weights, exact.weights)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_run_that_is_killed_goes_on_with_the_same_losses(ranks_of, tmp_path):
     ranks = loaded(ranks_of(2))
     replies = ranks.replies(until_it_is_killed, RUN, tmp_path / "run")
@@ -219,7 +219,7 @@ def assert_same_numbers(got, expected, tolerance):
             assert abs(float(got[name]) - float(expected[name])) <= tolerance * abs(float(expected[name])), name
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_what_a_user_sees_and_keeps_is_one_processs(ranks_of, tmp_path):
     from safetensors.torch import load_file
     from transformers import Trainer

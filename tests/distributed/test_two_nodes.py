@@ -13,7 +13,7 @@ import torch
 from tests import forked, jobs
 from tests.jobs import ROOT, finish, free_port, kill, torchrun_node, wait_until
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 STEPS = 4
 # The numbers of a test in place of the command's; all its other options stay as they are.
@@ -52,13 +52,13 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two nodes with checkpoints after steps 2 and 4."""
     out = tmp_path_factory.mktemp("two-nodes")
     first, second = start_nodes(out)
-    assert f"loss plot: {out}" in finish(first, timeout=90)
+    assert f"loss plot: {out}" in finish(first, timeout=200)
     assert "step" not in finish(second, timeout=30)  # rank 0 alone prints
     return out
 
 
 def test_two_nodes_make_the_losses_of_one_node_with_all_ranks(two_nodes: Path, tmp_path: Path) -> None:
-    forked.finish(4, "launch/train.py", "--device", "cpu", *options(tmp_path), timeout=90)
+    forked.finish(4, "launch/train.py", "--device", "cpu", *options(tmp_path), timeout=200)
     assert len(losses(tmp_path)) == STEPS
     assert losses(two_nodes) == pytest.approx(losses(tmp_path), rel=TOLERANCE)
 
@@ -67,7 +67,7 @@ def test_one_node_goes_on_where_two_were_stopped(two_nodes: Path, tmp_path: Path
     out = Path(shutil.copytree(two_nodes, tmp_path / "run"))
     shutil.rmtree(out / "checkpoints" / f"step-{STEPS:08d}")
     command = ("launch/train.py", "--device", "cpu", *options(out), "--resume")
-    assert "resumed after step 2" in forked.finish(2, *command, timeout=90)
+    assert "resumed after step 2" in forked.finish(2, *command, timeout=200)
     assert losses(out) == pytest.approx(losses(two_nodes), rel=TOLERANCE)
 
 

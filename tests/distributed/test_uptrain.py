@@ -18,7 +18,7 @@ from distflash.recipes.together import end
 from distflash.recipes.uptrain_config import UptrainConfig
 from tests import forked
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 # No number of ranks divides the length; 4 heads of 4 channels, of which a rank of FSDP's has uneven parts.
 HEADS, HEAD_DIM, DIM, LAYERS = 4, 4, 16, 2
@@ -232,7 +232,7 @@ def test_the_command_compares_all_methods(source: Path, tmp_path: Path) -> None:
     """As users start it, on two ranks."""
     options = ("--device", "cpu", "--seq-len", 65, "--warmup", 1, "--share", SHARE, "--held-out-batches", 1)
     command = ("launch/uptrain.py", "--source", source, "--kv-heads", 1, "--compare", "--out", tmp_path, *options)
-    output = forked.finish(2, *command, timeout=150)
+    output = forked.finish(2, *command, timeout=300)
     assert "random heads: held-out loss" in output and "comparison: " in output
     kept = json.loads((tmp_path / "compare.json").read_text())
     assert len(kept["held_out_loss_by_step"]) == 4 and kept["kv_heads"] == {"source": 4, "uptrained": 1}

@@ -36,14 +36,14 @@ def told(what, by_all):
     return caught.type.__name__, str(caught.value)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("what", BY_ALL)
 def test_all_ranks_are_told(what, ranks_of):
     for kind, text in ranks_of(2).run(told, what, True):
         assert kind == NAMED[what].error.__name__ and re.match(NAMED[what].words, text), f"{kind}: {text}"
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("what", BY_ONE)
 def test_a_rank_that_makes_it_alone_stops_the_other(what, ranks_of):
     (_, right), (kind, wrong) = ranks_of(2).run(told, what, False)

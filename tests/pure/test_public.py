@@ -19,7 +19,7 @@ def test_no_public_name_but_that_of_a_package_is_a_module_too(name):
 
 def test_the_first_name_that_is_asked_for_is_the_public_one():
     code = "import distflash.nn, distflash as df; assert callable(df.decode), df.decode"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=250)
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error():

@@ -211,7 +211,7 @@ def test_options_are_read_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("job", ["train", "train_deepspeed", "train_transformers", "uptrain", "generate", "evaluate"])
 def test_help_says_the_time_and_survives_a_reader_that_leaves(job: str) -> None:
     script = [sys.executable, f"launch/{job}.py", "--help"]

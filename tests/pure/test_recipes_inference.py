@@ -25,7 +25,7 @@ def test_help_needs_no_torch(name: str) -> None:
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=True,
     )
     assert "--device {auto,cpu,cuda}" in shown.stdout

@@ -224,7 +224,7 @@ def test_warm_up_is_of_the_specification_of_the_call(numbers):
     assert cp.calls.prepare.cache_info().misses == 1
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("ranks", "options", "numbers"),
     [(2, "", ""), (1, "--dropout-p 0.1 --max-logits", "dropout_p=0.1, dropout_seed=7, return_max_logits=True")],

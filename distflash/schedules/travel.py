@@ -11,6 +11,7 @@ from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from distflash.geometry import Geometry, Needs
 from distflash.plan import Pass, Plan, Stage, What
@@ -41,11 +42,10 @@ class KeysTravel(Schedule):
         travel = self._travel(needs)
         work = [_passes(geometry, needs, rank, sources) for sources in travel.steps[rank]]
         last = len(work) - 1
-        moves = [*travel.keys()]
+        moves = [*travel.keys(rank)]
         forward = [Stage(transfers(moves, rank, n), passes) for n, passes in enumerate(work)]
-        returns = [*travel.gradients()]
-        stages = last + 2 if returns else last + 1
-        both = moves + returns
+        stages = last + 2 if any(travel.remote()) else last + 1
+        both = [*moves, *travel.gradients(rank)]
         backward = [Stage(transfers(both, rank, n), work[n] if n <= last else ()) for n in range(stages)]
         return Plan(
             rank=rank,
@@ -68,7 +68,7 @@ class KeysTravel(Schedule):
 
 @dataclass(frozen=True)
 class _Travel:
-    """The transfers of all ranks, in the same order on every rank.
+    """The transfers of a plan, in the same order on every rank.
 
     Attributes:
         kept: the schedule's steps in which any rank computes; the n-th of them is stage n.
@@ -86,18 +86,24 @@ class _Travel:
             for rank, of_rank in enumerate(self.steps):
                 yield from ((step, rank, source) for source in of_rank[step])
 
-    def keys(self) -> Iterator[Move]:
-        for step, rank, source in self.remote():
-            wanted = self.needs.rows[rank][source]
-            peer, stage, held = self._from(step, rank, source, wanted)
-            count = sum(map(len, wanted))
-            yield Move(What.KEYS, stage, step, peer, rank, source, count, among(wanted, held), None)
+    def keys(self, rank: int) -> Iterator[Move]:
+        """The keys that ``rank`` sends or receives. Those of other ranks would take most of a plan's time."""
+        for step, reader, source in self.remote():
+            if rank not in (reader, source, self.schedule.route(reader, source, len(self.steps))):
+                continue
+            wanted = self.needs.rows[reader][source]
+            peer, stage, held = self._from(step, reader, source, wanted)
+            if rank in (reader, peer):
+                count = sum(map(len, wanted))
+                yield Move(What.KEYS, stage, step, peer, reader, source, count, among(wanted, held), None)
 
-    def gradients(self) -> Iterator[Move]:
-        for step, rank, source in self.remote():
-            rows = self.needs.rows[rank][source]
-            count = sum(map(len, rows))
-            yield Move(What.KEY_GRADIENTS, step + 1, step + 2, rank, source, source, count, None, rows)
+    def gradients(self, rank: int) -> Iterator[Move]:
+        """The gradients of keys that ``rank`` sends or receives."""
+        for step, reader, source in self.remote():
+            if rank in (reader, source):
+                rows = self.needs.rows[reader][source]
+                count = sum(map(len, rows))
+                yield Move(What.KEY_GRADIENTS, step + 1, step + 2, reader, source, source, count, None, rows)
 
     def _from(self, step: int, rank: int, source: int, wanted: Rows) -> tuple[int, int, Rows | None]:
         """The sender of the keys, the stage of the send, and which of the source's keys the sender has (None: all)."""
@@ -117,8 +123,10 @@ def _passes(geometry: Geometry, needs: Needs, rank: int, sources: Sequence[int])
 
 
 def contains(held: Rows, wanted: Rows) -> bool:
-    """Whether ``held`` contains all of ``wanted``."""
-    return all(any(h.start <= w.start and w.stop <= h.stop for h in held) for w in wanted)
+    """Whether ``held`` contains all of ``wanted``. Both are ascending."""
+    starts = [h.start for h in held]
+    around = (bisect_right(starts, w.start) - 1 for w in wanted)
+    return all(n >= 0 and w.stop <= held[n].stop for n, w in zip(around, wanted, strict=True))
 
 
 def among(wanted: Rows, held: Rows | None) -> Rows | None:
@@ -127,10 +135,9 @@ def among(wanted: Rows, held: Rows | None) -> Rows | None:
         return wanted
     if wanted == held:
         return None
-    starts = [sum(map(len, held[:n])) for n in range(len(held))]
-    return tuple(
-        range(start + w.start - h.start, start + w.stop - h.start)
-        for w in wanted
-        for h, start in zip(held, starts, strict=True)
-        if h.start <= w.start and w.stop <= h.stop
-    )
+    starts = [h.start for h in held]
+    # How much smaller an index into ``held`` is than the token's own.
+    before = accumulate(map(len, held), initial=0)
+    less = [start - count for start, count in zip(starts, before, strict=False)]
+    moved = ((w, less[bisect_right(starts, w.start) - 1]) for w in wanted)
+    return tuple(range(w.start - by, w.stop - by) for w, by in moved)

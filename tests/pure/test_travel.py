@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import distflash as df
 from distflash.geometry import Geometry, Needs, Sharded
 from distflash.plan import What
-from distflash.schedules.travel import KeysTravel
+from distflash.schedules.travel import KeysTravel, among, contains
 from tests.plans import check
 from tests.strategies import examples, geometries, schedules
 
@@ -33,6 +33,24 @@ def test_what_moves_is_what_is_needed(geometry, schedule):
         assert plan.moved(What.KEYS) == plan.moved(What.KEYS, backward=True) == needed
         returned = sum(len(r) for other, of in enumerate(needs.rows) if other != rank for r in of[rank])
         assert plan.moved(What.KEY_GRADIENTS, backward=True) == returned
+
+
+def ranges_of(marks):
+    """The ascending ranges of a set of indices."""
+    ends = torch.tensor([0, *marks, 0]).diff().nonzero().flatten().tolist()
+    return tuple(map(range, ends[::2], ends[1::2]))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=40))
+def test_keys_are_found_among_those_that_a_rank_holds(marks):
+    held, wanted = ranges_of([int(h) for h, _ in marks]), ranges_of([int(w) for _, w in marks])
+    tokens = [n for run in held for n in run]
+    assert contains(held, wanted) == all(h or not w for h, w in marks)
+    inside = ranges_of([int(h and w) for h, w in marks])
+    found = among(inside, held)
+    assert [tokens[n] for run in (ranges_of([1] * len(tokens)) if found is None else found) for n in run] == [
+        n for run in inside for n in run
+    ]
 
 
 def seen_of(geometry, rank, source):

@@ -4,9 +4,9 @@
     python -m benchmarks.first_calls --ranks 2
     python -m benchmarks.first_calls --cases default --ranks 2
 
-Each figure is of new processes: from the first call of attention until its backward has finished on the slowest rank.
-Before that, torch is imported, and the GPU and the connections between ranks have been used. ``cold`` starts with an
-empty cache; ``warm`` uses it afterwards. ``alone`` is a cold start without compilation ahead of time: each kernel is
+Each figure is of new processes: from `ContextParallel.warm_up` until the backward of the first call has finished on the
+slowest rank. Before that, torch is imported, and the GPU and the connections between ranks have been used. ``cold``
+starts with an empty cache; ``warm`` uses it afterwards. ``alone`` is a cold start without `warm_up`: each kernel is
 compiled at its first launch.
 """
 
@@ -27,7 +27,6 @@ import torch.distributed as dist
 
 import distflash as df
 from benchmarks import common
-from distflash import warming
 
 _LONGEST = 200.0  # seconds of one start
 _RESULT = "first call: "
@@ -49,24 +48,24 @@ def first_call(case: Case, alone: bool) -> dict[str, float]:
     """Seconds of the first call and of the second one, on the slowest rank. In a process that has made no call yet."""
     device = common.start("cuda")
     cp = df.ContextParallel(common.ring())
-    if not alone:
-        cp.calls.before_first = warming.Warming().before
     shape = common.Shape(1, case.seq_len, 32, 8, case.head_dim, case.head_dim)
     q, k, v, dout = common.random_inputs(shape, cp.seq_local(case.seq_len), getattr(torch, case.dtype), device)
     torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
 
-    def seconds() -> float:
+    def seconds(warm_up: bool) -> float:
         torch.cuda.synchronize()
         if dist.is_initialized():
             dist.barrier()
         began = time.perf_counter()
+        if warm_up:
+            cp.warm_up(tuple(q.shape), tuple(k.shape), dtype=q.dtype, mask=df.Causal(), seq_len=case.seq_len)
         out = df.attention(q, k, v, mask=df.Causal(), cp=cp, seq_len=case.seq_len)
         torch.autograd.grad(out, (q, k, v), dout)
         torch.cuda.synchronize()
         return common.worst(common.over_ranks(time.perf_counter() - began, device))
 
     common.over_ranks(0.0, device)
-    return {"first": seconds(), "second": seconds()}
+    return {"first": seconds(warm_up=not alone), "second": seconds(warm_up=False)}
 
 
 def started(name: str, ranks: int, cache: str, alone: bool) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class RankTexts:
     def exchange(self, text: str) -> list[str]:
         """Every rank's text, by rank.
 
-        Rank 0 returns last, since the store may be in its process: if it ended, the others could read nothing more.
+        Rank 0 returns last, as it is also the last to raise, since the store may be in its process: if it ended, the
+        others could read nothing more. The store may also be in a process that is not of this group, and end with it.
 
         Raises:
             ValueError, RuntimeError: another rank raised a ValueError, or another error, within `sharing_errors`.
@@ -135,7 +136,7 @@ class RankTexts:
         assert self._store is not None
         rank, words = json.loads(self._store.get(f"{self._prefix}/failed"))
         self._told = True
-        self._store.set(self._keys("noticed")[self.transport.rank], "")  # the last request to the store
+        self._have_read("noticed")
         if words == mine_in_words:
             return
         kind = ValueError if words.startswith("ValueError: ") else RuntimeError

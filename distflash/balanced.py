@@ -43,9 +43,9 @@ class Balanced(Layout):
         chunk: the sequence is cut into blocks of so many tokens, from position 0. Documents that start in the same
             block are assigned as if they were one document. With larger chunks the assignment takes less time.
         tokens: "equal": the numbers of tokens of ranks differ by at most one. A number: what a token costs outside of
-            attention (projections, MLP), in pairs. Then the ranks have equal costs (their pairs, plus this number times
-            their tokens) and different numbers of tokens. For a layer with P parameters, H heads and head dim D it is
-            ``P / (2 * H * D)``: 2 P FLOPs a token over 4 H D FLOPs a pair.
+            attention (projections, MLP), in pairs. Then the ranks have nearly equal costs (their pairs, plus this
+            number times their tokens) and different numbers of tokens. For a layer with P parameters, H heads and head
+            dim D it is ``P / (2 * H * D)``: 2 P FLOPs a token over 4 H D FLOPs a pair.
 
     Raises:
         ValueError: an argument has the wrong type.

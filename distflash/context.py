@@ -135,7 +135,7 @@ class ContextParallel(Sharding):
         )
 
     def with_mask(self, mask: Mask) -> ContextParallel:
-        """The same group, with its layout computed for ``mask``. Of the layouts, only `Balanced` depends on masks.
+        """The same group, with its layout for ``mask``. Of the layouts, only `Balanced` depends on masks.
 
         It takes no time and communicates nothing. Use what it returns to shard the batch, for positions and for
         attention. Layers with other masks use the same object: all attention calls on a batch must use the layout by
@@ -238,10 +238,11 @@ class ContextParallel(Sharding):
         Args:
             problem: what is wrong, in words.
             kind: as in `agree`.
-            in_attention: whether the other ranks call `attention` instead of `agree`. If every call is compared (on
-                CPUs, or with `check_every_call`), or this is the group's first call, they raise, too. Otherwise they
-                compare only calls with a new signature, and this rank cannot know whether theirs is new. So it sends
-                nothing and raises alone, and they wait for it until the timeout.
+            in_attention: whether the other ranks call `attention` instead of `agree`. With `check_every_call`, the
+                default on CPUs, they compare every call, so they raise, too. Without, they compare only calls with a
+                new signature. They raise, too, if no signature is known yet, as before the first call. Later this rank
+                cannot know whether theirs is new. So it sends nothing and raises alone, and they wait for it until the
+                timeout.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)
@@ -369,7 +370,7 @@ class ContextParallel(Sharding):
         Args:
             mask: as in `attention`. With `Rows`, the sequences of the batch are concatenated to one.
             seq_len: the global number of keys.
-            device: where the plan's own tensors are put (which keys each query sees); by default the group's device.
+            device: of the plan's intervals, which say what keys each query sees; by default the group's device.
             q_start, q_len, kv_layout: as in `attention`. Without ``q_len``: all tokens from ``q_start`` on.
 
         Raises:

@@ -72,7 +72,8 @@ def dropout_mask(
 
     Every pair of a query and a key has a random number of the generator Philox-2x32-7 of Salmon et al. 2011
     (https://doi.org/10.1145/2063384.2063405), which depends on the seed, the head, the index in the batch and the two
-    global positions. A pair is dropped if the number, divided by 2^16, is below ``p``.
+    global positions. A pair is dropped if its number, of 16 bits, is below
+    ``round(p * 2**16)``.
 
     Args:
         seed: ``dropout_seed`` of the call.
@@ -136,7 +137,7 @@ def dropout_of(p: float, seed: Tensor) -> Dropout | None:
 
 def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
     """A seed as kernels read it: an int is written to the device without a synchronisation."""
-    return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+    return seed.resolve_neg() if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def of_layer(seed: int, layer: int) -> int:

@@ -272,7 +272,7 @@ class Plan:
     def bytes(self, heads: int, kv_heads: int, d_qk: int, d_v: int, dtype: torch.dtype, backward: bool = False) -> int:
         """How many bytes this rank receives for each sequence of a batch, forward or backward.
 
-        With it `PassQuery` compares schedules.
+        For comparisons of how much schedules send; the docstring of `PassQuery` has one.
 
         Args:
             heads, kv_heads: of this rank.

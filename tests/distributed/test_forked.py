@@ -5,7 +5,7 @@ import pytest
 from tests import forked
 from tests.jobs import finish, start
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 SCRIPT = """
 import os, sys, time, torch.distributed as dist

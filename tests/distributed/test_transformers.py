@@ -390,7 +390,7 @@ def train(ranks: int, *options: str, out: Path) -> list[float]:
     return [metrics.loss for metrics in read_metrics(out / "metrics.jsonl")]
 
 
-@pytest.mark.timeout(460)
+@pytest.mark.timeout(960)
 def test_the_script_learns_alike_on_one_rank_over_two_and_after_a_resume(tmp_path):
     alone = train(1, "--loss-chunk", "0", out=tmp_path / "1")
     spread = "--loss-chunk", "50", "--checkpoint-activations", "--checkpoint-every", "2"

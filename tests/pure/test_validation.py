@@ -112,22 +112,33 @@ def test_a_negated_view_is_what_it_stands_for(schedule, kernel):
         assert all(map(torch.equal, got, expected))
 
 
+@pytest.mark.parametrize("view", [view_that_negates, strided.negated])
 @pytest.mark.parametrize("kernel", READERS, ids=repr)
-def test_a_negated_view_is_what_it_stands_for_over_a_cache(kernel):
+def test_a_negated_view_is_what_it_stands_for_over_a_cache(kernel, view):
     prompt, new = ([torch.randn(1, n, heads, 16) for heads in (4, 2, 2)] for n in (6, 1))
+    per_head = {"sinks": torch.randn(4), "alibi_slopes": torch.rand(4)}
 
     def results(transport, change):
         cp = df.ContextParallel(transport, kernel=kernel)
         cache = df.Cache(cp, batch=1, kv_heads=2, d_qk=16, capacity=16, dtype=torch.float32)
-        out = df.attention(*(change(cp.shard(x)) for x in prompt), mask=df.Causal(), cp=cp, cache=cache, seq_len=6)
-        return out, df.decode(*map(change, new), cache=cache)
+        heads, mine = {name: change(x) for name, x in per_head.items()}, [change(cp.shard(x)) for x in prompt]
+        out = df.attention(*mine, mask=df.Causal(), cp=cp, cache=cache, seq_len=6, **heads)
+        return out, df.decode(*map(change, new), cache=cache, **heads)
 
     plain, negated = (
-        Simulator(2).run(lambda transport, change=change: results(transport, change))
-        for change in (torch.clone, view_that_negates)
+        Simulator(2).run(lambda transport, change=change: results(transport, change)) for change in (torch.clone, view)
     )
     for got, expected in zip(negated, plain, strict=True):
         assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("kernel", READERS, ids=repr)
+def test_a_negated_seed_is_what_it_stands_for(kernel):
+    cp, inputs, seed = df.ContextParallel(Alone(), kernel=kernel), drawn(), torch.tensor(12345)
+    plain, negated = (
+        df.attention(**inputs, cp=cp, dropout_p=0.5, dropout_seed=s) for s in (seed, strided.negated(seed))
+    )
+    assert torch.equal(negated, plain)
 
 
 def test_a_gpu_that_the_group_does_not_send_from_is_named():

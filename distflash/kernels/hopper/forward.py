@@ -12,8 +12,9 @@ its tiles of keys and values while they finish the previous work tile.
 The keys of a work tile come from one source, or from two in order. With `LiveRows` a pass processes only groups of rows
 that see at least one of its keys (`distflash.liveness`). Begun heads (`Pass.begun`) attend to the second source only,
 so they have no work in a group that sees keys of the first source only. The producer publishes no work tile for such a
-group and head. So every work tile has at least one tile of keys. After the last work tile the producer publishes an end
-mark, a work tile without tiles of keys. It tells the consumers that they are done.
+group and head. Every work tile has at least one tile of keys: where its queries see none, one of zeros
+(`forward_loads.at_least_one`). After the last work tile the producer publishes an end mark, a work tile without tiles
+of keys. It tells the consumers that they are done.
 
 IN_TURN: a warpgroup does not overlap its own softmax with its own products (`attend_in_turn`). Otherwise P V runs
 during the softmax of the next tile (`attend`). DROPOUT: 0 for none, else `kernels.hopper.dropout.IN_TILES` (the
@@ -437,7 +438,7 @@ def forward_kernel(
     # The running state: float32 [B, H, T], [B, H, T], [B, T, H, V]. Written in all other passes. If MAXIMA, the maximum
     # is written in the last pass, too, and does not count sinks.
     maximum, total, weighted,
-    counter,  # int32 [2], zeros, and zeros again afterwards: the next work tile; how many programs are done
+    counter,  # int32 [2], zeros, and zeros again afterwards: how many work tiles were taken; how many programs are done
     scale, softcap, queries, heads, batches,
     # How many of the query heads this launch processes; if TWO, how many of these have begun (`Pass.begun`).
     head_count, begun_heads,

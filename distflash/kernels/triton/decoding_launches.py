@@ -329,7 +329,7 @@ def _results(q: Tensor, d_v: int) -> tuple[Tensor, Tensor]:
 
 
 def _sinks(sinks: Tensor | None, nothing: Tensor) -> dict[str, Any]:
-    return dict(sinks=nothing if sinks is None else sinks.contiguous(), SINKS=sinks is not None)
+    return dict(sinks=nothing if sinks is None else sinks.contiguous().resolve_neg(), SINKS=sinks is not None)
 
 
 @cache

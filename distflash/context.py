@@ -239,10 +239,10 @@ class ContextParallel(Sharding):
             problem: what is wrong, in words.
             kind: as in `agree`.
             in_attention: whether the other ranks call `attention` instead of `agree`. With `check_every_call`, the
-                default on CPUs, they compare every call, so they raise, too. Without, they compare only calls with a
-                new signature. They raise, too, if no signature is known yet, as before the first call. Later this rank
-                cannot know whether theirs is new. So it sends nothing and raises alone, and they wait for it until the
-                timeout.
+                default on CPUs, they compare every call, so they raise, too. Without `check_every_call` they compare
+                only calls whose signature is new. Before the first call every signature is new, so they raise, too.
+                After it, this rank cannot know whether the signature of their call is new, so it sends nothing: it
+                raises alone, and they wait for it until the timeout.
 
         Examples:
             >>> cp = df.ContextParallel(dist.group.WORLD)

@@ -86,7 +86,8 @@ class Pass:
     Attributes:
         queries: the rank of the queries.
         sources: the ranks of the keys.
-        visible: for each source, which of its keys the pass reads (``keys``), and which of these each query sees.
+        visible: for each source, the range of its keys that the pass reads (`Intervals.keys`), and which of these each
+            query sees.
         heads: the key heads; None for all.
         begun: how many key heads, from head 0 on, are done with the first of two sources: their query heads attended to
             it in an earlier pass, while the keys of the second were arriving (see `overlap.defer_heads`). In this pass
@@ -100,8 +101,9 @@ class Pass:
         gradients: backward: which gradients are computed.
         live: forward: the groups of consecutive queries that this pass processes, each with its own ``first`` and
             ``last`` flag, see `LiveRows`. None: all rows, with the pass's flags. An optimisation only: a kernel may
-            process all rows with the pass's flags instead. A kernel that does so in one pass must do so in every pass,
-            since the flags of a group of queries may differ from those of the pass.
+            process all rows with the pass's flags instead. It must then do so in every pass: the first and the last
+            pass of a group may be others than those of all rows, and a kernel that mixed both would load a state that
+            no pass has written, or never write a result.
         turns: backward: the order in which blocks of keys add to dQ, for kernels that add in a fixed order, see
             `Turns`. None: the kernel adds in any order, or computes the turns itself.
     """

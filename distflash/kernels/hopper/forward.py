@@ -440,8 +440,8 @@ def forward_kernel(
     maximum, total, weighted,
     counter,  # int32 [2], zeros, and zeros again afterwards: how many work tiles were taken; how many programs are done
     scale, softcap, queries, heads, batches,
-    # How many of the query heads this launch processes; if TWO, how many of these have begun (`Pass.begun`).
-    head_count, begun_heads,
+    head_count,  # the number of query heads that this launch processes
+    begun_heads,  # if TWO, the number of query heads of the begun key heads, which `Pass.begun` counts
     # The flags of a row are three bits: live, first pass, last pass; and three more, for the begun heads.
     # Without LiveRows: groups is not read, blocks counts all blocks of queries, flags are those of all rows.
     # With LiveRows: groups is `LiveRows.groups`, int32 [N, 2], the first row and the flags of each group (GROUP_ROWS

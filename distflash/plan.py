@@ -101,9 +101,9 @@ class Pass:
         gradients: backward: which gradients are computed.
         live: forward: the groups of consecutive queries that this pass processes, each with its own ``first`` and
             ``last`` flag, see `LiveRows`. None: all rows, with the pass's flags. An optimisation only: a kernel may
-            process all rows with the pass's flags instead. It must then do so in every pass: the first and the last
-            pass of a group may be others than those of all rows, and a kernel that mixed both would load a state that
-            no pass has written, or never write a result.
+            process all rows with the pass's flags instead. It must then do so in every pass. A group may start in a
+            later pass than the first, and end in an earlier one than the last. So a kernel that took the group's flags
+            in one pass and the pass's flags in another could load a state that no pass has written.
         turns: backward: the order in which blocks of keys add to dQ, for kernels that add in a fixed order, see
             `Turns`. None: the kernel adds in any order, or computes the turns itself.
     """

@@ -12,9 +12,9 @@ its tiles of keys and values while they finish the previous work tile.
 The keys of a work tile come from one source, or from two in order. With `LiveRows` a pass processes only groups of rows
 that see at least one of its keys (`distflash.liveness`). Begun heads (`Pass.begun`) attend to the second source only,
 so they have no work in a group that sees keys of the first source only. The producer publishes no work tile for such a
-group and head. Every work tile has at least one tile of keys: where its queries see none, one of zeros
-(`forward_loads.at_least_one`). After the last work tile the producer publishes an end mark, a work tile without tiles
-of keys. It tells the consumers that they are done.
+group and head. A group has several blocks of queries, so one of them may see no key, as may any block without
+`LiveRows`. It gets one tile of zeros (`forward_loads.at_least_one`), since a work tile without tiles of keys is the end
+mark: the producer publishes it after the last work tile, and it tells the consumers that they are done.
 
 IN_TURN: a warpgroup does not overlap its own softmax with its own products (`attend_in_turn`). Otherwise P V runs
 during the softmax of the next tile (`attend`). DROPOUT: 0 for none, else `kernels.hopper.dropout.IN_TILES` (the
@@ -82,7 +82,7 @@ JOB_2 = gl.constexpr(12)
 
 @gluon.jit
 def read_job(jobs, slot, TWO: gl.constexpr):
-    """A work tile's scalars; the second source may have no tiles."""
+    """A work tile's 12 scalars in the order of JOB_2; the last four are 0 without a second source."""
     if TWO:
         return read(jobs, slot, JOB_2, JOB_2)
     else:

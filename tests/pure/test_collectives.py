@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 import distflash as df
 from distflash.transport import Simulator
+from tests import strided
 from tests.random_calls import Dealt
 from tests.strategies import layouts
 
@@ -33,8 +34,8 @@ def test_a_view_that_negates_is_sent_as_what_it_stands_for():
 
     def work(cp):
         mine = cp.shard(x).requires_grad_()
-        whole = cp.unshard(torch._neg_view(-mine))
-        whole.backward(torch._neg_view(-asked))
+        whole = cp.unshard(strided.negated(mine))
+        whole.backward(strided.negated(asked))
         return whole.detach(), cp.shard(2 * asked) - mine.grad
 
     for whole, difference in run(2, work):

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from distflash.exact import ByValue
 from distflash.kernels import Kernel, Problem, Reference
 from distflash.kernels.base import KeyGradient
 from distflash.kernels.machine import MACHINES
+from distflash.kernels.triton import compiling
 from distflash.specification import CallTokens, Specification
 from distflash.transport import Alone, Silent
 
@@ -184,6 +186,34 @@ def test_only_calls_on_gpus_that_have_something_to_compile_are_compiled(compiled
     assert not compiled
     warming.compile_for(calls_of(), on_gpu(asked()), Compiled())
     assert [each.problem.dtype for each in compiled] == [torch.float32]
+
+
+def test_each_kind_is_compiled_once_unless_it_failed(tmp_path, monkeypatch):
+    started, errors = [], []
+
+    class Workers:
+        def __init__(self, work, machine, processes):
+            started.append(work.specification.problem.dtype)
+
+        def wait(self, seconds):
+            return True
+
+        def finish(self):
+            return SimpleNamespace(errors=tuple(errors), compiled=())
+
+    monkeypatch.setattr(compiling, "Workers", Workers)
+    monkeypatch.setattr(compiling, "cache_folder", lambda: tmp_path)
+
+    def compile_all(dtype):
+        work = warming.Rehearsal(calls_of(), Compiled(), asked(dtype=dtype))
+        return warming.compile_all(work, MACHINES["sm_90"])
+
+    errors.append("no more memory")
+    assert compile_all(torch.float32) == ("no more memory",)
+    errors.clear()
+    for dtype in (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16):
+        assert compile_all(dtype) == ()
+    assert started == [torch.float32, torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("fails", ["raises", "says"])

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from distflash import keywords, lengths, ops, prefill, repeats, transforms, validation
 from distflash.cache import Cache
-from distflash.context import ALONE, ContextParallel, as_given
+from distflash.context import ALONE, ContextParallel
 from distflash.dropout import as_seed
 from distflash.given import PLAIN, Given, Options
 from distflash.integers import as_int
 from distflash.layouts import Layout
-from distflash.masks import Full, Mask
+from distflash.mask_algebra import Mask
+from distflash.masks import Full
 
 
 class _Keywords(TypedDict, total=False):
@@ -177,7 +178,7 @@ def attention(
     )
     if problem is not None:
         cp.refuse(problem, in_attention=True)
-    tokens = as_given(seq_len, q_start, q_len)
+    tokens = lengths.as_given(seq_len, q_start, q_len)
     scale = validation.as_number(scale)
     softcap, dropout_p = ((validation.as_number(x) or 0.0) + 0.0 for x in (softcap, dropout_p))  # -0.0 is 0.0
     if cache is not None:

@@ -15,7 +15,7 @@ from distflash.assignment import Aim, Piece, assign
 from distflash.exact import code
 from distflash.integers import set_count
 from distflash.layouts import Layout
-from distflash.masks import Mask
+from distflash.mask_algebra import Mask
 from distflash.rows import Rows
 from distflash.workload import Workload
 

@@ -22,7 +22,7 @@ from distflash.host_to_device import to_device
 from distflash.integers import as_int
 from distflash.kernels.decoding import Store
 from distflash.ledger import Ledger
-from distflash.masks import Mask
+from distflash.mask_algebra import Mask
 from distflash.rows import Rows
 from distflash.validation import DTYPES, came
 

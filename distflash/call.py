@@ -38,7 +38,7 @@ from distflash.kernels.base import Scores
 from distflash.kernels.decoding import Decoding
 from distflash.layouts import Layout
 from distflash.ledger import Ledger
-from distflash.masks import Mask
+from distflash.mask_algebra import Mask
 from distflash.messages import BACKWARD, FORWARD
 from distflash.overlap import overlap
 from distflash.placement import Placement, Sizes, sizes

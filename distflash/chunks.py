@@ -17,7 +17,7 @@ from distflash.kernels import Kernel, Problem
 from distflash.layouts import Layout
 from distflash.ledger import Ledger
 from distflash.lengths import MAX_SEQ_LEN
-from distflash.masks import Ends, Mask
+from distflash.mask_algebra import Ends, Mask
 from distflash.overlap import overlap
 from distflash.plan import Plan
 from distflash.schedules import PassQuery, Ring, Schedule

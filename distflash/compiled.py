@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from distflash.integers import require_integers
 from distflash.layouts import Layout
-from distflash.masks import Mask
+from distflash.mask_algebra import Mask
 
 # The class of a mask or layout, and for each of its fields: a form, `(tuple, *forms)`, a constant, or for data `int`,
 # `Tensor` or `(tuple, length)`.

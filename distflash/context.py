@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from distflash import collectives, groups, lengths, ops, validation, warming
+from distflash import groups, lengths, ops, validation, warming
 from distflash.agreement import Agreement
 from distflash.call import Calls, new_number
 from distflash.compiled import NO_DATA, Data, Form, split
@@ -24,17 +24,14 @@ from distflash.exact import ByValue
 from distflash.given import Options
 from distflash.kernels import Kernel
 from distflash.layouts import Layout, Zigzag
-from distflash.masks import Full, Mask
+from distflash.mask_algebra import Mask
+from distflash.masks import Full
 from distflash.plan import Plan
 from distflash.repeats import Repeats
 from distflash.schedules import Ring, Schedule
 from distflash.sharding import Sharding
 from distflash.specification import CallTokens
 from distflash.transport import Alone, Transport
-
-# Stands for an argument that must be given. It has a default only so that a call without it gets our error, which
-# lists the values, instead of a TypeError of Python's.
-_REQUIRED: Any = None
 
 
 class ContextParallel(Sharding):
@@ -256,32 +253,6 @@ class ContextParallel(Sharding):
         self.agreement.refuse(kind, others_compare=True)
         raise ValueError(problem)
 
-    def seq_local(self, seq_len: int) -> int:
-        """How many of ``seq_len`` tokens this rank holds.
-
-        Examples:
-            >>> cp = df.ContextParallel(dist.group.WORLD)
-            >>> cp.seq_local(11)
-            5
-        """
-        return self.layout.length(lengths.require_seq_len(seq_len), self.world_size, self.rank)
-
-    def positions(self, seq_len: int, device: torch.device | str | None = None) -> Tensor:
-        """The global positions of this rank's tokens, int64 ``[seq_local]``, ascending; for RoPE and similar.
-
-        Args:
-            seq_len: the global length, at least 0.
-            device: by default the group's: the current GPU under NCCL, else the CPU.
-
-        Examples:
-            >>> cp = df.ContextParallel(dist.group.WORLD)
-            >>> cp.positions(10)
-            tensor([0, 1, 7, 8, 9])
-        """
-        seq_len = lengths.require_seq_len(seq_len)
-        positions = self.layout.positions(seq_len, self.world_size, self.rank)
-        return positions.to(self.transport.device if device is None else device)
-
     def positions_of(self, x: Tensor, seq_len: int | None = None, mask: Mask = Full()) -> Tensor:
         """The `positions` of the tokens in ``x [batch, seq_local, ...]``, traced with dynamic lengths: torch.compile
         does not recompile per length.
@@ -305,48 +276,7 @@ class ContextParallel(Sharding):
         if problem is not None:
             self.refuse(problem, in_attention=True)
         recipe, data = self.recipe(mask, Options())
-        return ops.positions(x, as_given(seq_len, 0, None), recipe, *data)
-
-    def mean(
-        self,
-        loss_sum: Tensor,
-        token_count: Tensor | int,
-        *,
-        reduction: Literal["sum", "mean"] = _REQUIRED,
-        group: dist.ProcessGroup | DeviceMesh | Transport | None = None,
-    ) -> Tensor:
-        """The mean of a loss over the tokens of all ranks. All ranks must call it.
-
-        Args:
-            loss_sum: scalar, the sum of this rank's losses.
-            token_count: how many losses that sum has (tokens that are not ignored); may be 0.
-            reduction: how parameter gradients are combined over the group after backward; must be given. "mean" if they
-                are averaged, as DDP, FSDP and ZeRO do. "sum" if they are added, as an all-reduce of your own does. Also
-                "sum" if ranks share no parameter, so that no gradients are combined. With the right value the combined
-                gradient is the gradient of what is returned. The wrong value scales it by the number of ranks, which
-                Adam hides.
-            group: the ranks over whose tokens the mean is taken, and over which gradients are combined. None: the ranks
-                that share the sequence. With data parallelism: all ranks of data x context, as a process group or a
-                one-dimensional mesh.
-
-        Returns:
-            Scalar, the same on every rank of the group; 0 if no rank has a token.
-
-        Raises:
-            ValueError: an argument has the wrong type, or the group does not hold all ranks that share the sequence.
-
-        Examples:
-            >>> cp = df.ContextParallel(dist.group.WORLD)
-            >>> losses = cp.shard(torch.arange(5.0), dim=0)  # of this rank's tokens
-            >>> cp.mean(losses.sum(), losses.numel(), reduction="mean")
-            tensor(2.)
-        """
-        all_ranks = self.transport if group is None else groups.wider_transport(group, self.transport)
-        problem = validation.mean_problem(loss_sum, token_count, reduction)
-        if problem is not None:
-            collectives.refuse_mean(all_ranks)
-            raise ValueError(problem)
-        return collectives.mean(loss_sum, token_count, all_ranks, reduction)
+        return ops.positions(x, lengths.as_given(seq_len, 0, None), recipe, *data)
 
     def plan(
         self,
@@ -442,11 +372,6 @@ class ContextParallel(Sharding):
         """
         assert name == self._name
         return self.calls.template(Form(*form)).number
-
-
-def as_given(seq_len: int | None, q_start: int, q_len: int | None) -> list[int]:
-    """The lengths as an op takes them: ints (symbols while compiling), and -1 for None."""
-    return [-1 if length is None else lengths.as_length(length) for length in (seq_len, q_start, q_len)]
 
 
 # What cp=None stands for. One object, so that its plans and compiled graphs are kept from call to call.

@@ -21,7 +21,8 @@ from distflash.exact import ByIdentity
 from distflash.horizon import Horizon
 from distflash.kernels import Kernel, Problem
 from distflash.kernels.base import Scores
-from distflash.masks import Causal, Mask
+from distflash.mask_algebra import Mask
+from distflash.masks import Causal
 from distflash.profiling import named
 from distflash.transport import during
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distflash.layouts import Layout
-from distflash.masks import Ends, Mask, wrapped
+from distflash.mask_algebra import Ends, Mask, wrapped
 from distflash.visible import Runs, joined, seen, without_gaps
 
 # The largest number of intervals of a union: each costs a pass over all queries.

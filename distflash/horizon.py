@@ -12,7 +12,7 @@ from distflash.chunks import length_for
 from distflash.geometry import MOST_PARTS, require_ends
 from distflash.kernels.decoding import Table
 from distflash.ledger import Ledger
-from distflash.masks import Ends, Mask
+from distflash.mask_algebra import Ends, Mask
 from distflash.rows import Rows
 
 

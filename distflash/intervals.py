@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distflash.geometry import Geometry
 from distflash.host_to_device import to_device
-from distflash.masks import Ends
+from distflash.mask_algebra import Ends
 
 POSITION_TILE = 128
 _NOTHING = torch.empty(0, dtype=torch.int64)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distflash.integers import set_count
-from distflash.masks import Mask
+from distflash.mask_algebra import Mask
 
 
 class Layout(ABC):

@@ -9,7 +9,8 @@ import torch
 
 from distflash.integers import as_int
 from distflash.layouts import Layout
-from distflash.masks import Full, Mask
+from distflash.mask_algebra import Mask
+from distflash.masks import Full
 from distflash.rows import Rows
 from distflash.validation import ORDER, came, hint
 
@@ -154,3 +155,8 @@ def chunk_range_problem(q_start: int, q_len: int, seq_len: int, mask: Mask) -> s
     if stop > MAX_SEQ_LEN:
         return f"q_start, q_len: queries at {q_start} to {stop}; expected positions below {MAX_SEQ_LEN}"
     return None
+
+
+def as_given(seq_len: int | None, q_start: int, q_len: int | None) -> list[int]:
+    """The lengths as an op takes them: ints (symbols while compiling), and -1 for None."""
+    return [-1 if length is None else as_length(length) for length in (seq_len, q_start, q_len)]

@@ -18,7 +18,8 @@ from distflash.cache import Cache
 from distflash.context import ALONE, ContextParallel
 from distflash.decode_step import decode
 from distflash.heads import pool_heads
-from distflash.masks import Causal, Full, Mask
+from distflash.mask_algebra import Mask
+from distflash.masks import Causal, Full
 from distflash.prefill import cache_problem
 
 __all__ = ["RotaryEmbedding", "SelfAttention", "pool_heads"]

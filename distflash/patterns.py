@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distflash.integers import FAR, as_boundaries, as_data, as_int, as_ints, as_tensors, set_count
-from distflash.masks import Ends, Mask
+from distflash.mask_algebra import Ends, Mask
 
 Range = tuple[int, int]
 Path = tuple[Range, ...]

@@ -13,7 +13,8 @@ from distflash.call import Calls
 from distflash.kernels import Hopper, Kernel, Triton
 from distflash.kernels.machine import MACHINES, Machine, machine_of
 from distflash.layouts import Contiguous, Layout, Striped, Zigzag
-from distflash.masks import Causal, Full, Mask, Window
+from distflash.mask_algebra import Mask
+from distflash.masks import Causal, Full, Window
 from distflash.schedules import Ring
 from distflash.transport import Alone, Silent, Transport
 

@@ -22,7 +22,7 @@ from distflash.host_to_device import to_device
 from distflash.kernels import Kernel, Problem
 from distflash.kernels.base import Scores
 from distflash.ledger import Ledger, Move
-from distflash.masks import Mask
+from distflash.mask_algebra import Mask
 from distflash.plan import Plan
 from distflash.transport import Message, during, preparing
 from distflash.validation import came

@@ -10,7 +10,8 @@ from distflash.decode_step import decode
 from distflash.differences import Report
 from distflash.dropout import dropout_mask
 from distflash.layouts import Contiguous, Layout, Striped, WholeChunks, Zigzag
-from distflash.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Window
+from distflash.mask_algebra import Mask
+from distflash.masks import Causal, Chunked, Documents, Full, PrefixLM, Window
 from distflash.patterns import BlockCausal, FirstTokens, ImageBlocks, Tree
 from distflash.rows import Rows
 from distflash.schedules import AllGather, DoubleRing, PassQuery, Reproducible, Ring, Ulysses

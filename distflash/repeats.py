@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from distflash.call import Prepared
 from distflash.layouts import Layout
-from distflash.masks import Mask
+from distflash.mask_algebra import Mask
 from distflash.ops import is_watched
 
 Key = tuple[object, ...]

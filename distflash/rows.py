@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distflash.geometry import Folded, Geometry, Tokens, require_ends
-from distflash.masks import And, Ends, Mask, Or
+from distflash.mask_algebra import And, Ends, Mask, Or
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,27 @@
-"""Sharding, gathering and redistribution of tokens: a part of `ContextParallel`."""
+"""Sharding, gathering and redistribution of tokens, and means over them: a part of `ContextParallel`."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any, Literal
 
-from distflash import collectives, redistribution
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from distflash import collectives, groups, lengths, redistribution, validation
 from distflash.agreement import Agreement
 from distflash.layouts import Layout
 from distflash.masks import Documents
+from distflash.transport import Transport
+
+# Stands for an argument that must be given. It has a default only so that a call without it gets our error, which
+# lists the values, instead of a TypeError of Python's.
+_REQUIRED: Any = None
 
 
 class Sharding:
-    """The methods of `ContextParallel` that shard, gather and redistribute tensors of tokens.
+    """The methods of `ContextParallel` that shard, gather, redistribute and average tensors of tokens.
 
     Attributes:
         layout: which tokens each rank holds.
@@ -30,6 +40,32 @@ class Sharding:
     def world_size(self) -> int:
         """The number of ranks that share the sequence."""
         return self.agreement.transport.world_size
+
+    def seq_local(self, seq_len: int) -> int:
+        """How many of ``seq_len`` tokens this rank holds.
+
+        Examples:
+            >>> cp = df.ContextParallel(dist.group.WORLD)
+            >>> cp.seq_local(11)
+            5
+        """
+        return self.layout.length(lengths.require_seq_len(seq_len), self.world_size, self.rank)
+
+    def positions(self, seq_len: int, device: torch.device | str | None = None) -> Tensor:
+        """The global positions of this rank's tokens, int64 ``[seq_local]``, ascending; for RoPE and similar.
+
+        Args:
+            seq_len: the global length, at least 0.
+            device: by default the group's: the current GPU under NCCL, else the CPU.
+
+        Examples:
+            >>> cp = df.ContextParallel(dist.group.WORLD)
+            >>> cp.positions(10)
+            tensor([0, 1, 7, 8, 9])
+        """
+        seq_len = lengths.require_seq_len(seq_len)
+        positions = self.layout.positions(seq_len, self.world_size, self.rank)
+        return positions.to(self.agreement.transport.device if device is None else device)
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's shard, along ``dim``, of a tensor that every rank has in full. Differentiable.
@@ -146,3 +182,45 @@ class Sharding:
         """
         source = self.layout if source is None else source
         return redistribution.relayout(x, dim, layout, source, seq_len, self.agreement)
+
+    def mean(
+        self,
+        loss_sum: Tensor,
+        token_count: Tensor | int,
+        *,
+        reduction: Literal["sum", "mean"] = _REQUIRED,
+        group: dist.ProcessGroup | DeviceMesh | Transport | None = None,
+    ) -> Tensor:
+        """The mean of a loss over the tokens of all ranks. All ranks must call it.
+
+        Args:
+            loss_sum: scalar, the sum of this rank's losses.
+            token_count: how many losses that sum has (tokens that are not ignored); may be 0.
+            reduction: how parameter gradients are combined over the group after backward; must be given. "mean" if they
+                are averaged, as DDP, FSDP and ZeRO do. "sum" if they are added, as an all-reduce of your own does. Also
+                "sum" if ranks share no parameter, so that no gradients are combined. With the right value the combined
+                gradient is the gradient of what is returned. The wrong value scales it by the number of ranks, which
+                Adam hides.
+            group: the ranks over whose tokens the mean is taken, and over which gradients are combined. None: the ranks
+                that share the sequence. With data parallelism: all ranks of data x context, as a process group or a
+                one-dimensional mesh.
+
+        Returns:
+            Scalar, the same on every rank of the group; 0 if no rank has a token.
+
+        Raises:
+            ValueError: an argument has the wrong type, or the group does not hold all ranks that share the sequence.
+
+        Examples:
+            >>> cp = df.ContextParallel(dist.group.WORLD)
+            >>> losses = cp.shard(torch.arange(5.0), dim=0)  # of this rank's tokens
+            >>> cp.mean(losses.sum(), losses.numel(), reduction="mean")
+            tensor(2.)
+        """
+        own = self.agreement.transport
+        all_ranks = own if group is None else groups.wider_transport(group, own)
+        problem = validation.mean_problem(loss_sum, token_count, reduction)
+        if problem is not None:
+            collectives.refuse_mean(all_ranks)
+            raise ValueError(problem)
+        return collectives.mean(loss_sum, token_count, all_ranks, reduction)

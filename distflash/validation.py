@@ -16,7 +16,7 @@ from torch import Tensor
 from distflash.dropout import fits_int64
 from distflash.kernels import Hopper, Kernel, Problem
 from distflash.layouts import Layout
-from distflash.masks import Mask
+from distflash.mask_algebra import Mask
 from distflash.schedules import Reproducible, Ring, Schedule
 from distflash.transport import Transport
 

@@ -10,7 +10,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from distflash.masks import Ends
+from distflash.mask_algebra import Ends
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from distflash.given import Given, Options
 from distflash.kernels import Kernel, Problem
 from distflash.kernels.machine import Machine, machine_of
 from distflash.layouts import Layout
-from distflash.masks import Mask
+from distflash.mask_algebra import Mask
 from distflash.specification import CallTokens, Specification
 from distflash.transport import Alone, Silent
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from distflash.masks import Mask
+from distflash.mask_algebra import Mask
 
 # Beyond any position.
 _FAR = 2**62

@@ -15,7 +15,7 @@ import distflash as df
 from distflash.cache_balance import storing_ranks
 from distflash.kernels.base import Scores
 from distflash.kernels.decoding import BEYOND, DIFFER, FULL, Decoding, Store, Table
-from distflash.masks import Mask
+from distflash.mask_algebra import Mask
 from tests import oracle
 
 

@@ -17,7 +17,7 @@ from distflash.geometry import Geometry
 from distflash.intervals import build
 from distflash.kernels.base import Kernel, KeyGradient, Keys, QueryGradient, Scores
 from distflash.layouts import Contiguous, Layout, Striped, Zigzag
-from distflash.masks import Mask
+from distflash.mask_algebra import Mask
 from distflash.overlap import defer_dq, defer_heads, defer_heads_to_the_end, skip_rows
 from distflash.partial import Partial, accumulator_dtype
 from distflash.plan import Pass, Stage

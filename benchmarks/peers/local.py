@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import distflash as df
 from benchmarks.comparison import Candidate
-from distflash.masks import And
+from distflash.mask_algebra import And
 
 CUDNN, FLASH, FLASH4, FLEX = "SDPA cuDNN", "SDPA flash", "flash-attn-4", "FlexAttention"
 

@@ -19,7 +19,8 @@ from distflash.api import attention
 from distflash.context import ContextParallel
 from distflash.doctor.findings import Finding
 from distflash.kernels import Hopper, Kernel, Problem, Reference, Triton
-from distflash.masks import Causal, Documents, Mask, Window
+from distflash.mask_algebra import Mask
+from distflash.masks import Causal, Documents, Window
 from distflash.transport import Alone, Transport
 
 TIMES = 2

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import distflash as df
 from distflash.exact import exact
-from distflash.masks import And
+from distflash.mask_algebra import And
 from tests.oracle import Blind
 from tests.strategies import masks
 

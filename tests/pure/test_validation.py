@@ -15,6 +15,11 @@ from distflash.transport import Alone, Simulator
 from tests import strided
 from tests.wrong_calls import KEYWORDS, NUMBERS, PER_HEAD, W, tensors
 
+pytestmark = [  # of Triton's interpreter
+    pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+
 
 def drawn():
     torch.manual_seed(0)

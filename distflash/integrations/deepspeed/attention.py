@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from distflash.api import attention
 from distflash.context import ContextParallel
 from distflash.dropout import of_layer
-from distflash.masks import Mask
+from distflash.mask_algebra import Mask
 from distflash.rows import Rows
 
 _LAYERS = 1 << 16  # more than a model has

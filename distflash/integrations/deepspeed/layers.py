@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from distflash.context import ContextParallel
 from distflash.integrations.deepspeed.topology import Topology
 from distflash.integrations.labels import IGNORED
-from distflash.masks import Causal, Documents, Mask
+from distflash.mask_algebra import Mask
+from distflash.masks import Causal, Documents
 
 Stream = Tensor | tuple[Tensor, Tensor]
 

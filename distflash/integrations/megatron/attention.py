@@ -23,7 +23,8 @@ from distflash.api import attention
 from distflash.context import ContextParallel
 from distflash.integrations.megatron.packed import Batches
 from distflash.integrations.megatron.problems import call_problem, config_problem
-from distflash.masks import Causal, Full, Mask, Window
+from distflash.mask_algebra import Mask
+from distflash.masks import Causal, Full, Window
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 

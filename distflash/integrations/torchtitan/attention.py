@@ -21,7 +21,8 @@ from torchtitan.protocols.module import Module
 
 from distflash.api import attention
 from distflash.context import ContextParallel
-from distflash.masks import Causal, Documents, Full, Mask, Window
+from distflash.mask_algebra import Mask
+from distflash.masks import Causal, Documents, Full, Window
 from distflash.rows import Rows
 
 # The configurations to replace.

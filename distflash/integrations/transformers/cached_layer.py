@@ -21,7 +21,7 @@ from distflash.cache import Cache
 from distflash.chunks import seen_later
 from distflash.context import ContextParallel
 from distflash.decode_step import MOST_TOKENS, decode
-from distflash.masks import Mask
+from distflash.mask_algebra import Mask
 from distflash.resizing import resized
 
 # Least spare capacity, in tokens.

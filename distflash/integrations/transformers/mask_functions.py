@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils as library
 
-from distflash.masks import Causal, Chunked, Ends, Full, Mask, Window
+from distflash.mask_algebra import Ends, Mask
+from distflash.masks import Causal, Chunked, Full, Window
 from distflash.patterns import ImageBlocks
 
 MaskFunction = Callable[..., Any]

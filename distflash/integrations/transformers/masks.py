@@ -14,7 +14,8 @@ from torch import Tensor
 
 from distflash.integrations.transformers.batch import OUR_CACHE, PASS_ALL, Misuse, Shard
 from distflash.integrations.transformers.mask_functions import BlocksSource, MaskFunction, NotReadable, read_mask
-from distflash.masks import And, Chunked, Documents, Mask, Or
+from distflash.mask_algebra import And, Mask, Or
+from distflash.masks import Chunked, Documents
 
 _OWN_ATTENTION = (
     "attention: a layer of this model computes on the attention mask itself, so that its attention is not the "
